@@ -1,0 +1,245 @@
+"""The public functions: fold a model, or look at what folding would do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import jax
+
+from ._compat import jaxpr_as_fun
+from .axes import AxisSet
+from .center import center_tree, check_tree, leaf_paths
+from .errors import FoldError, NotAnalysedError, PlanMismatchError
+from .facts import Facts
+from .graph import Graph
+from .placement import Placement, place
+from .plan import CenterEdit, FoldPlan, LeafSpec, ScaleEdit
+from .program import Traced, check_inputs, check_params, signature, trace
+from .report import Report, make_report
+from .rewrite import rewrite
+from .scales import ScaleMerge, find_merges
+
+
+def fold(
+    apply_fn: Callable[..., Any],
+    params: Any,
+    *example_inputs: Any,
+    donate: bool = False,
+    explicit_cost: float = 2.0,
+) -> Folded:
+    """Turn the LayerNorms of a model into RMSNorms wherever that is exact.
+
+    Args:
+        apply_fn: any traceable function ``apply_fn(params, *inputs)``; bind keyword arguments
+            with `functools.partial`.
+        params: any pytree of arrays.
+        *example_inputs: arrays or `jax.ShapeDtypeStruct`; the folded function takes other shapes,
+            too. Without them the analysis waits for the first call ``folded(*inputs)``.
+        donate: reuse the memory of edited leaves (the arrays in `params` are then deleted).
+        explicit_cost: cost of an explicit centering per element, where a LayerNorm's own
+            centering costs 1 (theory: minimum cut).
+
+    Returns:
+        The folded function and parameters, with a plan and a report.
+
+    Raises:
+        FoldError: `apply_fn` is not callable or traceable, or `params` holds other leaves than
+            arrays. Nothing has been changed then.
+    """
+    _check_arguments(apply_fn, explicit_cost)
+    check_params(params, abstract=False)
+    folded = Folded(apply_fn, params, donate, explicit_cost)
+    if example_inputs:
+        folded._analyse(params, example_inputs)
+    return folded
+
+
+def analyze(
+    apply_fn: Callable[..., Any], params: Any, *inputs: Any, explicit_cost: float = 2.0
+) -> Report:
+    """Report what `fold` would do, without editing anything.
+
+    `params` and `inputs` may hold `jax.ShapeDtypeStruct` leaves: no weights are needed.
+
+    Raises:
+        FoldError: as for `fold`, or the inputs that `apply_fn` needs are missing.
+    """
+    _check_arguments(apply_fn, explicit_cost)
+    check_params(params, abstract=True)
+    check_inputs(inputs)
+    graph = trace(apply_fn, params, inputs).graph()
+    placement = place(graph, explicit_cost)
+    plan = _make_plan(params, placement)
+    return make_report(placement, plan.edits, plan.scales)
+
+
+class Folded:
+    """A folded model: a pure function `apply`, its `params`, the `plan` and the `report`."""
+
+    def __init__(
+        self, apply_fn: Callable[..., Any], params: Any, donate: bool, explicit_cost: float
+    ) -> None:
+        """Use `fold` instead."""
+        self._apply_fn = apply_fn
+        self._given: Any = params  # until the analysis has run
+        self._donate = donate
+        self._explicit_cost = explicit_cost
+        self._params: Any = None
+        self._plan: FoldPlan | None = None
+        self._report: Report | None = None
+        self._programs: dict[Hashable, tuple[Callable[..., Any], Any]] = {}
+
+    @property
+    def params(self) -> Any:
+        """The edited tree: structure, shapes, dtypes and shardings of the original."""
+        self._require_analysis("params")
+        return self._params
+
+    @property
+    def plan(self) -> FoldPlan:
+        """The edits as plain data."""
+        self._require_analysis("plan")
+        assert self._plan is not None
+        return self._plan
+
+    @property
+    def report(self) -> Report:
+        """One entry per LayerNorm of the example trace."""
+        self._require_analysis("report")
+        assert self._report is not None
+        return self._report
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Short for ``folded.apply(folded.params, *inputs)``."""
+        if self._plan is None:
+            self._analyse(self._given, inputs)
+        return self.apply(self._params, *inputs)
+
+    def apply(self, params: Any, *inputs: Any) -> Any:
+        """The folded function: pure and traceable (jit, grad, vmap).
+
+        `params` must be `self.params`, or another tree edited with ``plan.center``. Every new
+        combination of shapes and dtypes is traced once, and the facts that the plan relies on are
+        proved again for it.
+
+        Raises:
+            TreeError: `params` is not a tree of the structure and shapes that were folded.
+            PlanMismatchError: the program for these inputs notices the edits of the plan.
+        """
+        if self._plan is None:
+            self._analyse(self._given, inputs)
+        assert self._plan is not None
+        check_params(params, abstract=True)
+        check_tree(self._plan, params)
+        key = signature(params, inputs)
+        found = self._programs.get(key)
+        if found is None:
+            check_inputs(inputs)
+            traced = trace(self._apply_fn, params, inputs)
+            placement = _place_again(self._plan, params, traced.graph(), self._explicit_cost)
+            found = _program(traced, placement)
+            if traced.reusable:
+                self._programs[key] = found
+        run, out_tree = found
+        return jax.tree.unflatten(out_tree, run(*jax.tree.leaves((params, inputs))))
+
+    def _analyse(self, params: Any, inputs: tuple[Any, ...]) -> None:
+        check_inputs(inputs)
+        traced = trace(self._apply_fn, params, inputs)
+        placement = place(traced.graph(), self._explicit_cost)
+        plan = _make_plan(params, placement)
+        report = make_report(placement, plan.edits, plan.scales)
+        program = _program(traced, placement)
+        key = signature(params, inputs)
+        self._params = center_tree(plan, params, donate=self._donate)
+        self._plan, self._report, self._given = plan, report, None
+        if traced.reusable:
+            self._programs[key] = program
+
+    def _require_analysis(self, name: str) -> None:
+        if self._plan is None:
+            raise NotAnalysedError(
+                f"{name}: not known before the first call; fold was given no example inputs, so "
+                "call folded(*inputs) once, or pass inputs to fold"
+            )
+
+
+def _check_arguments(apply_fn: Any, explicit_cost: float) -> None:
+    if not callable(apply_fn):
+        raise FoldError(
+            f"apply_fn: a {type(apply_fn).__name__} is not callable; pass a function of "
+            "(params, *inputs), such as model.apply"
+        )
+    if not (isinstance(explicit_cost, (int, float)) and 0 < explicit_cost < math.inf):
+        raise FoldError(f"explicit_cost: {explicit_cost!r} is not a positive number; try 2.0")
+
+
+def _program(traced: Traced, placement: Placement) -> tuple[Callable[..., Any], Any]:
+    return jaxpr_as_fun(rewrite(traced.closed, placement)), traced.out_tree
+
+
+def _make_plan(params: Any, placement: Placement) -> FoldPlan:
+    """The placement's parameter edits, with key paths instead of leaf numbers."""
+    graph = placement.graph
+    paths = [path for path, _ in leaf_paths(params)]
+    shapes = {i: graph.shape(v) for v, i in graph.leaves.items()}
+    edits = (
+        (graph.leaves[v], along) for v, sets in placement.leaf_sets.items() for along in sets
+    )
+    return FoldPlan(
+        leaves=tuple(LeafSpec(path, shapes[i]) for i, path in enumerate(paths)),
+        edits=tuple(
+            CenterEdit(paths[i], along) for i, along in sorted(edits, key=lambda e: e[0])
+        ),
+        scales=tuple(
+            ScaleEdit(paths[m.scale], tuple((paths[i], axis) for i, axis in m.targets))
+            for m in placement.merges
+        ),
+    )
+
+
+def _place_again(plan: FoldPlan, params: Any, graph: Graph, explicit_cost: float) -> Placement:
+    """A placement for another trace, with the parameter edits of `plan` proved harmless in it."""
+    index = {path: i for i, (path, _) in enumerate(leaf_paths(params))}
+    value = {i: v for v, i in graph.leaves.items()}
+    scales = tuple(
+        ScaleMerge(index[s.key_path], tuple(sorted((index[p], axis) for p, axis in s.targets)))
+        for s in plan.scales
+    )
+    merges = find_merges(graph)
+    fixed: dict[int, tuple[AxisSet, ...]] = {}
+    for edit in plan.edits:
+        leaf = value[index[edit.key_path]]
+        fixed[leaf] = (*fixed.get(leaf, ()), edit.along)
+    _check_edits(graph, fixed, scales, merges, value, plan)
+    return place(graph, explicit_cost, fixed, scales)
+
+
+def _check_edits(
+    graph: Graph,
+    fixed: Mapping[int, tuple[AxisSet, ...]],
+    scales: tuple[ScaleMerge, ...],
+    merges: Mapping[int, ScaleMerge],
+    value: Mapping[int, int],
+    plan: FoldPlan,
+) -> None:
+    for scale, edit in zip(scales, plan.scales, strict=True):
+        touched = (scale.scale, *(leaf for leaf, _ in scale.targets))
+        if merges.get(value[scale.scale]) != scale and any(graph.uses[value[i]] for i in touched):
+            raise PlanMismatchError(
+                f"inputs: for these inputs the scale {edit.key_path!r} is used in another way than "
+                "in the example the plan was made for; fold again with these inputs"
+            )
+    facts = Facts(graph, frozenset(value[s.scale] for s in scales))
+    for leaf, sets in fixed.items():
+        for along in sets:
+            if (blocker := facts.intolerant(leaf, along)) is not None:
+                path = plan.leaves[graph.leaves[leaf]].key_path
+                raise PlanMismatchError(
+                    f"inputs: for these inputs the centering of {path!r} would be noticed: "
+                    f"{blocker}; fold again with these inputs"
+                )
+
+

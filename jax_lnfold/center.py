@@ -1,0 +1,173 @@
+"""Applies a plan to a parameter tree: scales merged, then columns centered (CBWC)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._compat import is_tracer
+from .axes import ALL, FREE, AxisSet
+from .errors import TreeError
+from .plan import FoldPlan
+
+
+def leaf_paths(tree: Any) -> list[tuple[str, Any]]:
+    """Leaves in tree order with their key paths, written ``a/b/kernel``."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in leaves]
+
+
+def center_array(x: Any, along: AxisSet) -> Any:
+    """``x`` minus its mean over every group of `along` (theory: the operator C_S).
+
+    Computed in float64 for NumPy arrays; for JAX arrays in the dtype of ``x`` or float32, whichever
+    is wider, with a second pass that removes the rounding of the first. The result has the shape
+    and dtype of ``x``, rounded once.
+    """
+    if isinstance(x, np.ndarray):
+        wide = x.astype(np.promote_types(x.dtype, np.float64))
+        return (wide - group_means(wide, along, np)).astype(x.dtype)
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    once = wide - group_means(wide, along, jnp)
+    return (once - group_means(once, along, jnp)).astype(x.dtype)
+
+
+def center_tree(plan: FoldPlan, params: Any, donate: bool = False) -> Any:
+    """Apply `plan` to `params`, a tree with the structure and shapes that the plan was made for.
+
+    Traceable and differentiable. Leaves that the plan does not edit are returned as they are;
+    edited ones keep shape, dtype and sharding. With `donate`, edited JAX arrays give up their
+    memory and are deleted; nothing else of the caller's is ever changed.
+
+    Raises:
+        TreeError: key paths or shapes differ from the plan's, or a leaf to edit is no
+            floating-point array.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten(params)
+    position = {path: i for i, (path, _) in enumerate(leaf_paths(params))}
+    check_tree(plan, params)
+    edits: dict[int, list[AxisSet]] = {}
+    scaled_by: dict[int, tuple[int, int]] = {}
+    for scale in plan.scales:
+        for path, axis in scale.targets:
+            scaled_by[position[path]] = (position[scale.key_path], axis)
+    for edit in plan.edits:
+        edits.setdefault(position[edit.key_path], []).append(edit.along)
+    changed = {}
+    for i in sorted({*edits, *scaled_by}):
+        scale, axis = scaled_by.get(i, (None, 0))
+        factor = None if scale is None else leaves[scale]
+        changed[i] = _edit_leaf(leaves[i], factor, axis, tuple(edits.get(i, ())), donate)
+    for scale in plan.scales:
+        i = position[scale.key_path]
+        changed[i] = _edit_leaf(leaves[i], None, 0, None, donate)
+    return treedef.unflatten([changed.get(i, leaf) for i, leaf in enumerate(leaves)])
+
+
+def check_tree(plan: FoldPlan, params: Any, argument: str = "params") -> None:
+    """Raise a `TreeError` unless `params` has the key paths and shapes of the plan."""
+    found = leaf_paths(params)
+    if [path for path, _ in found] != [leaf.key_path for leaf in plan.leaves]:
+        known = {leaf.key_path for leaf in plan.leaves}
+        got = {path for path, _ in found}
+        missing, extra = sorted(known - got), sorted(got - known)
+        raise TreeError(
+            f"{argument}: not the tree that was folded (missing {_some(missing)}; unknown "
+            f"{_some(extra)}); pass a tree of the same structure"
+        )
+    for (path, x), leaf in zip(found, plan.leaves, strict=True):
+        if tuple(np.shape(x)) != leaf.shape:
+            raise TreeError(
+                f"{argument}: leaf {path!r} has shape {tuple(np.shape(x))}, the folded tree had "
+                f"{leaf.shape}; fold the model again for other sizes"
+            )
+
+
+def _some(paths: Sequence[str]) -> str:
+    shown = ", ".join(paths[:3]) or "none"
+    return f"{shown} and {len(paths) - 3} more" if len(paths) > 3 else shown
+
+
+def _edit_leaf(
+    x: Any, factor: Any, axis: int, sets: tuple[AxisSet, ...] | None, donate: bool
+) -> Any:
+    """One leaf scaled and centered; `sets` None sets it to one."""
+    if not isinstance(x, (np.ndarray, jax.Array)) and not is_tracer(x):
+        x = np.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TreeError(f"params: a leaf to edit has dtype {x.dtype}; pass floating-point arrays")
+
+    def edit(x: Any, factor: Any) -> Any:
+        if sets is None:
+            return jnp.ones_like(x)
+        if factor is not None:
+            wide = jnp.promote_types(x.dtype, jnp.float32)
+            shape = [1] * x.ndim
+            shape[axis] = -1
+            x = (x.astype(wide) * factor.astype(wide).reshape(shape)).astype(
+                wide if sets else x.dtype
+            )
+        for along in sets:
+            x = center_array(x, along)
+        return x
+
+    if isinstance(x, np.ndarray):
+        if sets is None:
+            return np.ones_like(x)
+        wide = x.astype(np.float64)
+        if factor is not None:
+            shape = [1] * x.ndim
+            shape[axis] = -1
+            wide = wide * np.asarray(factor, np.float64).reshape(shape)
+        for along in sets:
+            wide = center_array(wide, along)
+        return wide.astype(x.dtype)
+
+    def run(x: Any, factor: Any) -> Any:
+        return edit(x, factor).astype(x.dtype)
+
+    if is_tracer(x) or is_tracer(factor):
+        return run(x, factor)
+    jitted = jax.jit(
+        run, donate_argnums=(0,) if donate else (), out_shardings=x.sharding
+    )
+    return jitted(x, factor)
+
+
+def group_means(x: Any, along: AxisSet, xp: Any) -> Any:
+    """The mean of every group, at each of its positions; zero outside the region."""
+    if all(isinstance(e, str) for e in along.entries):
+        return xp.mean(x, axis=along.axes, keepdims=True) if along.axes else x
+    means = x
+    for d, entry in enumerate(along.entries):
+        if entry == ALL:
+            means = xp.mean(means, axis=d, keepdims=True)
+        elif entry != FREE:
+            means = _label_means(means, along.labels(d), d, xp)
+    return means
+
+
+def _label_means(x: Any, labels: np.ndarray, axis: int, xp: Any) -> Any:
+    """The mean over equal labels along one axis, zero where the label is -1."""
+    size, count = len(labels), int(labels.max()) + 1
+    width = size // count
+    if size == count * width and np.array_equal(labels, np.arange(size) // width):
+        split = x.reshape(*x.shape[:axis], count, width, *x.shape[axis + 1 :])
+        return xp.repeat(xp.mean(split, axis=axis + 1), width, axis=axis)
+    inside = np.flatnonzero(labels >= 0)
+    rows = xp.moveaxis(x, axis, 0)
+    sizes = np.bincount(labels[inside], minlength=count).reshape(-1, *[1] * (x.ndim - 1))
+    order = inside[np.argsort(labels[inside], kind="stable")]
+    groups = np.sort(labels[inside])
+    if xp is np:
+        starts = np.searchsorted(groups, np.arange(count))
+        sums = np.add.reduceat(rows[order], starts, axis=0)
+    else:
+        sums = jax.ops.segment_sum(rows[order], groups, count, indices_are_sorted=True)
+    means = (sums / sizes.astype(x.dtype))[np.maximum(labels, 0)]
+    outside = (labels < 0).reshape(-1, *[1] * (x.ndim - 1))
+    return xp.moveaxis(xp.where(outside, xp.zeros((), x.dtype), means), 0, axis)

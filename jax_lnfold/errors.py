@@ -1,0 +1,25 @@
+"""Errors of the library: each says where, why, and what to do about it."""
+
+
+class FoldError(Exception):
+    """Base class of every error that `jax_lnfold` raises on purpose."""
+
+
+class TraceError(FoldError):
+    """`apply_fn` could not be traced with the given parameters and inputs."""
+
+
+class TreeError(FoldError):
+    """A parameter tree does not have the structure, shapes or leaves that are needed."""
+
+
+class NotAnalysedError(FoldError):
+    """A result was asked for before the first call had supplied the example inputs."""
+
+
+class PlanMismatchError(FoldError):
+    """A trace does not support the parameter edits of the plan, so its result would be wrong."""
+
+
+class PlanFormatError(FoldError):
+    """A serialised plan is not readable: broken JSON, missing fields or another version."""

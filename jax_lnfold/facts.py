@@ -1,0 +1,144 @@
+"""What holds for every input and parameter: uniformity and tolerance (theory: transport, shifts).
+
+Both are greatest fixpoints of "this holds if all of those hold", solved by one routine: explore
+what a claim rests on, then let every direct failure spread to the claims that rest on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from .axes import AxisSet
+from .graph import Graph, Op
+from .rules import Context, Opaque, rule_for
+from .rules.elementwise import project
+from .tracking import Tracker
+
+Claim = tuple[int, AxisSet]
+"""Something about a value and an axis set."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blocker:
+    """Why a claim does not hold: an operation (None for the program's own inputs and outputs)."""
+
+    op: Op | None
+    why: str
+
+    def __str__(self) -> str:
+        """The reason as a clause."""
+        return f"{self.op.describe()} {self.why}" if self.op else self.why
+
+
+Expand = Callable[[Claim], "Blocker | Iterable[Claim]"]
+
+
+def solve(claim: Claim, expand: Expand, known: dict[Claim, Blocker | None]) -> Blocker | None:
+    """Whether `claim` holds (None) or what is in its way; `known` remembers all answers.
+
+    A claim that rests on itself, as in a loop, holds unless something else fails.
+    """
+    if claim in known:
+        return known[claim]
+    rests: dict[Claim, list[Claim]] = {}  # claim -> claims that rest on it
+    explored: dict[Claim, Blocker | None] = {}
+    todo = [claim]
+    failed: list[Claim] = []
+    while todo:
+        current = todo.pop()
+        if current in explored:
+            continue
+        found = known[current] if current in known else expand(current)
+        explored[current] = found if isinstance(found, Blocker) else None
+        if isinstance(found, Blocker):
+            failed.append(current)
+        elif found is not None:
+            for needed in found:
+                rests.setdefault(needed, []).append(current)
+                todo.append(needed)
+    for current in failed:  # grows while failures spread
+        for dependent in rests.get(current, ()):
+            if explored[dependent] is None:
+                explored[dependent] = explored[current]
+                failed.append(dependent)
+    known.update(explored)
+    return explored[claim]
+
+
+class Facts:
+    """Answers about one program. `ones` are parameter leaves known to be all ones."""
+
+    def __init__(self, graph: Graph, ones: frozenset[int] = frozenset()) -> None:
+        """Answer about `graph`."""
+        self.graph = graph
+        self.ones = ones
+        self._uniform: dict[Claim, Blocker | None] = {}
+        self._tolerant: dict[Claim, Blocker | None] = {}
+
+    def uniform(self, value: int, along: AxisSet) -> bool:
+        """Whether a value is constant on every group of `along`."""
+        return along.trivial or solve((value, along), self._why_uniform, self._uniform) is None
+
+    def intolerant(self, value: int, along: AxisSet) -> Blocker | None:
+        """None if no output notices a shift of `value` that is uniform along `along`.
+
+        The shift may differ between groups and is otherwise arbitrary (theory: tolerance).
+        """
+        return solve((value, along), self._why_tolerant, self._tolerant)
+
+    def context(self, op: Op) -> Context:
+        """The view that a rule gets of an operation."""
+        return Context(self.graph, op, self.uniform)
+
+    def _why_uniform(self, claim: Claim) -> Blocker | Iterable[Claim]:
+        value, along = claim
+        if along.trivial or along.empty or value in self.ones:
+            return ()
+        if (constant := self.graph.constants.get(value)) is not None:
+            varies = Blocker(None, "a constant varies along the mean")
+            return () if _constant_uniform(constant, along) else varies
+        made = self.graph.producer[value]
+        if made is None:
+            return Blocker(None, "an input may vary along the mean")
+        op, position = made
+        rule = rule_for(op.name)
+        if rule.elementwise:
+            shapes = (self.graph.shape(v) for v in op.inputs)
+            return [(v, project(along, s)) for v, s in zip(op.inputs, shapes, strict=True)]
+        pulled = rule.pull(self.context(op), position, along)
+        if isinstance(pulled, Opaque) or not pulled.exact:
+            return Blocker(op, "may vary along the mean")
+        return [(op.inputs[i], s) for i, s in pulled.needs]
+
+    def _why_tolerant(self, claim: Claim) -> Blocker | Iterable[Claim]:
+        value, along = claim
+        if along.empty:
+            return ()
+        if value in self.graph.outputs:
+            made = self.graph.producer[value]
+            return Blocker(made[0] if made else None, "makes a value that is an output")
+        tracker = Tracker(self.graph, value, along, self.context)
+        tracker.run()
+        if tracker.refusal is not None:
+            again = Tracker(self.graph, value, along, self.context, keep_products=True)
+            again.run()
+            tracker = again if again.refusal is None else tracker
+        if tracker.refusal is not None:
+            op, why = tracker.refusal
+            return Blocker(op, why)
+        return tracker.delegated
+
+
+def _constant_uniform(constant: object, along: AxisSet) -> bool:
+    array = np.asarray(constant)
+    for d, entry in enumerate(along.entries):
+        for label in np.unique(along.labels(d)) if entry != "free" else ():
+            group = np.take(array, np.flatnonzero(along.labels(d) == label), axis=d)
+            if label >= 0 and not np.array_equal(group, np.broadcast_to(
+                group.take([0], axis=d), group.shape
+            )):
+                return False
+    return True

@@ -1,0 +1,163 @@
+"""The program as one flat graph of values, with calls walked into.
+
+Calls (`jit`, `checkpoint`, `custom_jvp_call`, ...) share jaxprs and variables between call sites,
+so a value is known by (call path, variable). An operand and the variable it binds inside the call
+are the same value: call boundaries vanish.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ._compat import (
+    CUSTOM_RULES,
+    ClosedJaxpr,
+    Jaxpr,
+    JaxprEqn,
+    Literal,
+    Var,
+    call_jaxpr,
+    consts_of,
+    is_tracer,
+    open_jaxpr,
+    source_line,
+)
+
+CallPath = tuple[int, ...]
+"""Equation indices of the calls around a jaxpr, outermost first."""
+
+_NO_DATA = frozenset({"iota", "random_bits", "random_wrap", "random_seed"})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Op:
+    """One equation at one call site; `inputs` and `outputs` are value numbers."""
+
+    index: int
+    eqn: JaxprEqn
+    path: CallPath
+    module: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """The name of the primitive."""
+        return self.eqn.primitive.name
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The parameters of the equation."""
+        return self.eqn.params
+
+    def describe(self) -> str:
+        """``primitive (module path, file.py:line)`` for reports."""
+        where = ", ".join(part for part in (self.module, source_line(self.eqn)) if part)
+        return f"`{self.name}` ({where})" if where else f"`{self.name}`"
+
+
+class Graph:
+    """Values, the operation that makes each, and the operations that read it.
+
+    Value numbers grow in program order. `uses` lists live operations only: what cannot reach an
+    output or an effect is dead code and notices nothing.
+    """
+
+    def __init__(self, closed: ClosedJaxpr, n_leaves: int) -> None:
+        """Flatten `closed`, whose first `n_leaves` inputs are the parameter leaves."""
+        self.avals: list[Any] = []
+        self.producer: list[tuple[Op, int] | None] = []
+        self.data_free: list[bool] = []
+        self.constants: dict[int, Any] = {}
+        self.ops: list[Op] = []
+        self.op_at: dict[tuple[CallPath, int], Op] = {}
+        self.env: dict[CallPath, dict[Var, int]] = {}
+        self.home: list[CallPath] = []
+        self._custom: set[CallPath] = set()
+
+        jaxpr = open_jaxpr(closed)
+        inputs = [self._new(v.aval, (), i < n_leaves) for i, v in enumerate(jaxpr.invars)]
+        self.leaves = {v: i for i, v in enumerate(inputs[:n_leaves])}
+        results = self._walk(jaxpr, consts_of(closed), inputs, (), "")
+        self.outputs = frozenset(results)
+        self.uses: list[list[tuple[Op, int]]] = [[] for _ in self.avals]
+        self._link_uses()
+
+    def shape(self, value: int) -> tuple[Any, ...]:
+        """The shape of a value."""
+        return tuple(self.avals[value].shape)
+
+    def in_custom_rule(self, value: int) -> bool:
+        """Whether the value is made inside a call that has a derivative rule of its own."""
+        path = self.home[value]
+        return any(path[: n + 1] in self._custom for n in range(len(path)))
+
+    def scalar(self, value: int) -> np.ndarray | None:
+        """The number that every element of a value has, if the program fixes it."""
+        while (made := self.producer[value]) is not None:
+            if made[0].name not in ("convert_element_type", "broadcast_in_dim", "reshape"):
+                return None
+            value = made[0].inputs[0]
+        constant = self.constants.get(value)
+        return None if constant is None or np.ndim(constant) else np.asarray(constant)
+
+    def _new(self, aval: Any, path: CallPath, data_free: bool) -> int:
+        self.avals.append(aval)
+        self.producer.append(None)
+        self.data_free.append(data_free)
+        self.home.append(path)
+        return len(self.avals) - 1
+
+    def _constant(self, value: Any, aval: Any, path: CallPath) -> int:
+        number = self._new(aval, path, True)
+        if not is_tracer(value):
+            self.constants[number] = value
+        return number
+
+    def _walk(
+        self, jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[int], path: CallPath, module: str
+    ) -> list[int]:
+        env: dict[Var, int] = dict(zip(jaxpr.invars, inputs, strict=True))
+        for var, const in zip(jaxpr.constvars, consts, strict=True):
+            env[var] = self._constant(const, var.aval, path)
+        self.env[path] = env
+
+        def read(atom: Any) -> int:
+            return self._constant(atom.val, atom.aval, path) if isinstance(atom, Literal) else (
+                env[atom]
+            )
+
+        for index, eqn in enumerate(jaxpr.eqns):
+            operands = tuple(read(a) for a in eqn.invars)
+            here = "/".join(p for p in (module, str(eqn.source_info.name_stack)) if p)
+            inner = call_jaxpr(eqn)
+            if inner is not None:
+                if eqn.primitive.name in CUSTOM_RULES:
+                    self._custom.add((*path, index))
+                body, site = open_jaxpr(inner), (*path, index)
+                results = self._walk(body, consts_of(inner), operands, site, here)
+            else:
+                free = eqn.primitive.name in _NO_DATA or all(self.data_free[v] for v in operands)
+                free = free and not eqn.effects
+                results = [self._new(v.aval, path, free) for v in eqn.outvars]
+                op = Op(len(self.ops), eqn, path, here, operands, tuple(results))
+                self.ops.append(op)
+                self.op_at[path, index] = op
+                for position, value in enumerate(results):
+                    self.producer[value] = (op, position)
+            env.update(zip(eqn.outvars, results, strict=True))
+        return [read(a) for a in jaxpr.outvars]
+
+    def _link_uses(self) -> None:
+        live = set(self.outputs)
+        for op in reversed(self.ops):
+            if op.eqn.effects or any(v in live for v in op.outputs):
+                live.update(op.inputs)
+                for position, value in enumerate(op.inputs):
+                    self.uses[value].append((op, position))
+        for uses in self.uses:
+            uses.reverse()

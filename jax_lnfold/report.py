@@ -1,0 +1,148 @@
+"""What a fold does to every LayerNorm of a program, and why some are left alone."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+from .axes import AxisSet
+from .placement import Placement
+from .plan import CenterEdit, ScaleEdit
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """One LayerNorm: module path, axes averaged over, input shape, and what became of it.
+
+    `count` is how often it runs in one call. `reason` is empty when `folded`, and otherwise names
+    the operation in the way with its module path and source line.
+    """
+
+    path: str
+    axes: tuple[int, ...]
+    shape: tuple[int, ...]
+    count: int
+    folded: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Insertion:
+    """One explicit centering put into the program: after which operation, along which axes."""
+
+    after: str
+    axes: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of a fold; `print` shows it as a table."""
+
+    norms: tuple[Norm, ...]
+    insertions: tuple[Insertion, ...]
+    edits: tuple[CenterEdit, ...]
+    scales: tuple[ScaleEdit, ...]
+
+    @property
+    def n_folded(self) -> int:
+        """LayerNorms that run as RMSNorms in the folded program."""
+        return sum(norm.folded for norm in self.norms)
+
+    @property
+    def n_inserted(self) -> int:
+        """Explicit centerings in the folded program."""
+        return len(self.insertions)
+
+    def __str__(self) -> str:
+        """The table and a summary, as plain text."""
+        return render(self)
+
+
+def make_report(
+    placement: Placement, edits: tuple[CenterEdit, ...], scales: tuple[ScaleEdit, ...]
+) -> Report:
+    """Put a placement into words."""
+    graph = placement.graph
+    norms = tuple(
+        Norm(
+            path=norm.root.module or "(top level)",
+            axes=norm.along.axes,
+            shape=graph.shape(norm.x),
+            count=1,
+            folded=folded,
+            reason=placement.left.get(i, ""),
+        )
+        for i, (norm, folded) in enumerate(zip(placement.norms, placement.folded, strict=True))
+    )
+    insertions = tuple(
+        Insertion(_origin(placement, value), along.axes, graph.shape(value))
+        for value, sets in sorted(placement.explicit.items())
+        for along in sets
+        if not along.trivial
+    )
+    return Report(norms, insertions, edits, scales)
+
+
+def _origin(placement: Placement, value: int) -> str:
+    made = placement.graph.producer[value]
+    return made[0].describe() if made else "an input of the function"
+
+
+def render(report: Report, width: int = 110) -> str:
+    """The report as text at most `width` columns wide."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
+    if report.norms:
+        table = Table(box=None, pad_edge=False, header_style="")
+        for title in ("LayerNorm", "input", "axes", "outcome"):
+            table.add_column(title, overflow="fold")
+        for norm in report.norms:
+            outcome = "folded" if norm.folded else f"left: {norm.reason}"
+            repeated = f" x{norm.count}" if norm.count > 1 else ""
+            table.add_row(_plain(norm.path + repeated), _shape(norm.shape), _axes(norm.axes),
+                          _plain(outcome))
+        console.print(table)
+    console.print(_plain(summary(report)), soft_wrap=True)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
+
+
+def summary(report: Report) -> str:
+    """Counts in one or two lines."""
+    if not report.norms:
+        return "No LayerNorm found; nothing was changed."
+    edited = f"{_count(len(report.edits), 'parameter')} centered"
+    if report.scales:
+        edited += f", {_count(len(report.scales), 'scale')} merged"
+    lines = [f"{report.n_folded} of {_count(len(report.norms), 'LayerNorm')} folded, {edited}, "
+             f"{_count(report.n_inserted, 'explicit centering')} inserted."]
+    lines += [f"Inserted after {i.after}, along axes {_axes(i.axes)}." for i in report.insertions]
+    return "\n".join(lines)
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def _axes(axes: tuple[int, ...]) -> str:
+    return ", ".join(map(str, axes))
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def describe_groups(along: AxisSet) -> str:
+    """The axis set in words: ``axis 1``, ``axis 1 in 4 groups``."""
+    words = []
+    for d in along.axes:
+        entry = along.entries[d]
+        groups = f" in {max(entry) + 1} groups" if isinstance(entry, tuple) else ""
+        words.append(f"axis {d}{groups}")
+    return ", ".join(words) or "every element"

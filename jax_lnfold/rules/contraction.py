@@ -1,0 +1,97 @@
+"""Contractions: matrix products of every kind, and convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from ..axes import FREE, AxisSet, Entry, intersect
+from .registry import Context, Opaque, Pull, Push, Rule, register
+
+
+def _axes_of_output(ctx: Context, operand: int) -> dict[int, int]:
+    """Free axis of the operand -> axis of the output of a `dot_general`."""
+    (contract, batch) = ctx.params["dimension_numbers"]
+    ranks = [len(ctx.in_shape(i)) for i in (0, 1)]
+    free = [
+        [d for d in range(ranks[i]) if d not in contract[i] and d not in batch[i]] for i in (0, 1)
+    ]
+    offset = len(batch[0]) + (len(free[0]) if operand else 0)
+    return {d: offset + k for k, d in enumerate(free[operand])}
+
+
+def _pull_dot(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
+    """``C_S (h W) = h (C_S' W)`` with S' on the free axes of one operand.
+
+    Where S spans more than one operand's free axes, zero-mean along the finer set on one of them
+    is enough; weights are preferred over data.
+    """
+    candidates = []
+    for operand in (0, 1):
+        axes = _axes_of_output(ctx, operand)
+        entries: list[Entry] = [FREE] * len(ctx.in_shape(operand))
+        for d, o in axes.items():
+            entries[d] = along.entries[o]
+        wanted = AxisSet.of(ctx.in_shape(operand), entries)
+        if not wanted.trivial:
+            exact = set(along.axes) <= set(axes.values())
+            candidates.append((exact, ctx.data_free(operand), operand, wanted))
+    if not candidates:
+        return Opaque("mixes the axes of the mean with each other")
+    exact, _, operand, wanted = max(candidates, key=lambda c: c[:3])
+    return Pull(((operand, wanted),), exact)
+
+
+def _push_dot(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+    """``h (W + u) = h W + h u``, and ``h u`` is uniform along the free axes that u is."""
+    entries: list[Entry] = [FREE] * len(ctx.out_shape())
+    for d, o in _axes_of_output(ctx, operand).items():
+        entries[o] = along.entries[d]
+    return ((0, AxisSet.of(ctx.out_shape(), entries)),)
+
+
+def _kernel_features(ctx: Context, entry: Entry, size: int) -> Entry:
+    """The entry, split where the convolution's feature groups end."""
+    groups = ctx.params["feature_group_count"]
+    if groups == 1 or entry == FREE:
+        return entry
+    block = tuple(i // (size // groups) for i in range(size))
+    return FREE if groups == size else intersect(entry, block, size)
+
+
+def _conv_features(ctx: Context) -> tuple[int, int, int]:
+    """Output-feature axis of the kernel and of the output, and their size."""
+    numbers = ctx.params["dimension_numbers"]
+    kernel, result = numbers.rhs_spec[0], numbers.out_spec[1]
+    return kernel, result, ctx.in_shape(1)[kernel]
+
+
+def _pull_conv(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
+    """``C_S conv(x, K) = conv(x, C_S' K)`` on the kernel's output features, group by group."""
+    kernel, result, size = _conv_features(ctx)
+    if ctx.params["batch_group_count"] != 1:
+        return Opaque("is a convolution with batch groups")
+    entry = _kernel_features(ctx, along.entries[result], size)
+    if entry == FREE:
+        return Opaque("is a convolution that gives every position along the mean its own input")
+    exact = along.axes == (result,) and entry == along.entries[result]
+    return Pull(((1, _only(ctx.in_shape(1), kernel, entry)),), exact)
+
+
+def _push_conv(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+    if operand == 0:
+        return Opaque("is a convolution that reads the shifted value")
+    kernel, result, size = _conv_features(ctx)
+    if ctx.params["batch_group_count"] != 1:
+        return Opaque("is a convolution with batch groups")
+    entry = _kernel_features(ctx, along.entries[kernel], size)
+    return ((0, _only(ctx.out_shape(), result, entry)),)
+
+
+def _only(shape: Iterable[Any], axis: int, entry: Entry) -> AxisSet:
+    shape = tuple(shape)
+    return AxisSet.of(shape, (entry if d == axis else FREE for d in range(len(shape))))
+
+
+register("dot_general", Rule(_pull_dot, _push_dot))
+register("conv_general_dilated", Rule(_pull_conv, _push_conv))

@@ -1,0 +1,124 @@
+"""Elementwise primitives: sums, products by something uniform, selections, and the nonlinear rest.
+
+Operands may be scalars or have axes of size 1 where the output is larger: such an operand is
+uniform along those axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from ..axes import ALL, FREE, AxisSet
+from .registry import Context, Opaque, Pull, Push, Rule, register
+
+
+def project(along: AxisSet, shape: Sequence[Any]) -> AxisSet:
+    """The set of the output as an operand of `shape` sees it: broadcast axes drop out."""
+    if not shape:
+        return AxisSet((), ())
+    pairs = zip(along.entries, along.shape, shape, strict=True)
+    return AxisSet.of(shape, (e if n == m else FREE for e, n, m in pairs))
+
+
+def lift(along: AxisSet, shape: Sequence[Any], broadcast: str = ALL) -> AxisSet:
+    """The set of an operand on an output of `shape`; broadcast axes get the entry `broadcast`."""
+    if not along.shape:
+        return AxisSet.of(shape, (broadcast for _ in shape))
+    pairs = zip(along.entries, along.shape, shape, strict=True)
+    return AxisSet.of(shape, (e if n == m else broadcast for e, n, m in pairs))
+
+
+def _pull_sum(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
+    """``C_S (x + y) = C_S x + C_S y``: every operand, projected on its own axes."""
+    return Pull(tuple((i, project(along, ctx.in_shape(i))) for i in range(len(ctx.op.inputs))))
+
+
+def _push_sum(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+    """``(x + u) + y = (x + y) + u``."""
+    return ((0, lift(along, ctx.out_shape())),)
+
+
+def _pull_convert(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
+    """A conversion between floating-point types is the identity up to rounding."""
+    if not _float_to_float(ctx):
+        return Opaque("converts between number types")
+    return Pull(((0, along),))
+
+
+def _push_convert(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+    if not _float_to_float(ctx):
+        return Opaque("converts between number types")
+    return ((0, along),)
+
+
+def _float_to_float(ctx: Context) -> bool:
+    new = ctx.params["new_dtype"]
+    return jnp.issubdtype(ctx.dtype(0), jnp.floating) and jnp.issubdtype(new, jnp.floating)
+
+
+def _pull_each(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
+    """Output i is operand i (`optimization_barrier`)."""
+    return Pull(((out, along),))
+
+
+def _push_each(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+    return ((operand, along),)
+
+
+def _pull_mul(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
+    """``C_S (x * g) = (C_S x) * g`` for ``g`` uniform along S."""
+    sets = [project(along, ctx.in_shape(i)) for i in (0, 1)]
+    for factor, other in ((1, 0), (0, 1)):
+        if ctx.uniform(factor, sets[factor]) and not (other and ctx.op.name == "div"):
+            return Pull(((other, sets[other]),))
+    return Opaque("scales the positions along the mean unequally")
+
+
+def _push_mul(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+    """``(x + u) * g = x * g + u * g``, and ``u * g`` is uniform wherever both are."""
+    other = 1 - operand
+    if ctx.op.name == "div" and operand == 1:
+        return Opaque("divides by the shifted value")
+    for broadcast in (ALL, FREE):
+        shifted = lift(along, ctx.out_shape(), broadcast)
+        if ctx.uniform(other, project(shifted, ctx.in_shape(other))):
+            return ((0, shifted),)
+    return Opaque("scales the positions along the mean unequally")
+
+
+def _pull_select(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
+    """A choice that is uniform along S picks whole groups: center every case."""
+    if not ctx.uniform(0, project(along, ctx.in_shape(0))):
+        return Opaque("chooses differently along the mean")
+    return Pull(tuple((i, along) for i in range(1, len(ctx.op.inputs))))
+
+
+def _push_select(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+    if operand == 0:
+        return Opaque("chooses by the shifted value")
+    if not ctx.uniform(0, project(along, ctx.in_shape(0))):
+        return Opaque("chooses differently along the mean")
+    return ((0, along),)
+
+
+register("add sub neg add_any", Rule(_pull_sum, _push_sum, elementwise=True))
+register(
+    "copy copy_p stop_gradient name reduce_precision sharding_constraint pvary",
+    Rule(_pull_sum, _push_sum, elementwise=True),
+)
+register("convert_element_type", Rule(_pull_convert, _push_convert, elementwise=True))
+register("optimization_barrier", Rule(_pull_each, _push_each))
+register("mul div", Rule(_pull_mul, _push_mul, elementwise=True))
+register("select_n", Rule(_pull_select, _push_select, elementwise=True))
+
+# Nonlinear, so opaque to means and shifts, but uniform where all operands are.
+register(
+    "abs acos acosh and asin asinh atan atan2 atanh cbrt ceil clamp cos cosh digamma eq erf "
+    "erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma log log1p logistic "
+    "lt max min ne nextafter not or pow rem round rsqrt shift_left shift_right_arithmetic "
+    "shift_right_logical sign sin sinh sqrt square tan tanh xor",
+    Rule(elementwise=True),
+)

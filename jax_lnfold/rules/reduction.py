@@ -1,0 +1,63 @@
+"""Sums along axes other than those of the mean: sums, cumulative sums, pooling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..axes import FREE, AxisSet
+from .registry import Context, Opaque, Pull, Push, Rule, register
+
+
+def _pull_sum(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
+    """A sum over other axes keeps a zero mean."""
+    axes = set(ctx.params["axes"])
+    rest = iter(along.entries)
+    entries = [FREE if d in axes else next(rest) for d in range(len(ctx.in_shape(0)))]
+    return Pull(((0, AxisSet.of(ctx.in_shape(0), entries)),))
+
+
+def _push_sum(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+    axes = set(ctx.params["axes"])
+    entries = (e for d, e in enumerate(along.entries) if d not in axes)
+    return ((0, AxisSet.of(ctx.out_shape(), entries)),)
+
+
+def _pull_cumsum(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
+    return _keep(along, [ctx.params["axis"]])
+
+
+def _push_cumsum(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+    return ((0, along.free([ctx.params["axis"]])),)
+
+
+def _windowed(ctx: Context) -> list[int]:
+    """Axes along which a window mixes positions or leaves some out."""
+    p = ctx.params
+    per_axis = zip(
+        p["window_dimensions"], p["window_strides"], p["padding"],
+        p["base_dilation"], p["window_dilation"], strict=True,
+    )
+    return [d for d, given in enumerate(per_axis) if given != (1, 1, (0, 0), 1, 1)]
+
+
+def _pull_window(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
+    kept = along.free(_windowed(ctx))
+    if kept.trivial and not along.trivial:
+        return Opaque("sums windows along the mean")
+    return Pull(((0, AxisSet.of(ctx.in_shape(0), kept.entries)),), exact=kept == along)
+
+
+def _push_window(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+    return ((0, AxisSet.of(ctx.out_shape(), along.free(_windowed(ctx)).entries)),)
+
+
+def _keep(along: AxisSet, mixed: Sequence[int]) -> Pull | Opaque:
+    kept = along.free(mixed)
+    if kept.trivial and not along.trivial:
+        return Opaque("sums along the mean")
+    return Pull(((0, kept),), exact=kept == along)
+
+
+register("reduce_sum", Rule(_pull_sum, _push_sum))
+register("cumsum", Rule(_pull_cumsum, _push_cumsum))
+register("reduce_window_sum", Rule(_pull_window, _push_window))

@@ -1,0 +1,127 @@
+"""The registry of rules: how a centering moves back through a primitive, and a shift forward.
+
+For an equation ``y = op(x_0, x_1, ...)`` a rule says two things about axis sets:
+
+- *pull* (transport): which operands have to be zero-mean, along which sets, so that ``y`` is
+  zero-mean along a given set;
+- *push* (tolerance): if one operand is shifted by something uniform along a given set, along
+  which set is the shift of ``y`` uniform?
+
+Both may answer `Opaque`, and a primitive without a rule is opaque. Opaque is always sound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..axes import AxisSet
+from ..graph import Graph, Op
+
+
+@dataclass(frozen=True, slots=True)
+class Opaque:
+    """The rule cannot help; `why` completes the sentence "the operation ..."."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """Operands that must be zero-mean, as (operand position, axis set).
+
+    `exact` says that nothing was refined on the way: the output is then also uniform along the
+    asked set if the operands are uniform along theirs.
+    """
+
+    needs: tuple[tuple[int, AxisSet], ...]
+    exact: bool = True
+
+
+Push = tuple[tuple[int, AxisSet], ...]
+"""Shifted outputs, as (output position, axis set)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a rule may ask about the equation it is applied to."""
+
+    graph: Graph
+    op: Op
+    is_uniform: Callable[[int, AxisSet], bool]
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The parameters of the equation."""
+        return self.op.params
+
+    def in_shape(self, position: int) -> tuple[Any, ...]:
+        """The shape of an operand."""
+        return self.graph.shape(self.op.inputs[position])
+
+    def out_shape(self, position: int = 0) -> tuple[Any, ...]:
+        """The shape of an output."""
+        return self.graph.shape(self.op.outputs[position])
+
+    def dtype(self, position: int) -> np.dtype[Any]:
+        """The dtype of an operand."""
+        return self.graph.avals[self.op.inputs[position]].dtype
+
+    def uniform(self, position: int, along: AxisSet) -> bool:
+        """Whether an operand does not vary along a set, whatever the data and parameters."""
+        return self.is_uniform(self.op.inputs[position], along)
+
+    def scalar(self, position: int) -> np.ndarray | None:
+        """The number that all elements of an operand have, if the program fixes it."""
+        return self.graph.scalar(self.op.inputs[position])
+
+    def data_free(self, position: int) -> bool:
+        """Whether an operand is computed from parameters and constants only."""
+        return self.graph.data_free[self.op.inputs[position]]
+
+
+PullRule = Callable[[Context, int, AxisSet], Pull | Opaque]
+PushRule = Callable[[Context, int, AxisSet], Push | Opaque]
+
+
+def no_pull(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
+    """The rule of a primitive whose output cannot be centered through its operands."""
+    return Opaque("does not carry a zero mean from its operands to its result")
+
+
+def no_push(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+    """The rule of a primitive that notices every shift."""
+    return Opaque("notices a shift of its operand")
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """The two answers for one primitive.
+
+    `elementwise` adds that the output is uniform along whatever all operands are uniform along,
+    even where it is not linear.
+    """
+
+    pull: PullRule = no_pull
+    push: PushRule = no_push
+    elementwise: bool = False
+
+
+OPAQUE = Rule()
+RULES: dict[str, Rule] = {}
+
+
+def register(names: str | Iterable[str], rule: Rule) -> None:
+    """Give the primitives with these names a rule."""
+    for name in names.split() if isinstance(names, str) else names:
+        if name in RULES:
+            raise ValueError(f"primitive {name!r} has a rule already")
+        RULES[name] = rule
+
+
+def rule_for(name: str) -> Rule:
+    """The rule of a primitive; the opaque rule where there is none."""
+    return RULES.get(name, OPAQUE)

@@ -1,0 +1,271 @@
+"""Primitives that move elements without computing: reshapes, slices, joins, look-ups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..axes import ALL, FREE, AxisSet, Entry
+from .registry import Context, Opaque, Pull, Push, Rule, register
+
+
+def _pull_transpose(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
+    order = ctx.params["permutation"]
+    return Pull(((0, AxisSet(ctx.in_shape(0), _scatter(order, along.entries))),))
+
+
+def _push_transpose(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+    return ((0, AxisSet(ctx.out_shape(), tuple(along.entries[d] for d in ctx.params["permutation"]))),)
+
+
+def _scatter(order: Sequence[int], entries: Sequence[Entry]) -> tuple[Entry, ...]:
+    placed: list[Entry] = [FREE] * len(order)
+    for d, e in zip(order, entries, strict=True):
+        placed[d] = e
+    return tuple(placed)
+
+
+def _pull_reshape(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
+    """Groups stay groups; they must still be a product over the axes of the operand."""
+    before = along.reshape(ctx.in_shape(0))
+    return Opaque("reshapes across the mean") if before is None else Pull(((0, before),))
+
+
+def _push_reshape(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+    after = along.reshape(ctx.out_shape())
+    return Opaque("reshapes across the mean") if after is None else ((0, after),)
+
+
+def _pull_broadcast(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
+    """New axes repeat the operand: a mean along them is the operand itself."""
+    pairs = zip(ctx.params["broadcast_dimensions"], ctx.in_shape(0), strict=True)
+    entries = (along.entries[o] if along.shape[o] == n else FREE for o, n in pairs)
+    return Pull(((0, AxisSet.of(ctx.in_shape(0), entries)),))
+
+
+def _push_broadcast(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+    entries: list[Entry] = [ALL] * len(ctx.out_shape())
+    for d, o in enumerate(ctx.params["broadcast_dimensions"]):
+        if ctx.in_shape(0)[d] == ctx.out_shape()[o]:
+            entries[o] = along.entries[d]
+    return ((0, AxisSet.of(ctx.out_shape(), entries)),)
+
+
+def _pull_rev(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
+    return Pull(((0, _reversed(ctx, along)),))
+
+
+def _push_rev(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+    return ((0, _reversed(ctx, along)),)
+
+
+def _reversed(ctx: Context, along: AxisSet) -> AxisSet:
+    flipped = set(ctx.params["dimensions"])
+    entries = (
+        e[::-1] if d in flipped and isinstance(e, tuple) else e
+        for d, e in enumerate(along.entries)
+    )
+    return AxisSet.of(along.shape, entries)
+
+
+def _slices(ctx: Context) -> list[slice]:
+    """The positions that a `slice` reads, with whole axes written as ``slice(0, n, 1)``."""
+    starts, stops = ctx.params["start_indices"], ctx.params["limit_indices"]
+    strides = ctx.params["strides"] or (1,) * len(starts)
+    return [slice(*bounds) for bounds in zip(starts, stops, strides, strict=True)]
+
+
+def _embed_or_free(along: AxisSet, shape: Sequence[Any], positions: list[slice]) -> AxisSet | None:
+    """The set on the whole array; axes too long or symbolic get every position instead."""
+    found = along.embed(shape, positions)
+    if found is not None:
+        return found
+    touched = [d for d, s in enumerate(positions) if s != slice(0, shape[d], 1)]
+    if any(along.entries[d] != FREE for d in touched):
+        return None
+    return AxisSet.of(shape, along.entries)
+
+
+def _pull_slice(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
+    """Only the positions that are read need to be zero-mean: a region."""
+    before = _embed_or_free(along, ctx.in_shape(0), _slices(ctx))
+    return Opaque("slices along the mean") if before is None else Pull(((0, before),))
+
+
+def _push_slice(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+    return ((0, along.select(_slices(ctx))),)
+
+
+def _parts(ctx: Context, axis: int, sizes: Sequence[int]) -> list[list[slice]]:
+    """The positions of each part along `axis`."""
+    whole = [slice(0, n, 1) for n in (ctx.in_shape(0))]
+    starts = np.cumsum([0, *sizes])
+    return [
+        [*whole[:axis], slice(int(a), int(a + n), 1), *whole[axis + 1 :]]
+        for a, n in zip(starts[:-1], sizes, strict=True)
+    ]
+
+
+def _pull_split(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
+    positions = _parts(ctx, ctx.params["axis"], ctx.params["sizes"])[out]
+    before = _embed_or_free(along, ctx.in_shape(0), positions)
+    return Opaque("splits along the mean") if before is None else Pull(((0, before),))
+
+
+def _push_split(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+    parts = _parts(ctx, ctx.params["axis"], ctx.params["sizes"])
+    return tuple((k, along.select(part)) for k, part in enumerate(parts))
+
+
+def _joined(ctx: Context) -> list[list[slice]]:
+    axis = ctx.params["dimension"]
+    return _parts(ctx, axis, [ctx.in_shape(i)[axis] for i in range(len(ctx.op.inputs))])
+
+
+def _pull_concatenate(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
+    """Each operand on its own stretch: the whole is zero-mean if every stretch is."""
+    axis = ctx.params["dimension"]
+    sets = [along.select(part) for part in _joined(ctx)]
+    needs = tuple((i, s) for i, s in enumerate(sets) if not s.empty)
+    return Pull(needs, exact=along.entries[axis] == FREE)
+
+
+def _push_concatenate(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+    after = _embed_or_free(along, ctx.out_shape(), _joined(ctx)[operand])
+    return Opaque("concatenates along the mean") if after is None else ((0, after),)
+
+
+def _padding(ctx: Context) -> tuple[list[slice], bool]:
+    """Where the operand lands in the output, and whether it lands there whole."""
+    positions, whole = [], True
+    for (low, high, interior), n, m in zip(
+        ctx.params["padding_config"], ctx.in_shape(0), ctx.out_shape(), strict=True
+    ):
+        if (low, high, interior) == (0, 0, 0):
+            positions.append(slice(0, m, 1))
+            continue
+        whole = whole and low >= 0 and high >= 0
+        positions.append(slice(low, m - high, interior + 1) if n else slice(0, 0, 1))
+    return positions, whole
+
+
+def _pull_pad(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
+    """Zeros add nothing to a mean that is zero."""
+    positions, whole = _padding(ctx)
+    if not whole or ctx.scalar(1) is None or ctx.scalar(1) != 0:
+        return Opaque("pads with something else than zeros")
+    return Pull(((0, along.select(positions)),), exact=False)
+
+
+def _push_pad(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+    positions, whole = _padding(ctx)
+    if operand == 1 or not whole:
+        return Opaque("pads with the shifted value" if operand else "pads by a negative amount")
+    after = _embed_or_free(along, ctx.out_shape(), positions)
+    return Opaque("pads along the mean") if after is None else ((0, after),)
+
+
+# Look-ups and updates of whole rows. Some axes are indexed; on the others ("row axes") whole
+# slices are moved, so a mean along row axes is the same before and after.
+
+
+def _rows_of_dynamic_slice(ctx: Context) -> dict[int, int]:
+    sizes = zip(ctx.in_shape(0), ctx.out_shape(), strict=True)
+    return {d: d for d, (n, m) in enumerate(sizes) if n == m}
+
+
+def _rows_of_gather(ctx: Context) -> dict[int, int]:
+    numbers, sizes = ctx.params["dimension_numbers"], ctx.params["slice_sizes"]
+    dropped = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+    kept = [d for d in range(len(sizes)) if d not in dropped]
+    pairs = zip(kept, numbers.offset_dims, strict=True)
+    return {d: o for d, o in pairs if sizes[d] == ctx.in_shape(0)[d]}
+
+
+def _rows_of_scatter(ctx: Context) -> dict[int, int]:
+    numbers = ctx.params["dimension_numbers"]
+    dropped = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
+    kept = [d for d in range(len(ctx.in_shape(0))) if d not in dropped]
+    pairs = zip(kept, numbers.update_window_dims, strict=True)
+    return {d: u for d, u in pairs if ctx.in_shape(0)[d] == ctx.in_shape(2)[u]}
+
+
+def _rows_of_update(ctx: Context) -> dict[int, int]:
+    sizes = zip(ctx.in_shape(0), ctx.in_shape(1), strict=True)
+    return {d: d for d, (n, m) in enumerate(sizes) if n == m}
+
+
+Rows = Callable[[Context], dict[int, int]]
+
+
+def _map_rows(along: AxisSet, shape: Sequence[Any], rows: dict[int, int]) -> AxisSet:
+    """The set on an array of `shape` that has the entry of axis d on axis ``rows[d]``."""
+    entries: list[Entry] = [FREE] * len(shape)
+    for d, o in rows.items():
+        entries[o] = along.entries[d]
+    return AxisSet.of(shape, entries)
+
+
+def _lookup(rows_of: Rows) -> Rule:
+    """``C_S table[i] = (C_S' table)[i]`` for S on row axes."""
+
+    def pull(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
+        rows = {o: d for d, o in rows_of(ctx).items()}
+        before = _map_rows(along, ctx.in_shape(0), rows)
+        if before.trivial and not along.trivial:
+            return Opaque("picks single elements along the mean")
+        if not _fills_with_zeros(ctx):
+            return Opaque("fills missing rows with a constant")
+        return Pull(((0, before),), exact=set(along.axes) <= set(rows))
+
+    def push(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+        if operand:
+            return Opaque("uses the shifted value as an index")
+        return ((0, _map_rows(along, ctx.out_shape(), rows_of(ctx))),)
+
+    return Rule(pull, push)
+
+
+def _fills_with_zeros(ctx: Context) -> bool:
+    """Rows outside the table are NaN (then the mean is, too) or zero, if filled at all."""
+    fill = ctx.params.get("fill_value")
+    return fill is None or fill == 0 or fill != fill
+
+
+def _update(rows_of: Rows, source: int) -> Rule:
+    """Rows of `operand` replaced or increased by rows of `updates`: both, for S on row axes."""
+
+    def pull(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
+        rows = rows_of(ctx)
+        kept = along.free(d for d in along.axes if d not in rows)
+        if kept.trivial and not along.trivial:
+            return Opaque("writes single elements along the mean")
+        updates = _map_rows(kept, ctx.in_shape(source), rows)
+        return Pull(((0, kept), (source, updates)), exact=kept == along)
+
+    def push(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+        rows = rows_of(ctx)
+        if operand == 0:
+            return ((0, along.free(d for d in along.axes if d not in rows)),)
+        if operand != source:
+            return Opaque("uses the shifted value as an index")
+        back = {u: d for d, u in rows.items()}
+        return ((0, _map_rows(along, ctx.out_shape(), back)),)
+
+    return Rule(pull, push)
+
+
+register("transpose", Rule(_pull_transpose, _push_transpose))
+register("reshape squeeze expand_dims", Rule(_pull_reshape, _push_reshape))
+register("broadcast_in_dim", Rule(_pull_broadcast, _push_broadcast))
+register("rev", Rule(_pull_rev, _push_rev))
+register("slice", Rule(_pull_slice, _push_slice))
+register("split", Rule(_pull_split, _push_split))
+register("concatenate", Rule(_pull_concatenate, _push_concatenate))
+register("pad", Rule(_pull_pad, _push_pad))
+register("dynamic_slice", _lookup(_rows_of_dynamic_slice))
+register("gather", _lookup(_rows_of_gather))
+register("dynamic_update_slice", _update(_rows_of_update, source=1))
+register("scatter scatter_add scatter-add", _update(_rows_of_scatter, source=2))

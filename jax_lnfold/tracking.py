@@ -1,0 +1,404 @@
+"""How the values around a LayerNorm respond to a shift of its input.
+
+For ``x -> x + u`` with ``u`` uniform along S, a derived value ``y`` becomes ``y + r(u)`` where the
+response ``r`` is a polynomial in ``u``. Its coefficients are products of a number, ``x``, the sum
+of ``x`` over S, and other values of the program: ``mean(x**2)`` responds with
+``2 sum(x) u / n + u**2``, and so does ``mean(x)**2``, so their difference does not respond. This
+recognises the arithmetic of a LayerNorm in every spelling, and nothing that only resembles it.
+Numbers are exact fractions; ``1/n`` is the value of S's size rounded to the program's dtype.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import prod
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from .axes import ALL, FREE, AxisSet
+from .graph import Graph, Op
+from .rules import Context, Opaque, rule_for
+
+X = "x"
+Factor = str | tuple[int, ...]
+"""`X`; the root's axes over which ``x`` is summed; or another value, ``*7`` or ``/7``."""
+Term = tuple[int, tuple[Factor, ...]]
+"""Degree in u, and the sorted factors of the coefficient."""
+Response = dict[Term, Fraction]
+
+_SAME = frozenset({
+    "convert_element_type", "copy", "copy_p", "stop_gradient", "name", "reduce_precision",
+    "sharding_constraint", "optimization_barrier", "pvary",
+})
+_MOVES = frozenset({"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose"})
+_EXTREMA = frozenset({"reduce_max", "reduce_min"})
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """A value that responds: how, and how its axes line up with those of the root.
+
+    `form` writes the value itself as a combination of ``x`` and its sums, where that is possible.
+    `dims` names the root's axis behind every axis, None for a broadcast one.
+    """
+
+    response: Response
+    form: dict[Factor, Fraction] | None
+    dims: tuple[int | None, ...]
+
+    @property
+    def factors(self) -> set[str]:
+        """All other values that the response depends on."""
+        named = (f for _, factors in self.response for f in factors)
+        return {f for f in named if isinstance(f, str) and f != X}
+
+
+class Refused(Exception):
+    """An operation notices the shift in a way that nothing cancels."""
+
+
+@dataclass(frozen=True)
+class Cancelled:
+    """A value that stopped responding although its operands respond."""
+
+    value: int
+    centered: frozenset[int] | None  # axes, where it is a multiple of x - mean(x)
+    quadratic: bool
+    factors: frozenset[str]
+
+
+class Tracker:
+    """Follows one shifted value until every response has cancelled or been handed on.
+
+    A full-size value that is merely shifted can be handed on (`delegated`): the same question
+    about another value. With `keep_products`, products with other values are followed instead.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        root: int,
+        along: AxisSet,
+        context: Callable[[Op], Context],
+        keep_products: bool = False,
+        stop_early: bool = True,
+    ) -> None:
+        """Prepare to follow `root` shifted by something uniform along `along`."""
+        self.graph, self.root, self.along = graph, root, along
+        self.delegated: list[tuple[int, AxisSet]] = []
+        self.refusal: tuple[Op, str] | None = None
+        self.cancelled: list[Cancelled] = []
+        self.sums: list[tuple[Op, frozenset[int]]] = []
+        self._context, self._keep, self._stop = context, keep_products, stop_early
+        self._counts = {n for n in along.shape if isinstance(n, int)}
+        whole = tuple(range(len(along.shape)))
+        self._tracked = {root: Tracked({(1, ()): Fraction(1)}, {X: Fraction(1)}, whole)}
+
+    def run(self) -> None:
+        """Follow all uses, in program order."""
+        queue = [op.index for op, _ in self.graph.uses[self.root]]
+        heapq.heapify(queue)
+        seen: set[int] = set()
+        while queue:
+            index = heapq.heappop(queue)
+            if index in seen:
+                continue
+            seen.add(index)
+            op = self.graph.ops[index]
+            try:
+                made = self._step(op)
+            except Refused as refused:
+                self.refusal = self.refusal or (op, str(refused))
+                if self._stop:
+                    return
+                continue
+            for value, tracked in made:
+                self._tracked[value] = tracked
+                if value in self.graph.outputs:
+                    self.refusal = self.refusal or (op, "is returned as an output")
+                for use, _ in self.graph.uses[value]:
+                    heapq.heappush(queue, use.index)
+
+    def _step(self, op: Op) -> list[tuple[int, Tracked]]:
+        """Outputs of `op` that still respond and are not handed on."""
+        operands = [self._tracked.get(v) for v in op.inputs]
+        hit = [i for i, t in enumerate(operands) if t is not None]
+        if op.name in _SAME:
+            return self._same(op, operands, hit)
+        refusal = "notices a shift of its operand"
+        if not self._prefers_exact(op, operands, hit):
+            handed = self._hand_on(op, operands, hit)
+            if handed is None:
+                return []
+            refusal = handed
+        result = self._exact(op, operands, refusal)
+        if result is None:
+            return []
+        if not result.response:
+            self._note_cancelled(op, operands, result)
+            return []
+        return [(op.outputs[0], result)]
+
+    def _prefers_exact(self, op: Op, operands: list[Tracked | None], hit: list[int]) -> bool:
+        """Whether to follow a response through `op` rather than ask about its output instead."""
+        first = operands[hit[0]]
+        if len(hit) > 1:
+            return op.name in ("add", "sub", "mul")
+        if op.name == "reduce_sum" and first is not None:
+            named = (first.dims[a] for a in op.params["axes"])
+            return all(d is None or self.along.uniform_along(d) for d in named)
+        scales = op.name in ("mul", "div")
+        if first is not None and first.form is not None and X in first.form:
+            return scales and self._keep
+        return scales or op.name in _MOVES
+
+    def _same(self, op: Op, operands: list[Tracked | None], hit: list[int]) -> list[Any]:
+        if op.name == "convert_element_type" and not jnp.issubdtype(
+            op.params["new_dtype"], jnp.floating
+        ):
+            raise Refused("converts the shifted value to another kind of number")
+        return [(op.outputs[i], operands[i]) for i in hit]
+
+    def _shifted(self, value: int, t: Tracked | None) -> AxisSet | None:
+        """Along what a merely shifted value is shifted uniformly, None if it is not that."""
+        if t is None or not self._pure(t):
+            return None
+        shape = self.graph.shape(value)
+        entries = (
+            ALL if d is None else self.along.entries[d] if self.along.shape[d] == n else FREE
+            for d, n in zip(t.dims, shape, strict=True)
+        )
+        return AxisSet.of(shape, entries)
+
+    def _hand_on(self, op: Op, operands: list[Tracked | None], hit: list[int]) -> str | None:
+        """Ask the rule; None when the shifted outputs were handed on, else why not."""
+        ctx, rule = self._context(op), rule_for(op.name)
+        handed = []
+        for i in hit:
+            along = self._shifted(op.inputs[i], operands[i])
+            if along is None:
+                return "notices a shift of its operand"
+            pushed = rule.push(ctx, i, along)
+            if isinstance(pushed, Opaque):
+                return pushed.why
+            for output, after in pushed:
+                if after.trivial and not along.trivial:
+                    return "reads the shifted value across the mean"
+                handed.append((op.outputs[output], after))
+        self.delegated.extend(handed)
+        return None
+
+    def _exact(self, op: Op, operands: list[Tracked | None], refusal: str) -> Tracked | None:
+        """The response of the output of `op`, None if it never responds."""
+        name, first = op.name, operands[0]
+        if name in ("argmax", "argmin") and first and self._pure(first):
+            self._check_uniform(first, op.params["axes"])
+            return None
+        if name in _MOVES and first:
+            return self._move(op, first)
+        if name == "reduce_sum" and first:
+            return self._sum(op, first)
+        if name in _EXTREMA and first and self._pure(first):
+            self._check_uniform(first, op.params["axes"])
+            dims = tuple(d for k, d in enumerate(first.dims) if k not in op.params["axes"])
+            return Tracked(first.response, None, dims)
+        if name == "neg" and first:
+            return _scaled(first, Fraction(-1))
+        if name in ("add", "sub", "add_any"):
+            return self._add(op, operands, Fraction(-1 if name == "sub" else 1))
+        if name == "mul" or name == "div":
+            return self._multiply(op, operands)
+        if (name == "square" or (name == "integer_pow" and op.params["y"] == 2)) and first:
+            return _product(first, first)
+        if name == "max" and self._is_minus_infinity(op, operands):
+            return operands[0] or operands[1]
+        raise Refused(refusal)
+
+    @staticmethod
+    def _pure(t: Tracked) -> bool:
+        return set(t.response) == {(1, ())}
+
+    def _is_minus_infinity(self, op: Op, operands: list[Tracked | None]) -> bool:
+        other = [i for i in (0, 1) if operands[i] is None]
+        number = self.graph.scalar(op.inputs[other[0]]) if other else None
+        return number is not None and bool(np.isneginf(float(number)))
+
+    def _check_uniform(self, t: Tracked, axes: Sequence[int]) -> None:
+        for axis in axes:
+            d = t.dims[axis]
+            if d is not None and not self.along.uniform_along(d):
+                raise Refused("reduces over positions that are shifted differently")
+
+    def _move(self, op: Op, t: Tracked) -> Tracked:
+        """Axes appear, disappear or swap; those that matter keep their order of elements."""
+        if t.factors:
+            raise Refused("moves the shifted value")
+        before, after = self.graph.shape(op.inputs[0]), self.graph.shape(op.outputs[0])
+        dims: list[int | None] = [None] * len(after)
+        if op.name == "transpose":
+            dims = [t.dims[d] for d in op.params["permutation"]]
+        elif op.name == "broadcast_in_dim":
+            for d, o in enumerate(op.params["broadcast_dimensions"]):
+                dims[o] = t.dims[d] if before[d] == after[o] else None
+        else:
+            old = [d for d, n in enumerate(before) if n != 1]
+            new = [d for d, n in enumerate(after) if n != 1]
+            if [before[d] for d in old] != [after[d] for d in new]:
+                raise Refused("reshapes the shifted value")
+            for d, o in zip(old, new, strict=True):
+                dims[o] = t.dims[d]
+        return Tracked(t.response, t.form, tuple(dims))
+
+    def _sum(self, op: Op, t: Tracked) -> Tracked:
+        """``sum(x + u) = sum(x) + n u`` over axes along which u is uniform."""
+        axes = op.params["axes"]
+        self._check_uniform(t, axes)
+        shape = self.graph.shape(op.inputs[0])
+        if t.factors or not all(isinstance(shape[a], int) for a in axes):
+            raise Refused("sums products with the shifted value")
+        n = prod(shape[a] for a in axes)
+        named = [t.dims[a] for a in axes if shape[a] != 1]
+        real = {d for d in named if d is not None}
+        if real and None in named:
+            raise Refused("sums repeated values")
+        self._counts.add(n)
+
+        def summed(factors: tuple[Factor, ...]) -> tuple[tuple[Factor, ...], int]:
+            """The factors of the sum, and how often each is counted."""
+            varies = [f for f in factors if f == X or (isinstance(f, tuple) and not real <= {*f})]
+            if not real or not varies:
+                return factors, n
+            if len(factors) > 1 or (factors[0] != X and real & {*factors[0]}):
+                raise Refused("sums powers of the shifted value")
+            return (tuple(sorted(real if factors[0] == X else real | {*factors[0]})),), 1
+
+        response: Response = {}
+        for (degree, factors), number in t.response.items():
+            kept, times = summed(factors)
+            _accumulate(response, (degree, kept), number * times)
+        form: dict[Factor, Fraction] | None = None
+        if t.form is not None:
+            form = {}
+            for factor, number in t.form.items():
+                kept, times = summed((factor,))
+                _accumulate(form, kept[0], number * times)
+            if set(t.form) == {X} and real:
+                self.sums.append((op, frozenset(real)))
+        dims = tuple(d for k, d in enumerate(t.dims) if k not in axes)
+        return Tracked(response, form, dims)
+
+    def _add(self, op: Op, operands: list[Tracked | None], sign: Fraction) -> Tracked:
+        a, b = operands
+        if a is None or b is None:
+            t = a if a is not None else _scaled(b, sign) if b is not None else None
+            assert t is not None
+            return Tracked(t.response, None, self._aligned(op, [t])[0])
+        dims, *_ = self._aligned(op, [a, b])
+        response = dict(a.response)
+        for term, number in b.response.items():
+            _accumulate(response, term, sign * number)
+        form = None
+        if a.form is not None and b.form is not None:
+            form = dict(a.form)
+            for key, number in b.form.items():
+                _accumulate(form, key, sign * number)
+        return Tracked(response, form, dims)
+
+    def _multiply(self, op: Op, operands: list[Tracked | None]) -> Tracked:
+        a, b = operands
+        if a is not None and b is not None:
+            if op.name == "div":
+                raise Refused("divides by the shifted value")
+            dims = self._aligned(op, [a, b])[0]
+            product = _product(a, b)
+            return Tracked(product.response, product.form, dims)
+        position = 0 if a is not None else 1
+        t = operands[position]
+        assert t is not None
+        if op.name == "div" and position == 1:
+            raise Refused("divides by the shifted value")
+        dims = self._aligned(op, [t])[0]
+        number = self.graph.scalar(op.inputs[1 - position])
+        if number is not None and np.isfinite(number):
+            factor = self._exact_number(number)
+            if op.name == "div" and factor == 0:
+                raise Refused("divides by zero")
+            scaled = _scaled(t, 1 / factor if op.name == "div" else factor)
+            return Tracked(scaled.response, scaled.form, dims)
+        token = f"{'/' if op.name == 'div' else '*'}{op.inputs[1 - position]}"
+        response = {
+            (degree, _sorted((*factors, token))): number
+            for (degree, factors), number in t.response.items()
+        }
+        return Tracked(response, None, dims)
+
+    def _exact_number(self, number: np.ndarray) -> Fraction:
+        """The number meant by the program: counts and their reciprocals, rounded to its dtype."""
+        for n in sorted(self._counts):
+            for exact in (Fraction(n), Fraction(1, n) if n else Fraction(0)):
+                if number == np.asarray(float(exact)).astype(number.dtype):
+                    return exact
+        return Fraction(float(number))
+
+    def _aligned(self, op: Op, tracked: list[Tracked]) -> list[tuple[int | None, ...]]:
+        """Axes of the output; every operand must line up with the root in the same way."""
+        rank = len(self.graph.shape(op.outputs[0]))
+        columns = [t.dims or (None,) * rank for t in tracked]
+        dims: list[int | None] = []
+        for column in zip(*columns, strict=True):
+            named = {d for d in column if d is not None}
+            if len(named) > 1:
+                raise Refused("combines axes that do not line up")
+            d = named.pop() if named else None
+            if d is not None and None in column and not self.along.uniform_along(d):
+                raise Refused("combines positions that are shifted differently")
+            dims.append(d)
+        return [tuple(dims)]
+
+    def _note_cancelled(self, op: Op, operands: list[Tracked | None], result: Tracked) -> None:
+        hit = [t for t in operands if t is not None]
+        centered = None
+        if result.form is not None and len(result.form) == 2 and X in result.form:
+            (axes,) = (f for f in result.form if isinstance(f, tuple))
+            n = prod(self.along.shape[d] for d in axes)
+            if result.form[axes] * n == -result.form[X]:
+                centered = frozenset(axes)
+        quadratic = any(degree > 1 for t in hit for degree, _ in t.response)
+        factors = frozenset().union(*(t.factors for t in hit))
+        self.cancelled.append(Cancelled(op.outputs[0], centered, quadratic, factors))
+
+
+def _sorted(factors: tuple[Factor, ...]) -> tuple[Factor, ...]:
+    return tuple(sorted(factors, key=str))
+
+
+def _accumulate(total: dict[Any, Fraction], key: Any, number: Fraction) -> None:
+    value = total.get(key, Fraction(0)) + number
+    if value:
+        total[key] = value
+    else:
+        total.pop(key, None)
+
+
+def _scaled(t: Tracked, factor: Fraction) -> Tracked:
+    response = {term: number * factor for term, number in t.response.items() if factor}
+    form = None if t.form is None else {k: v * factor for k, v in t.form.items()}
+    return Tracked(response, form, t.dims)
+
+
+def _product(a: Tracked, b: Tracked) -> Tracked:
+    """``(a + r)(b + s) - ab = a s + r b + r s``."""
+    if a.form is None or b.form is None:
+        raise Refused("multiplies by the shifted value")
+    response: Response = {}
+    own = [{(0, (k,)): v for k, v in t.form.items()} for t in (a, b) if t.form is not None]
+    for left, right in ((own[0], b.response), (a.response, own[1]), (a.response, b.response)):
+        for (p, f), v in left.items():
+            for (q, g), w in right.items():
+                _accumulate(response, (p + q, _sorted((*f, *g))), v * w)
+    return Tracked(response, None, a.dims)

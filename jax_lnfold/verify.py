@@ -1,0 +1,77 @@
+"""Compares a folded model with its original, in the dtype given and against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .errors import FoldError
+
+if TYPE_CHECKING:
+    from .api import Folded
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """Largest absolute differences over all floating-point outputs.
+
+    `original_error` and `folded_error` are measured against the original function run with
+    float64 parameters and inputs, `difference` between original and folded in the dtype given.
+    `scale` is the largest magnitude of the reference.
+    """
+
+    original_error: float
+    folded_error: float
+    difference: float
+    scale: float
+
+    def __str__(self) -> str:
+        """The figures in one line."""
+        return (
+            f"largest error against float64: original {self.original_error:.3g}, folded "
+            f"{self.folded_error:.3g}; largest difference {self.difference:.3g} "
+            f"(outputs up to {self.scale:.3g})"
+        )
+
+
+def verify(apply_fn: Callable[..., Any], params: Any, folded: Folded, *inputs: Any) -> Verification:
+    """Run the original and the folded program on `inputs` and measure their errors.
+
+    The reference is `apply_fn` with every floating-point leaf of `params` and `inputs` in float64;
+    computations that the function itself pins to a narrower dtype stay there.
+
+    Raises:
+        FoldError: the outputs have no floating-point array to compare.
+    """
+    original = _outputs(apply_fn(params, *inputs))
+    result = _outputs(folded.apply(folded.params, *inputs))
+    if not original:
+        raise FoldError("apply_fn: returns no floating-point array; there is nothing to compare")
+    with jax.enable_x64(True):
+        wide_params, wide_inputs = jax.tree.map(_widen, (params, inputs))
+        reference = _outputs(apply_fn(wide_params, *wide_inputs))
+    return Verification(
+        original_error=_largest(original, reference),
+        folded_error=_largest(result, reference),
+        difference=_largest(original, result),
+        scale=max(float(np.max(np.abs(r), initial=0.0)) for r in reference),
+    )
+
+
+def _widen(x: Any) -> Any:
+    floating = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+    return jnp.asarray(np.asarray(x, np.float64)) if floating else x
+
+
+def _outputs(tree: Any) -> list[np.ndarray]:
+    arrays = (x for x in jax.tree.leaves(tree) if hasattr(x, "dtype"))
+    return [np.asarray(x, np.float64) for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
+
+
+def _largest(a: list[np.ndarray], b: list[np.ndarray]) -> float:
+    return max(float(np.max(np.abs(x - y), initial=0.0)) for x, y in zip(a, b, strict=True))
