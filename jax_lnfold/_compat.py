@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
+from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
 __all__ = [
@@ -40,12 +40,14 @@ _CALLS = {
 CUSTOM_RULES = frozenset({"custom_jvp_call", "custom_vjp_call"})
 """Calls whose derivative is not that of their body: values inside must keep their meaning."""
 
-_LIBRARY_PARTS = ("/jax/", "/jaxlib/", "/flax/", "/jax_lnfold/", "/equinox/", "/haiku/", "/keras/")
+_JAX_PARTS = ("/jax/_src/", "/jaxlib/", "/jax_lnfold/", "<")
+_LIBRARY_PARTS = (*_JAX_PARTS, "/site-packages/", "/dist-packages/")
 
 
 def open_jaxpr(jaxpr: ClosedJaxpr | Jaxpr) -> Jaxpr:
     """The jaxpr without its constants (since jax 0.11 both are one class)."""
-    return getattr(jaxpr, "jaxpr", jaxpr)
+    inner: Any = getattr(jaxpr, "jaxpr", jaxpr)
+    return inner
 
 
 def consts_of(jaxpr: ClosedJaxpr | Jaxpr) -> Sequence[Any]:
@@ -79,14 +81,19 @@ def with_call_jaxpr(
 
 def is_tracer(x: Any) -> bool:
     """Whether `x` stands for a value that is not known yet."""
-    return isinstance(x, jax.core.Tracer)
+    return isinstance(x, Tracer)
 
 
-def source_line(eqn: JaxprEqn) -> str:
-    """``file.py:line`` of the user's code that made the equation, empty if unknown."""
-    for file, line in _frames(eqn):
-        if not any(part in file for part in _LIBRARY_PARTS):
-            return f"{file.rsplit('/', 1)[-1]}:{line}"
+def source_line(eqns: Sequence[JaxprEqn]) -> str:
+    """``file.py:line`` of the code that made the first equation, empty if unknown.
+
+    The user's own code is preferred to that of libraries, and any code to that of jax. Functions
+    that jax has traced before know no caller: the calls around an equation follow it in `eqns`.
+    """
+    for skipped in (_LIBRARY_PARTS, _JAX_PARTS):
+        for file, line in (frame for eqn in eqns for frame in _frames(eqn)):
+            if not any(part in file for part in skipped):
+                return f"{file.rsplit('/', 1)[-1]}:{line}"
     return ""
 
 

@@ -185,14 +185,10 @@ def _make_plan(params: Any, placement: Placement) -> FoldPlan:
     graph = placement.graph
     paths = [path for path, _ in leaf_paths(params)]
     shapes = {i: graph.shape(v) for v, i in graph.leaves.items()}
-    edits = (
-        (graph.leaves[v], along) for v, sets in placement.leaf_sets.items() for along in sets
-    )
+    edits = ((graph.leaves[v], along) for v, sets in placement.leaf_sets.items() for along in sets)
     return FoldPlan(
         leaves=tuple(LeafSpec(path, shapes[i]) for i, path in enumerate(paths)),
-        edits=tuple(
-            CenterEdit(paths[i], along) for i, along in sorted(edits, key=lambda e: e[0])
-        ),
+        edits=tuple(CenterEdit(paths[i], along) for i, along in sorted(edits, key=lambda e: e[0])),
         scales=tuple(
             ScaleEdit(paths[m.scale], tuple((paths[i], axis) for i, axis in m.targets))
             for m in placement.merges
@@ -241,5 +237,3 @@ def _check_edits(
                     f"inputs: for these inputs the centering of {path!r} would be noticed: "
                     f"{blocker}; fold again with these inputs"
                 )
-
-

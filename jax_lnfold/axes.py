@@ -100,6 +100,16 @@ class AxisSet:
             self.shape, tuple(FREE if d in axes else e for d, e in enumerate(self.entries))
         )
 
+    def widened(self, axes: Iterable[int] | None = None) -> AxisSet:
+        """The finer set without the regions on axes (all by default) that are not averaged over."""
+        axes = range(len(self.shape)) if axes is None else set(axes)
+        return AxisSet(
+            self.shape,
+            tuple(
+                FREE if d in axes and _is_free_region(e) else e for d, e in enumerate(self.entries)
+            ),
+        )
+
     def refines(self, coarse: AxisSet) -> bool:
         """Whether zero-mean along this set implies zero-mean along `coarse`."""
         pairs = zip(self.entries, coarse.entries, self.shape, strict=True)
@@ -113,6 +123,13 @@ class AxisSet:
             and not np.any((np.asarray(a) >= 0) & (np.asarray(b) >= 0))
             for a, b in zip(self.entries, other.entries, strict=True)
         )
+
+    def compatible(self, other: AxisSet) -> bool:
+        """Whether centering along one set keeps a mean that is zero along the other."""
+        apart = not {*self.axes} & {*other.axes}
+        regions = any(isinstance(e, tuple) and -1 in e for e in (*self.entries, *other.entries))
+        nested = self.refines(other) or other.refines(self)
+        return nested or self.disjoint(other) or (apart and not regions)
 
     def select(self, positions: Sequence[slice]) -> AxisSet:
         """The set seen by ``x[positions]``, one slice per axis."""
@@ -151,8 +168,9 @@ class AxisSet:
         new = [d for d, n in enumerate(shape) if n != 1]
         entries: list[Entry] = [FREE] * len(shape)
         for olds, news in _blocks(old, new, self.shape, shape):
-            block = _regroup([(self.entries[d], self.shape[d]) for d in olds],
-                             [shape[d] for d in news])
+            block = _regroup(
+                [(self.entries[d], self.shape[d]) for d in olds], [shape[d] for d in news]
+            )
             if block is None:
                 return None
             for d, e in zip(news, block, strict=True):
@@ -165,6 +183,11 @@ def intersect(entry: Entry, other: Entry, size: int) -> Entry:
     if FREE in (entry, other) or entry == other:
         return FREE if FREE in (entry, other) else entry
     return canonical(_pair(labels_of(entry, size), labels_of(other, size)))
+
+
+def _is_free_region(entry: Entry) -> bool:
+    inside = [x for x in entry if isinstance(x, int) and x >= 0]
+    return isinstance(entry, tuple) and len(set(inside)) == len(inside)
 
 
 def _length(s: slice, size: Any) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -28,10 +29,9 @@ def center_array(x: Any, along: AxisSet) -> Any:
     is wider, with a second pass that removes the rounding of the first. The result has the shape
     and dtype of ``x``, rounded once.
     """
+    wide = x.astype(_wide_type(x))
     if isinstance(x, np.ndarray):
-        wide = x.astype(np.promote_types(x.dtype, np.float64))
         return (wide - group_means(wide, along, np)).astype(x.dtype)
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     once = wide - group_means(wide, along, jnp)
     return (once - group_means(once, along, jnp)).astype(x.dtype)
 
@@ -95,47 +95,48 @@ def _some(paths: Sequence[str]) -> str:
 def _edit_leaf(
     x: Any, factor: Any, axis: int, sets: tuple[AxisSet, ...] | None, donate: bool
 ) -> Any:
-    """One leaf scaled and centered; `sets` None sets it to one."""
-    if not isinstance(x, (np.ndarray, jax.Array)) and not is_tracer(x):
+    """One leaf scaled along `axis` and centered along `sets`; `sets` None sets it to one."""
+    if not isinstance(x, jax.Array) and not is_tracer(x):
         x = np.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TreeError(f"params: a leaf to edit has dtype {x.dtype}; pass floating-point arrays")
+    if isinstance(x, np.ndarray):
+        return _edited(x, factor, axis, sets)
+    if is_tracer(x) or is_tracer(factor):
+        return _edited(x, factor, axis, sets)
+    return _compiled_edit(axis, sets, donate, x.sharding)(x, factor)
+
+
+def _edited(x: Any, factor: Any, axis: int, sets: tuple[AxisSet, ...] | None) -> Any:
+    if sets is None:
+        return np.ones_like(x) if isinstance(x, np.ndarray) else jnp.ones_like(x)
+    wide = x.astype(_wide_type(x))
+    if factor is not None:
+        wide = wide * factor.astype(wide.dtype).reshape(
+            [-1 if d == axis else 1 for d in range(x.ndim)]
+        )
+    for along in sets:
+        wide = center_array(wide, along)
+    return wide.astype(x.dtype)
+
+
+@lru_cache(maxsize=256)
+def _compiled_edit(
+    axis: int, sets: tuple[AxisSet, ...] | None, donate: bool, sharding: Any
+) -> Callable[[Any, Any], Any]:
+    """The edit under `jit`, so that a sharded leaf stays where it is."""
 
     def edit(x: Any, factor: Any) -> Any:
-        if sets is None:
-            return jnp.ones_like(x)
-        if factor is not None:
-            wide = jnp.promote_types(x.dtype, jnp.float32)
-            shape = [1] * x.ndim
-            shape[axis] = -1
-            x = (x.astype(wide) * factor.astype(wide).reshape(shape)).astype(
-                wide if sets else x.dtype
-            )
-        for along in sets:
-            x = center_array(x, along)
-        return x
+        return _edited(x, factor, axis, sets)
 
+    return jax.jit(edit, donate_argnums=(0,) if donate else (), out_shardings=sharding)
+
+
+def _wide_type(x: Any) -> Any:
+    """The dtype in which means of `x` are taken."""
     if isinstance(x, np.ndarray):
-        if sets is None:
-            return np.ones_like(x)
-        wide = x.astype(np.float64)
-        if factor is not None:
-            shape = [1] * x.ndim
-            shape[axis] = -1
-            wide = wide * np.asarray(factor, np.float64).reshape(shape)
-        for along in sets:
-            wide = center_array(wide, along)
-        return wide.astype(x.dtype)
-
-    def run(x: Any, factor: Any) -> Any:
-        return edit(x, factor).astype(x.dtype)
-
-    if is_tracer(x) or is_tracer(factor):
-        return run(x, factor)
-    jitted = jax.jit(
-        run, donate_argnums=(0,) if donate else (), out_shardings=x.sharding
-    )
-    return jitted(x, factor)
+        return np.promote_types(x.dtype, np.float64)
+    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def group_means(x: Any, along: AxisSet, xp: Any) -> Any:

@@ -137,8 +137,8 @@ def _constant_uniform(constant: object, along: AxisSet) -> bool:
     for d, entry in enumerate(along.entries):
         for label in np.unique(along.labels(d)) if entry != "free" else ():
             group = np.take(array, np.flatnonzero(along.labels(d) == label), axis=d)
-            if label >= 0 and not np.array_equal(group, np.broadcast_to(
-                group.take([0], axis=d), group.shape
-            )):
+            if label >= 0 and not np.array_equal(
+                group, np.broadcast_to(group.take([0], axis=d), group.shape)
+            ):
                 return False
     return True

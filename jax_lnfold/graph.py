@@ -35,7 +35,10 @@ _NO_DATA = frozenset({"iota", "random_bits", "random_wrap", "random_seed"})
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Op:
-    """One equation at one call site; `inputs` and `outputs` are value numbers."""
+    """One equation at one call site; `inputs` and `outputs` are value numbers.
+
+    `calls` are the call equations around it, innermost first.
+    """
 
     index: int
     eqn: JaxprEqn
@@ -43,6 +46,7 @@ class Op:
     module: str
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    calls: tuple[JaxprEqn, ...]
 
     @property
     def name(self) -> str:
@@ -56,7 +60,9 @@ class Op:
 
     def describe(self) -> str:
         """``primitive (module path, file.py:line)`` for reports."""
-        where = ", ".join(part for part in (self.module, source_line(self.eqn)) if part)
+        where = ", ".join(
+            part for part in (self.module, source_line((self.eqn, *self.calls))) if part
+        )
         return f"`{self.name}` ({where})" if where else f"`{self.name}`"
 
 
@@ -82,7 +88,7 @@ class Graph:
         jaxpr = open_jaxpr(closed)
         inputs = [self._new(v.aval, (), i < n_leaves) for i, v in enumerate(jaxpr.invars)]
         self.leaves = {v: i for i, v in enumerate(inputs[:n_leaves])}
-        results = self._walk(jaxpr, consts_of(closed), inputs, (), "")
+        results = self._walk(jaxpr, consts_of(closed), inputs, (), "", ())
         self.outputs = frozenset(results)
         self.uses: list[list[tuple[Op, int]]] = [[] for _ in self.avals]
         self._link_uses()
@@ -119,7 +125,13 @@ class Graph:
         return number
 
     def _walk(
-        self, jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[int], path: CallPath, module: str
+        self,
+        jaxpr: Jaxpr,
+        consts: Sequence[Any],
+        inputs: Sequence[int],
+        path: CallPath,
+        module: str,
+        calls: tuple[JaxprEqn, ...],
     ) -> list[int]:
         env: dict[Var, int] = dict(zip(jaxpr.invars, inputs, strict=True))
         for var, const in zip(jaxpr.constvars, consts, strict=True):
@@ -127,8 +139,10 @@ class Graph:
         self.env[path] = env
 
         def read(atom: Any) -> int:
-            return self._constant(atom.val, atom.aval, path) if isinstance(atom, Literal) else (
-                env[atom]
+            return (
+                self._constant(atom.val, atom.aval, path)
+                if isinstance(atom, Literal)
+                else (env[atom])
             )
 
         for index, eqn in enumerate(jaxpr.eqns):
@@ -139,12 +153,12 @@ class Graph:
                 if eqn.primitive.name in CUSTOM_RULES:
                     self._custom.add((*path, index))
                 body, site = open_jaxpr(inner), (*path, index)
-                results = self._walk(body, consts_of(inner), operands, site, here)
+                results = self._walk(body, consts_of(inner), operands, site, here, (eqn, *calls))
             else:
                 free = eqn.primitive.name in _NO_DATA or all(self.data_free[v] for v in operands)
                 free = free and not eqn.effects
                 results = [self._new(v.aval, path, free) for v in eqn.outvars]
-                op = Op(len(self.ops), eqn, path, here, operands, tuple(results))
+                op = Op(len(self.ops), eqn, path, here, operands, tuple(results), calls)
                 self.ops.append(op)
                 self.op_at[path, index] = op
                 for position, value in enumerate(results):

@@ -8,7 +8,7 @@ statistics, RMSNorm and softmax lack one of the two.
 from __future__ import annotations
 
 from collections.abc import Container, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -33,14 +33,14 @@ _ROOTS = frozenset({"rsqrt", "sqrt", "pow"})
 class LayerNorm:
     """One LayerNorm of the program.
 
-    `x` and `along` are its input and the axes it averages over; `root` takes the root of its
-    variance and `sums` are the equations that compute the sum of ``x`` over `along`.
+    `x` and `along` are its input and the axes it averages over, `sums` the equations that compute
+    the sum of ``x`` over `along`, `module` the path of the module it stands in.
     """
 
     x: int
     along: AxisSet
-    root: Op
     sums: tuple[Op, ...]
+    module: str
     elements: int
 
 
@@ -57,53 +57,70 @@ def find_norms(facts: Facts) -> Norms:
     graph = facts.graph
     found: dict[int, LayerNorm] = {}
     centered: dict[int, AxisSet] = {}
+    source: dict[Claim, LayerNorm] = {}  # what a centered value is centered from
     for x, along in _candidates(graph):
         for keep_products in (False, True):
             tracker = Tracker(graph, x, along, facts.context, keep_products, stop_early=False)
             tracker.run()
             if not tracker.cancelled:
                 continue
-            shape = graph.shape(x)
-            centered.update(
-                (c.value, AxisSet.over(shape, c.centered)) for c in tracker.cancelled if c.centered
-            )
-            for root in _normalising_roots(graph, tracker, along):
-                whole = frozenset(along.axes)
-                sums = {op.index: op for op, axes in tracker.sums if axes == whole}
+            whole = frozenset(along.axes)
+            sums = {op.index: op for op, axes in tracker.sums if axes == whole}
+            # A mean taken of a value that has none already belongs to the norm that removed it.
+            origin = source.get((x, along))
+            if origin is not None:
+                sums |= {op.index: op for op in origin.sums}
+            norm = origin or LayerNorm(x, along, (), "", _elements(graph, x))
+            for c in tracker.cancelled:
+                if c.centered:
+                    centered[c.value] = AxisSet.over(graph.shape(x), c.centered)
+                    source[c.value, along] = replace(norm, sums=_in_order(sums))
+            for root in _normalising_roots(graph, tracker, along, {x} if origin else set()):
                 if (known := found.get(root.index)) is not None:
                     sums |= {op.index: op for op in known.sums}
-                ordered = tuple(sums[i] for i in sorted(sums))
-                found[root.index] = LayerNorm(x, along, root, ordered, _elements(graph, x))
+                found[root.index] = replace(norm, sums=_in_order(sums), module=root.module)
     return Norms(tuple(found[i] for i in sorted(found)), centered)
 
 
+def _in_order(ops: dict[int, Op]) -> tuple[Op, ...]:
+    return tuple(ops[i] for i in sorted(ops))
+
+
 def _candidates(graph: Graph) -> Iterable[Claim]:
-    """Inputs of sums, seen through casts: (value, axes summed over)."""
+    """Inputs of sums, seen through casts and constant factors: (value, axes summed over)."""
     seen: dict[Claim, None] = {}
     for op in graph.ops:
         if op.name != "reduce_sum":
             continue
-        x = op.inputs[0]
-        if not jnp.issubdtype(graph.avals[x].dtype, jnp.floating):
-            continue
-        while (made := graph.producer[x]) is not None and made[0].name in _CASTS:
-            if not jnp.issubdtype(graph.avals[made[0].inputs[0]].dtype, jnp.floating):
-                break
-            x = made[0].inputs[0]
-        along = AxisSet.over(graph.shape(x), op.params["axes"])
-        if not along.trivial:
-            seen[x, along] = None
+        x: int | None = op.inputs[0]
+        while x is not None and jnp.issubdtype(graph.avals[x].dtype, jnp.floating):
+            made = graph.producer[x]
+            if made is None or made[0].name not in _CASTS:
+                along = AxisSet.over(graph.shape(x), op.params["axes"])
+                if not along.trivial:
+                    seen[x, along] = None
+            x = _unscaled(graph, made[0]) if made else None
     return seen
 
 
-def _normalising_roots(graph: Graph, tracker: Tracker, along: AxisSet) -> list[Op]:
-    """Roots of a variance by which a value without a mean is scaled."""
+def _unscaled(graph: Graph, op: Op) -> int | None:
+    """The operand of which `op` makes a constant multiple, if it does."""
+    if op.name in _CASTS or op.name == "neg":
+        return op.inputs[0]
+    for factor, other in ((1, 0), (0, 1)) if op.name == "mul" else ((1, 0),):
+        if op.name in ("mul", "div") and graph.scalar(op.inputs[factor]) is not None:
+            return op.inputs[other]
+    return None
+
+
+def _normalising_roots(graph: Graph, tracker: Tracker, along: AxisSet, known: set[int]) -> list[Op]:
+    """Roots of a variance by which a value without a mean (`known` ones included) is scaled."""
     centered = {c.value for c in tracker.cancelled if c.centered == frozenset(along.axes)}
     variances = {c.value for c in tracker.cancelled if c.quadratic}
     variances |= _mean_squares(graph, centered, along)
     if not variances:
         return []
-    numerators = _reach(graph, centered, through=_SCALING)
+    numerators = _reach(graph, centered | known, through=_SCALING)
     combined = [c for c in tracker.cancelled if c.factors]
     roots = []
     for op in _uses_within(graph, _reach(graph, variances, stop=_ROOTS)):
@@ -134,7 +151,7 @@ def _mean_squares(graph: Graph, centered: set[int], along: AxisSet) -> set[int]:
             power = op.name == "integer_pow" and op.params["y"] == 2
             if op.name == "square" or power or (op.name == "mul" and len(set(op.inputs)) == 1):
                 squares.add(op.outputs[0])
-    axes = {d for d in along.axes}
+    axes = set(along.axes)
     sums = set()
     for v in _reach(graph, squares, through=_CASTS):
         for op, _ in graph.uses[v]:

@@ -7,21 +7,17 @@ LayerNorms that keep their own mean against the centerings that would make it va
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
 from fractions import Fraction
-from math import prod
-
-import jax.numpy as jnp
-import numpy as np
 
 from .axes import AxisSet
 from .facts import Blocker, Claim, Facts, solve
 from .graph import Graph
 from .mincut import MinCut
-from .norms import LayerNorm, Norms, find_norms
-from .rules import Opaque, rule_for
+from .norms import LayerNorm, find_norms
 from .scales import ScaleMerge, find_merges
+from .zeromean import UNIT, ZeroMeanGraph
 
 
 @dataclass(frozen=True)
@@ -39,151 +35,6 @@ class Placement:
     merges: tuple[ScaleMerge, ...]
     explicit: dict[int, tuple[AxisSet, ...]]
     constants: dict[int, tuple[AxisSet, ...]]
-
-    @property
-    def n_inserted(self) -> int:
-        """Explicit centerings that take a mean at run time."""
-        return sum(not s.trivial for sets in self.explicit.values() for s in sets)
-
-
-@dataclass
-class _Node:
-    """How a value can be zero-mean along a set: it is, by edit, by insertion, or by its operands.
-
-    `needs` is None where the operands cannot help; `obstacle` then says why. The costs are None
-    where the way is barred.
-    """
-
-    is_zero: bool = False
-    edit: bool = False
-    insert: int | None = None
-    needs: list[Claim] | None = None
-    obstacle: Blocker | None = None
-    intolerant: Blocker | None = None
-
-
-@dataclass
-class _Search:
-    """Builds the nodes reached from the LayerNorms."""
-
-    facts: Facts
-    norms: Norms
-    explicit_cost: Fraction
-    fixed: Mapping[int, tuple[AxisSet, ...]] | None
-    nodes: dict[Claim, _Node] = field(default_factory=dict)
-    same_as: dict[Claim, Claim] = field(default_factory=dict)
-    by_value: dict[int, list[AxisSet]] = field(default_factory=dict)
-
-    def explore(self, roots: Iterable[Claim]) -> None:
-        """Add everything the roots rest on; regions last, so that they can share whole values."""
-        queue = deque(roots)
-        regions: list[Claim] = []
-        while queue or regions:
-            if not queue:
-                regions.sort(key=lambda c: c[0])
-                queue.append(regions.pop())
-                claim = queue.popleft()
-            else:
-                claim = queue.popleft()
-                if _is_region(claim[1]) and claim not in self.nodes:
-                    regions.append(claim)
-                    continue
-            if claim in self.nodes or claim in self.same_as:
-                continue
-            wider = self._wider(claim)
-            if wider is not None:
-                self.same_as[claim] = wider
-                continue
-            node = self.nodes[claim] = self._node(claim)
-            self.by_value.setdefault(claim[0], []).append(claim[1])
-            queue.extend(node.needs or ())
-
-    def resolve(self, claim: Claim) -> Claim:
-        """The node that answers a claim."""
-        return self.same_as.get(claim, claim)
-
-    def _wider(self, claim: Claim) -> Claim | None:
-        """A node already wanted for the same value that implies this claim."""
-        value, along = claim
-        for other in self.by_value.get(value, ()):
-            node = self.nodes[value, other]
-            if other.refines(along) and node.intolerant is None:
-                return value, other
-        return None
-
-    def _node(self, claim: Claim) -> _Node:
-        value, along = claim
-        graph = self.facts.graph
-        if along.empty or self._is_zero(value, along):
-            return _Node(is_zero=True)
-        intolerant = self.facts.intolerant(value, along)
-        node = _Node(intolerant=intolerant)
-        if not jnp.issubdtype(graph.avals[value].dtype, jnp.floating):
-            node.obstacle = Blocker(None, "its values are not floating-point numbers")
-            return node
-        if value in graph.leaves:
-            node.edit = self._editable(value, along, intolerant)
-            node.obstacle = intolerant or Blocker(None, "a parameter leaf is not edited by the plan")
-            return node
-        if value in graph.constants:
-            shared = graph.in_custom_rule(value) or any(
-                not along.disjoint(other) for other in self.by_value.get(value, ())
-            )
-            node.edit = intolerant is None and not shared and bool(graph.shape(value))
-            node.obstacle = intolerant or Blocker(None, "a constant is added along the mean")
-            return node
-        if intolerant is None and not graph.in_custom_rule(value):
-            node.insert = self._insertion_cost(value, along)
-        made = graph.producer[value]
-        if made is None:
-            node.obstacle = Blocker(None, "it is an input of the function")
-            return node
-        op, position = made
-        pulled = rule_for(op.name).pull(self.facts.context(op), position, along)
-        if isinstance(pulled, Opaque):
-            node.obstacle = Blocker(op, pulled.why)
-        else:
-            node.needs = [(op.inputs[i], s) for i, s in pulled.needs]
-        return node
-
-    def _is_zero(self, value: int, along: AxisSet) -> bool:
-        centered = self.norms.centered.get(value)
-        if centered is not None and centered.refines(along):
-            return True
-        constant = self.facts.graph.constants.get(value)
-        return constant is not None and not np.any(np.asarray(constant))
-
-    def _editable(self, leaf: int, along: AxisSet, intolerant: Blocker | None) -> bool:
-        if self.fixed is not None:
-            return any(s.refines(along) for s in self.fixed.get(leaf, ()))
-        # Two edits of a leaf must not undo each other: nested or disjoint sets only.
-        return intolerant is None and all(
-            along.disjoint(s) or along.refines(s) or s.refines(along)
-            for s in self.by_value.get(leaf, ())
-            if self.nodes[leaf, s].edit
-        )
-
-    def _insertion_cost(self, value: int, along: AxisSet) -> int | None:
-        if along.trivial:
-            return 0  # set to zero: nothing is computed
-        if any(
-            not (along.disjoint(s) or along.refines(s) or s.refines(along))
-            for s in self.by_value.get(value, ())
-        ):
-            return None
-        inside = (
-            int(np.count_nonzero(along.labels(d) >= 0)) if isinstance(e, tuple) else n
-            for d, (e, n) in enumerate(zip(along.entries, along.shape, strict=True))
-        )
-        elements = prod(n for n in inside if isinstance(n, int))
-        return int(self.explicit_cost * elements * _UNIT)
-
-
-_UNIT = 1000  # costs are whole numbers; explicit costs keep three decimals
-
-
-def _is_region(along: AxisSet) -> bool:
-    return any(isinstance(e, tuple) and -1 in e for e in along.entries)
 
 
 def place(
@@ -223,11 +74,12 @@ def _place(
 ) -> Placement:
     facts = Facts(graph, frozenset(merges))
     norms = find_norms(facts)
-    search = _Search(facts, norms, Fraction(explicit_cost).limit_denominator(_UNIT), fixed)
+    search = ZeroMeanGraph(facts, norms, Fraction(explicit_cost).limit_denominator(UNIT), fixed)
     search.explore((n.x, n.along) for n in norms.found)
     zero = _cut(search, norms.found)
     folded = tuple(search.resolve((n.x, n.along)) in zero for n in norms.found)
-    explicit, edits, constants = _chosen(search, zero)
+    explicit = _by_value(c for c in zero if _is_inserted(search, c, zero))
+    edits = _by_value(c for c in zero if search.nodes[c].edit)
     left = {
         i: _explain(search, (n.x, n.along), zero)
         for i, n in enumerate(norms.found)
@@ -235,17 +87,24 @@ def _place(
     }
     _prove(search, zero, explicit, [n for n, f in zip(norms.found, folded, strict=True) if f])
     return Placement(
-        graph, norms.found, folded, left, edits, tuple(merges.values()), explicit, constants
+        graph=graph,
+        norms=norms.found,
+        folded=folded,
+        left=left,
+        leaf_sets={v: sets for v, sets in edits.items() if v in graph.leaves},
+        merges=tuple(merges.values()),
+        explicit=explicit,
+        constants={v: sets for v, sets in edits.items() if v not in graph.leaves},
     )
 
 
-def _cut(search: _Search, norms: Iterable[LayerNorm]) -> set[Claim]:
+def _cut(search: ZeroMeanGraph, norms: Iterable[LayerNorm]) -> dict[Claim, None]:
     """Nodes that are zero-mean in the cheapest placement; ties go to fewer edits."""
     cut = MinCut()
     # Second-rank cost: one per edit or insertion, all of them together less than one real unit.
     rank = sum(node.edit or node.insert is not None for node in search.nodes.values()) + 1
     for norm in norms:
-        cut.cost_if_no(search.resolve((norm.x, norm.along)), norm.elements * _UNIT * rank)
+        cut.cost_if_no(search.resolve((norm.x, norm.along)), norm.elements * UNIT * rank)
     for claim, node in search.nodes.items():
         if node.is_zero:
             continue
@@ -262,44 +121,33 @@ def _cut(search: _Search, norms: Iterable[LayerNorm]) -> set[Claim]:
         for needed in node.needs or ():
             cut.implies(by_operands, search.resolve(needed))
     _, yes = cut.solve()
-    return {claim for claim in search.nodes if claim in yes}
+    return {claim: None for claim in search.nodes if claim in yes}  # in the order of discovery
 
 
-def _chosen(
-    search: _Search, zero: set[Claim]
-) -> tuple[
-    dict[int, tuple[AxisSet, ...]], dict[int, tuple[AxisSet, ...]], dict[int, tuple[AxisSet, ...]]
-]:
-    """Explicit centerings, leaf edits and constant edits."""
-    explicit: dict[int, list[AxisSet]] = {}
-    edits: dict[int, list[AxisSet]] = {}
-    constants: dict[int, list[AxisSet]] = {}
-    graph = search.facts.graph
-    for claim, node in search.nodes.items():
-        if claim not in zero or node.is_zero:
-            continue
-        value, along = claim
-        if node.edit:
-            (edits if value in graph.leaves else constants).setdefault(value, []).append(along)
-        elif node.needs is None or not all(
-            search.resolve(c) in zero or search.nodes[search.resolve(c)].is_zero
-            for c in node.needs
-        ):
-            explicit.setdefault(value, []).append(along)
-    return tuple(  # type: ignore[return-value]
-        {v: _finest(sets) for v, sets in chosen.items()}
-        for chosen in (explicit, edits, constants)
+def _is_inserted(search: ZeroMeanGraph, claim: Claim, zero: Container[Claim]) -> bool:
+    """Whether a value that is zero-mean is so by an explicit centering."""
+    node = search.nodes[claim]
+    needs = None if node.needs is None else [search.resolve(c) for c in node.needs]
+    given = node.is_zero or node.edit
+    return not given and (
+        needs is None or not all(c in zero or search.nodes[c].is_zero for c in needs)
     )
 
 
-def _finest(sets: list[AxisSet]) -> tuple[AxisSet, ...]:
-    """The sets that no other one implies."""
-    return tuple(s for s in sets if not any(o != s and o.refines(s) for o in sets))
+def _by_value(claims: Iterable[Claim]) -> dict[int, tuple[AxisSet, ...]]:
+    """The axis sets of each value, without those that another one implies."""
+    sets: dict[int, list[AxisSet]] = {}
+    for value, along in claims:
+        sets.setdefault(value, []).append(along)
+    return {
+        value: tuple(s for s in group if not any(o != s and o.refines(s) for o in group))
+        for value, group in sets.items()
+    }
 
 
 def _prove(
-    search: _Search,
-    zero: set[Claim],
+    search: ZeroMeanGraph,
+    zero: Container[Claim],
     explicit: Mapping[int, tuple[AxisSet, ...]],
     folded: Iterable[LayerNorm],
 ) -> None:
@@ -319,31 +167,30 @@ def _prove(
             raise AssertionError(f"unproved zero mean, please report this: {blocker}")
 
 
-def _explain(search: _Search, root: Claim, zero: set[Claim]) -> str:
+def _explain(search: ZeroMeanGraph, root: Claim, zero: Container[Claim]) -> str:
     """Why a LayerNorm keeps its mean: the nearest thing that cannot be made zero-mean for free."""
-    queue, seen = deque([search.resolve(root)]), set()
-    reasons: list[tuple[int, str]] = []
+    start = search.resolve(root)
+    queue, seen = deque([start]), {start}
     while queue:
         claim = queue.popleft()
-        if claim in seen:
-            continue
-        seen.add(claim)
         node = search.nodes[claim]
-        if node.is_zero or claim in zero:
+        if node.is_zero or claim in zero or node.edit:
             continue
-        if node.needs is None and not node.edit:
-            blocker = node.obstacle or Blocker(None, "unknown")
-            reasons.append((claim[0], _sentence(search, claim, blocker)))
-            break
-        queue.extend(search.resolve(c) for c in node.needs or ())
-    if not reasons:
-        return "an explicit centering would cost more than it saves"
-    return reasons[0][1]
+        if node.needs is None and node.obstacle is not None:
+            return _sentence(search, start, claim, node.obstacle)
+        for needed in map(search.resolve, node.needs or ()):
+            if needed not in seen:
+                seen.add(needed)
+                queue.append(needed)
+    return "an explicit centering would cost more than it saves"
 
 
-def _sentence(search: _Search, claim: Claim, blocker: Blocker) -> str:
-    graph = search.facts.graph
-    value = claim[0]
-    if value in graph.leaves:
-        return f"a parameter that feeds it cannot be centered: {blocker}"
-    return f"its input is not zero-mean: {blocker}"
+def _sentence(search: ZeroMeanGraph, root: Claim, claim: Claim, obstacle: Blocker) -> str:
+    if claim[0] in search.facts.graph.leaves:
+        return f"a parameter that feeds it cannot be centered: {obstacle}"
+    noticed = search.nodes[root].intolerant
+    if noticed is None:
+        remedy = "an explicit centering would cost more than it saves"
+    else:
+        remedy = f"an explicit centering would change the result: {noticed}"
+    return f"its input is not zero-mean: {obstacle}; {remedy}"

@@ -66,7 +66,7 @@ def make_report(
     graph = placement.graph
     norms = tuple(
         Norm(
-            path=norm.root.module or "(top level)",
+            path=norm.module or "(top level)",
             axes=norm.along.axes,
             shape=graph.shape(norm.x),
             count=1,
@@ -102,8 +102,9 @@ def render(report: Report, width: int = 110) -> str:
         for norm in report.norms:
             outcome = "folded" if norm.folded else f"left: {norm.reason}"
             repeated = f" x{norm.count}" if norm.count > 1 else ""
-            table.add_row(_plain(norm.path + repeated), _shape(norm.shape), _axes(norm.axes),
-                          _plain(outcome))
+            table.add_row(
+                _plain(norm.path + repeated), _shape(norm.shape), _axes(norm.axes), _plain(outcome)
+            )
         console.print(table)
     console.print(_plain(summary(report)), soft_wrap=True)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
@@ -116,8 +117,10 @@ def summary(report: Report) -> str:
     edited = f"{_count(len(report.edits), 'parameter')} centered"
     if report.scales:
         edited += f", {_count(len(report.scales), 'scale')} merged"
-    lines = [f"{report.n_folded} of {_count(len(report.norms), 'LayerNorm')} folded, {edited}, "
-             f"{_count(report.n_inserted, 'explicit centering')} inserted."]
+    lines = [
+        f"{report.n_folded} of {_count(len(report.norms), 'LayerNorm')} folded, {edited}, "
+        f"{_count(report.n_inserted, 'explicit centering')} inserted."
+    ]
     lines += [f"Inserted after {i.after}, along axes {_axes(i.axes)}." for i in report.insertions]
     return "\n".join(lines)
 

@@ -31,11 +31,24 @@ from .center import center_array, group_means
 from .graph import CallPath
 from .placement import Placement
 
-_KEEPS_ZERO = frozenset({
-    "mul", "neg", "square", "broadcast_in_dim", "reshape", "squeeze", "expand_dims",
-    "transpose", "convert_element_type", "copy", "stop_gradient", "integer_pow", "reduce_sum",
-    "sharding_constraint",
-})
+_KEEPS_ZERO = frozenset(
+    {
+        "mul",
+        "neg",
+        "square",
+        "broadcast_in_dim",
+        "reshape",
+        "squeeze",
+        "expand_dims",
+        "transpose",
+        "convert_element_type",
+        "copy",
+        "stop_gradient",
+        "integer_pow",
+        "reduce_sum",
+        "sharding_constraint",
+    }
+)
 
 
 def rewrite(closed: ClosedJaxpr, placement: Placement) -> ClosedJaxpr:
@@ -56,7 +69,10 @@ class _Rewriter:
     def closed(
         self, closed: ClosedJaxpr | Jaxpr, path: CallPath, zero_inputs: set[int]
     ) -> tuple[Any, set[int]]:
-        """The rewritten jaxpr (the very same one where nothing changes) and the positions of its outputs that are zero."""
+        """The rewritten jaxpr and the positions of its outputs that are zero.
+
+        Where nothing changes it is the very same jaxpr.
+        """
         jaxpr = open_jaxpr(closed)
         env = self.graph.env[path]
         body, zeros = self._body(jaxpr, path, zero_inputs)
@@ -142,14 +158,12 @@ class _Rewriter:
         hit = [isinstance(a, Var) and a in zeros for a in invars]
         name = eqn.primitive.name
         if name == "div":
-            return hit[0] and isinstance(invars[1], Literal)
+            return hit[0] and _is_finite(invars[1]) and invars[1].val != 0
         if name in ("add", "sub"):
             return all(hit)
         if name == "mul":
             # 0 * c needs a finite c: another zero or a number in the program.
-            return any(hit) and all(
-                h or isinstance(a, Literal) for h, a in zip(hit, invars, strict=True)
-            )
+            return any(hit) and all(h or _is_finite(a) for h, a in zip(hit, invars, strict=True))
         if name == "integer_pow" and eqn.params["y"] <= 0:
             return False
         return name in _KEEPS_ZERO and any(hit)
@@ -167,6 +181,10 @@ class _Rewriter:
             return None
         # A renamed result must have the very type of the old one.
         return keep if isinstance(keep, Var) and keep.aval == eqn.outvars[0].aval else None
+
+
+def _is_finite(atom: Any) -> bool:
+    return isinstance(atom, Literal) and bool(np.all(np.isfinite(atom.val)))
 
 
 def _same(new: Sequence[Any], old: Sequence[Any]) -> bool:
@@ -196,17 +214,20 @@ def center_once(x: jax.Array, along: AxisSet) -> jax.Array:
 
 
 def _traced(function: Callable[[jax.Array], jax.Array], var: Var) -> JaxprEqn:
-    aval = var.aval
-    jaxpr = open_jaxpr(jax.make_jaxpr(jax.jit(function))(jax.ShapeDtypeStruct(aval.shape, aval.dtype)))
+    aval: Any = var.aval
+    jaxpr = open_jaxpr(
+        jax.make_jaxpr(jax.jit(function))(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
+    )
     (eqn,) = jaxpr.eqns
     return eqn.replace(invars=[var], outvars=[Var(aval)])
 
 
 def _zero(var: Var) -> JaxprEqn:
     """An equation that sets `var` to zero."""
-    zeros = jax.jit(lambda: jnp.zeros(var.aval.shape, var.aval.dtype))
+    aval: Any = var.aval
+    zeros = jax.jit(lambda: jnp.zeros(aval.shape, aval.dtype))
     (eqn,) = open_jaxpr(jax.make_jaxpr(zeros)()).eqns
-    if var.aval.shape:
+    if aval.shape:
         (eqn,) = open_jaxpr(eqn.params["jaxpr"]).eqns
     return eqn.replace(outvars=[var])
 

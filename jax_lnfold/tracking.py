@@ -1,11 +1,9 @@
-"""How the values around a LayerNorm respond to a shift of its input.
+"""Follows a shift of one value through the arithmetic around it, until it cancels or goes on.
 
-For ``x -> x + u`` with ``u`` uniform along S, a derived value ``y`` becomes ``y + r(u)`` where the
-response ``r`` is a polynomial in ``u``. Its coefficients are products of a number, ``x``, the sum
-of ``x`` over S, and other values of the program: ``mean(x**2)`` responds with
-``2 sum(x) u / n + u**2``, and so does ``mean(x)**2``, so their difference does not respond. This
-recognises the arithmetic of a LayerNorm in every spelling, and nothing that only resembles it.
-Numbers are exact fractions; ``1/n`` is the value of S's size rounded to the program's dtype.
+``mean(x**2)`` responds to ``x -> x + u`` with ``2 sum(x) u / n + u**2``, and so does
+``mean(x)**2``: their difference does not respond. This recognises the arithmetic of a LayerNorm in
+every spelling, and nothing that only resembles it. Numbers are exact fractions; ``1/n`` is the
+reciprocal of a number of positions, rounded to the dtype of the program.
 """
 
 from __future__ import annotations
@@ -22,44 +20,33 @@ import numpy as np
 
 from .axes import ALL, FREE, AxisSet
 from .graph import Graph, Op
+from .response import (
+    Refused,
+    Tracked,
+    X,
+    accumulate,
+    ordered,
+    product,
+    scaled,
+    summed,
+)
 from .rules import Context, Opaque, rule_for
 
-X = "x"
-Factor = str | tuple[int, ...]
-"""`X`; the root's axes over which ``x`` is summed; or another value, ``*7`` or ``/7``."""
-Term = tuple[int, tuple[Factor, ...]]
-"""Degree in u, and the sorted factors of the coefficient."""
-Response = dict[Term, Fraction]
-
-_SAME = frozenset({
-    "convert_element_type", "copy", "copy_p", "stop_gradient", "name", "reduce_precision",
-    "sharding_constraint", "optimization_barrier", "pvary",
-})
+_SAME = frozenset(
+    {
+        "convert_element_type",
+        "copy",
+        "copy_p",
+        "stop_gradient",
+        "name",
+        "reduce_precision",
+        "sharding_constraint",
+        "optimization_barrier",
+        "pvary",
+    }
+)
 _MOVES = frozenset({"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose"})
 _EXTREMA = frozenset({"reduce_max", "reduce_min"})
-
-
-@dataclass(frozen=True)
-class Tracked:
-    """A value that responds: how, and how its axes line up with those of the root.
-
-    `form` writes the value itself as a combination of ``x`` and its sums, where that is possible.
-    `dims` names the root's axis behind every axis, None for a broadcast one.
-    """
-
-    response: Response
-    form: dict[Factor, Fraction] | None
-    dims: tuple[int | None, ...]
-
-    @property
-    def factors(self) -> set[str]:
-        """All other values that the response depends on."""
-        named = (f for _, factors in self.response for f in factors)
-        return {f for f in named if isinstance(f, str) and f != X}
-
-
-class Refused(Exception):
-    """An operation notices the shift in a way that nothing cancels."""
 
 
 @dataclass(frozen=True)
@@ -152,10 +139,15 @@ class Tracker:
         if op.name == "reduce_sum" and first is not None:
             named = (first.dims[a] for a in op.params["axes"])
             return all(d is None or self.along.uniform_along(d) for d in named)
-        scales = op.name in ("mul", "div")
-        if first is not None and first.form is not None and X in first.form:
-            return scales and self._keep
-        return scales or op.name in _MOVES
+        if op.name in ("mul", "div"):
+            by_number = self.graph.scalar(op.inputs[1 - hit[0]]) is not None
+            return by_number or self._keep or not self._follows_root(first)
+        return op.name == "neg" or (op.name in _MOVES and not self._follows_root(first))
+
+    @staticmethod
+    def _follows_root(t: Tracked | None) -> bool:
+        """Whether the value has the size of the root: another question can be asked about it."""
+        return t is not None and t.form is not None and X in t.form
 
     def _same(self, op: Op, operands: list[Tracked | None], hit: list[int]) -> list[Any]:
         if op.name == "convert_element_type" and not jnp.issubdtype(
@@ -208,13 +200,13 @@ class Tracker:
             dims = tuple(d for k, d in enumerate(first.dims) if k not in op.params["axes"])
             return Tracked(first.response, None, dims)
         if name == "neg" and first:
-            return _scaled(first, Fraction(-1))
+            return scaled(first, Fraction(-1))
         if name in ("add", "sub", "add_any"):
             return self._add(op, operands, Fraction(-1 if name == "sub" else 1))
         if name == "mul" or name == "div":
             return self._multiply(op, operands)
         if (name == "square" or (name == "integer_pow" and op.params["y"] == 2)) and first:
-            return _product(first, first)
+            return product(first, first)
         if name == "max" and self._is_minus_infinity(op, operands):
             return operands[0] or operands[1]
         raise Refused(refusal)
@@ -263,50 +255,31 @@ class Tracker:
             raise Refused("sums products with the shifted value")
         n = prod(shape[a] for a in axes)
         named = [t.dims[a] for a in axes if shape[a] != 1]
-        real = {d for d in named if d is not None}
+        real = frozenset(d for d in named if d is not None)
         if real and None in named:
             raise Refused("sums repeated values")
         self._counts.add(n)
-
-        def summed(factors: tuple[Factor, ...]) -> tuple[tuple[Factor, ...], int]:
-            """The factors of the sum, and how often each is counted."""
-            varies = [f for f in factors if f == X or (isinstance(f, tuple) and not real <= {*f})]
-            if not real or not varies:
-                return factors, n
-            if len(factors) > 1 or (factors[0] != X and real & {*factors[0]}):
-                raise Refused("sums powers of the shifted value")
-            return (tuple(sorted(real if factors[0] == X else real | {*factors[0]})),), 1
-
-        response: Response = {}
-        for (degree, factors), number in t.response.items():
-            kept, times = summed(factors)
-            _accumulate(response, (degree, kept), number * times)
-        form: dict[Factor, Fraction] | None = None
-        if t.form is not None:
-            form = {}
-            for factor, number in t.form.items():
-                kept, times = summed((factor,))
-                _accumulate(form, kept[0], number * times)
-            if set(t.form) == {X} and real:
-                self.sums.append((op, frozenset(real)))
+        total = summed(t, real, n)
+        if t.form is not None and set(t.form) == {X} and real:
+            self.sums.append((op, real))
         dims = tuple(d for k, d in enumerate(t.dims) if k not in axes)
-        return Tracked(response, form, dims)
+        return Tracked(total.response, total.form, dims)
 
     def _add(self, op: Op, operands: list[Tracked | None], sign: Fraction) -> Tracked:
         a, b = operands
         if a is None or b is None:
-            t = a if a is not None else _scaled(b, sign) if b is not None else None
+            t = a if a is not None else scaled(b, sign) if b is not None else None
             assert t is not None
             return Tracked(t.response, None, self._aligned(op, [t])[0])
         dims, *_ = self._aligned(op, [a, b])
         response = dict(a.response)
         for term, number in b.response.items():
-            _accumulate(response, term, sign * number)
+            accumulate(response, term, sign * number)
         form = None
         if a.form is not None and b.form is not None:
             form = dict(a.form)
             for key, number in b.form.items():
-                _accumulate(form, key, sign * number)
+                accumulate(form, key, sign * number)
         return Tracked(response, form, dims)
 
     def _multiply(self, op: Op, operands: list[Tracked | None]) -> Tracked:
@@ -315,8 +288,8 @@ class Tracker:
             if op.name == "div":
                 raise Refused("divides by the shifted value")
             dims = self._aligned(op, [a, b])[0]
-            product = _product(a, b)
-            return Tracked(product.response, product.form, dims)
+            result = product(a, b)
+            return Tracked(result.response, result.form, dims)
         position = 0 if a is not None else 1
         t = operands[position]
         assert t is not None
@@ -328,11 +301,11 @@ class Tracker:
             factor = self._exact_number(number)
             if op.name == "div" and factor == 0:
                 raise Refused("divides by zero")
-            scaled = _scaled(t, 1 / factor if op.name == "div" else factor)
-            return Tracked(scaled.response, scaled.form, dims)
+            result = scaled(t, 1 / factor if op.name == "div" else factor)
+            return Tracked(result.response, result.form, dims)
         token = f"{'/' if op.name == 'div' else '*'}{op.inputs[1 - position]}"
         response = {
-            (degree, _sorted((*factors, token))): number
+            (degree, ordered((*factors, token))): number
             for (degree, factors), number in t.response.items()
         }
         return Tracked(response, None, dims)
@@ -371,34 +344,3 @@ class Tracker:
         quadratic = any(degree > 1 for t in hit for degree, _ in t.response)
         factors = frozenset().union(*(t.factors for t in hit))
         self.cancelled.append(Cancelled(op.outputs[0], centered, quadratic, factors))
-
-
-def _sorted(factors: tuple[Factor, ...]) -> tuple[Factor, ...]:
-    return tuple(sorted(factors, key=str))
-
-
-def _accumulate(total: dict[Any, Fraction], key: Any, number: Fraction) -> None:
-    value = total.get(key, Fraction(0)) + number
-    if value:
-        total[key] = value
-    else:
-        total.pop(key, None)
-
-
-def _scaled(t: Tracked, factor: Fraction) -> Tracked:
-    response = {term: number * factor for term, number in t.response.items() if factor}
-    form = None if t.form is None else {k: v * factor for k, v in t.form.items()}
-    return Tracked(response, form, t.dims)
-
-
-def _product(a: Tracked, b: Tracked) -> Tracked:
-    """``(a + r)(b + s) - ab = a s + r b + r s``."""
-    if a.form is None or b.form is None:
-        raise Refused("multiplies by the shifted value")
-    response: Response = {}
-    own = [{(0, (k,)): v for k, v in t.form.items()} for t in (a, b) if t.form is not None]
-    for left, right in ((own[0], b.response), (a.response, own[1]), (a.response, b.response)):
-        for (p, f), v in left.items():
-            for (q, g), w in right.items():
-                _accumulate(response, (p + q, _sorted((*f, *g))), v * w)
-    return Tracked(response, None, a.dims)

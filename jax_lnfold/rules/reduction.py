@@ -34,8 +34,12 @@ def _windowed(ctx: Context) -> list[int]:
     """Axes along which a window mixes positions or leaves some out."""
     p = ctx.params
     per_axis = zip(
-        p["window_dimensions"], p["window_strides"], p["padding"],
-        p["base_dilation"], p["window_dilation"], strict=True,
+        p["window_dimensions"],
+        p["window_strides"],
+        p["padding"],
+        p["base_dilation"],
+        p["window_dilation"],
+        strict=True,
     )
     return [d for d, given in enumerate(per_axis) if given != (1, 1, (0, 0), 1, 1)]
 

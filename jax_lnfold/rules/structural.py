@@ -17,7 +17,9 @@ def _pull_transpose(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
 
 
 def _push_transpose(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
-    return ((0, AxisSet(ctx.out_shape(), tuple(along.entries[d] for d in ctx.params["permutation"]))),)
+    return (
+        (0, AxisSet(ctx.out_shape(), tuple(along.entries[d] for d in ctx.params["permutation"]))),
+    )
 
 
 def _scatter(order: Sequence[int], entries: Sequence[Entry]) -> tuple[Entry, ...]:
@@ -29,13 +31,18 @@ def _scatter(order: Sequence[int], entries: Sequence[Entry]) -> tuple[Entry, ...
 
 def _pull_reshape(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
     """Groups stay groups; they must still be a product over the axes of the operand."""
-    before = along.reshape(ctx.in_shape(0))
+    before = _reshaped(along, ctx.in_shape(0))
     return Opaque("reshapes across the mean") if before is None else Pull(((0, before),))
 
 
 def _push_reshape(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
-    after = along.reshape(ctx.out_shape())
+    after = _reshaped(along, ctx.out_shape())
     return Opaque("reshapes across the mean") if after is None else ((0, after),)
+
+
+def _reshaped(along: AxisSet, shape: Sequence[Any]) -> AxisSet | None:
+    """The set after a reshape, with regions given up if they are no product of axes there."""
+    return along.reshape(shape) or along.widened().reshape(shape)
 
 
 def _pull_broadcast(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
@@ -53,6 +60,26 @@ def _push_broadcast(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque
     return ((0, AxisSet.of(ctx.out_shape(), entries)),)
 
 
+def _pull_tile(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
+    """Copies side by side: a mean along axes that are not repeated."""
+    kept = along.free(_repeated(ctx))
+    exact = all(along.entries[d] == FREE or ctx.in_shape(0)[d] == 1 for d in _repeated(ctx))
+    return Pull(((0, AxisSet.of(ctx.in_shape(0), kept.entries)),), exact)
+
+
+def _push_tile(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+    repeated = _repeated(ctx)
+    entries = (
+        e if d not in repeated else ALL if along.shape[d] == 1 else FREE
+        for d, e in enumerate(along.entries)
+    )
+    return ((0, AxisSet.of(ctx.out_shape(), entries)),)
+
+
+def _repeated(ctx: Context) -> list[int]:
+    return [d for d, reps in enumerate(ctx.params["reps"]) if reps != 1]
+
+
 def _pull_rev(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
     return Pull(((0, _reversed(ctx, along)),))
 
@@ -64,8 +91,7 @@ def _push_rev(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
 def _reversed(ctx: Context, along: AxisSet) -> AxisSet:
     flipped = set(ctx.params["dimensions"])
     entries = (
-        e[::-1] if d in flipped and isinstance(e, tuple) else e
-        for d, e in enumerate(along.entries)
+        e[::-1] if d in flipped and isinstance(e, tuple) else e for d, e in enumerate(along.entries)
     )
     return AxisSet.of(along.shape, entries)
 
@@ -260,6 +286,7 @@ def _update(rows_of: Rows, source: int) -> Rule:
 register("transpose", Rule(_pull_transpose, _push_transpose))
 register("reshape squeeze expand_dims", Rule(_pull_reshape, _push_reshape))
 register("broadcast_in_dim", Rule(_pull_broadcast, _push_broadcast))
+register("tile", Rule(_pull_tile, _push_tile))
 register("rev", Rule(_pull_rev, _push_rev))
 register("slice", Rule(_pull_slice, _push_slice))
 register("split", Rule(_pull_split, _push_split))

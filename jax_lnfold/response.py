@@ -1,0 +1,109 @@
+"""The algebra of responses: how a value changes when the root of a `Tracker` is shifted.
+
+For ``x -> x + u`` with ``u`` uniform along S, a derived value ``y`` becomes ``y + r(u)`` where the
+response ``r`` is a polynomial in ``u``. Its coefficients are products of an exact fraction, ``x``,
+sums of ``x`` over some axes, and other values of the program.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+X = "x"
+Factor = str | tuple[int, ...]
+"""`X`; the root's axes over which ``x`` is summed; or another value, ``*7`` or ``/7``."""
+Term = tuple[int, tuple[Factor, ...]]
+"""Degree in u, and the sorted factors of the coefficient."""
+Response = dict[Term, Fraction]
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """A value that responds: how, and how its axes line up with those of the root.
+
+    `form` writes the value itself as a combination of ``x`` and its sums, where that is possible.
+    `dims` names the root's axis behind every axis, None for a broadcast one.
+    """
+
+    response: Response
+    form: dict[Factor, Fraction] | None
+    dims: tuple[int | None, ...]
+
+    @property
+    def factors(self) -> set[str]:
+        """All other values that the response depends on."""
+        named = (f for _, factors in self.response for f in factors)
+        return {f for f in named if isinstance(f, str) and f != X}
+
+
+class Refused(Exception):
+    """An operation notices the shift in a way that nothing cancels."""
+
+
+def summed(t: Tracked, axes: frozenset[int], count: int) -> Tracked:
+    """The response of a sum over `axes` of the root, with `count` terms (``axes`` may be empty).
+
+    ``sum(x + u) = sum(x) + n u`` where u is uniform along the axes summed over; the caller has
+    checked that. Axes are left as they are.
+    """
+
+    def factor_sum(factors: tuple[Factor, ...]) -> tuple[tuple[Factor, ...], int]:
+        """The factors of the sum, and how often each is counted."""
+        varying = [f for f in factors if f == X or (isinstance(f, tuple) and not axes <= {*f})]
+        if not axes or not varying:
+            return factors, count
+        (single, *more) = factors
+        if more:
+            raise Refused("sums powers of the shifted value")
+        before = frozenset(single) if isinstance(single, tuple) else frozenset()
+        if before & axes:
+            raise Refused("sums powers of the shifted value")
+        return (tuple(sorted(axes | before)),), 1
+
+    response: Response = {}
+    for (degree, factors), number in t.response.items():
+        kept, times = factor_sum(factors)
+        accumulate(response, (degree, kept), number * times)
+    form: dict[Factor, Fraction] | None = None
+    if t.form is not None:
+        form = {}
+        for factor, number in t.form.items():
+            kept, times = factor_sum((factor,))
+            accumulate(form, kept[0], number * times)
+    return Tracked(response, form, t.dims)
+
+
+def ordered(factors: tuple[Factor, ...]) -> tuple[Factor, ...]:
+    """The factors of a product in their one order."""
+    return tuple(sorted(factors, key=str))
+
+
+def accumulate(total: dict[Any, Fraction], key: Any, number: Fraction) -> None:
+    """Add to a coefficient; coefficients that become zero disappear."""
+    value = total.get(key, Fraction(0)) + number
+    if value:
+        total[key] = value
+    else:
+        total.pop(key, None)
+
+
+def scaled(t: Tracked, factor: Fraction) -> Tracked:
+    """``factor * y``."""
+    response = {term: number * factor for term, number in t.response.items() if factor}
+    form = None if t.form is None else {k: v * factor for k, v in t.form.items()}
+    return Tracked(response, form, t.dims)
+
+
+def product(a: Tracked, b: Tracked) -> Tracked:
+    """``(a + r)(b + s) - ab = a s + r b + r s``."""
+    if a.form is None or b.form is None:
+        raise Refused("multiplies by the shifted value")
+    response: Response = {}
+    own = [{(0, (k,)): v for k, v in t.form.items()} for t in (a, b) if t.form is not None]
+    for left, right in ((own[0], b.response), (a.response, own[1]), (a.response, b.response)):
+        for (p, f), v in left.items():
+            for (q, g), w in right.items():
+                accumulate(response, (p + q, ordered((*f, *g))), v * w)
+    return Tracked(response, None, a.dims)

@@ -1,0 +1,17 @@
+"""Run every test in double precision, so that contracts can be checked to 1e-12."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+jax.config.update("jax_enable_x64", True)
+
+
+@pytest.fixture
+def explicit_ranks() -> Iterator[None]:
+    """No broadcast adds axes silently; the zoo does, as the models it is modelled on do."""
+    with jax.numpy_rank_promotion("raise"):
+        yield
