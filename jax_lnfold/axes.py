@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -20,8 +21,37 @@ FREE = "free"
 ALL = "all"
 """All positions of the axis form one group."""
 
-Entry = str | tuple[int, ...]
-"""`FREE`, `ALL`, or one group label per position, -1 for positions outside the region."""
+
+class Labels(tuple[int, ...]):
+    """One group label per position, -1 outside the region; knows its hash and array."""
+
+    @cached_property
+    def _hash(self) -> int:
+        return super().__hash__()
+
+    def __hash__(self) -> int:
+        """The hash of the tuple, computed once."""
+        return self._hash
+
+    @cached_property
+    def array(self) -> np.ndarray:
+        """The labels as an array."""
+        return np.asarray(tuple(self), int)
+
+    @cached_property
+    def partial(self) -> bool:
+        """Whether some positions lie outside the region."""
+        return bool(np.any(self.array < 0))
+
+    @cached_property
+    def singles(self) -> bool:
+        """Whether no two positions inside the region share a group."""
+        inside = self.array[self.array >= 0]
+        return len(np.unique(inside)) == len(inside)
+
+
+Entry = str | Labels
+"""`FREE`, `ALL`, or `Labels`."""
 
 # Merging axes with different entries spells out one label per position: stop at this many.
 _MAX_LABELS = 1 << 22
@@ -40,14 +70,14 @@ def canonical(labels: np.ndarray) -> Entry:
     rank[np.argsort(first)] = np.arange(count)
     numbered = np.full(len(labels), -1)
     numbered[inside] = rank[inverse]
-    return tuple(numbered.tolist())
+    return Labels(numbered.tolist())
 
 
 def labels_of(entry: Entry, size: int) -> np.ndarray:
     """One group label per position of an axis with `size` positions."""
     if entry == FREE:
         return np.arange(size)
-    return np.zeros(size, int) if entry == ALL else np.asarray(entry)
+    return entry.array if isinstance(entry, Labels) else np.zeros(size, int)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +100,15 @@ class AxisSet:
         pairs = zip(shape, entries, strict=True)
         return AxisSet(tuple(shape), tuple(FREE if n == 1 and e == ALL else e for n, e in pairs))
 
+    def __str__(self) -> str:
+        """The set in words: ``axis 1``, ``axis 1 in 4 groups``, ``every element``."""
+        words = []
+        for d in self.axes:
+            e = self.entries[d]
+            groups = f" in {int(e.array.max()) + 1} groups" if isinstance(e, Labels) else ""
+            words.append(f"axis {d}{groups}")
+        return " and ".join(words) or "every element"
+
     @property
     def trivial(self) -> bool:
         """Whether every position is its own group: zero-mean then means zero."""
@@ -78,7 +117,7 @@ class AxisSet:
     @property
     def empty(self) -> bool:
         """Whether the region holds no position at all."""
-        return any(isinstance(e, tuple) and not any(x >= 0 for x in e) for e in self.entries)
+        return any(isinstance(e, Labels) and bool(np.all(e.array < 0)) for e in self.entries)
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -106,7 +145,8 @@ class AxisSet:
         return AxisSet(
             self.shape,
             tuple(
-                FREE if d in axes and _is_free_region(e) else e for d, e in enumerate(self.entries)
+                FREE if d in axes and isinstance(e, Labels) and e.singles else e
+                for d, e in enumerate(self.entries)
             ),
         )
 
@@ -118,16 +158,16 @@ class AxisSet:
     def disjoint(self, other: AxisSet) -> bool:
         """Whether the regions of the two sets share no position."""
         return any(
-            isinstance(a, tuple)
-            and isinstance(b, tuple)
-            and not np.any((np.asarray(a) >= 0) & (np.asarray(b) >= 0))
+            isinstance(a, Labels)
+            and isinstance(b, Labels)
+            and not np.any((a.array >= 0) & (b.array >= 0))
             for a, b in zip(self.entries, other.entries, strict=True)
         )
 
     def compatible(self, other: AxisSet) -> bool:
         """Whether centering along one set keeps a mean that is zero along the other."""
         apart = not {*self.axes} & {*other.axes}
-        regions = any(isinstance(e, tuple) and -1 in e for e in (*self.entries, *other.entries))
+        regions = any(isinstance(e, Labels) and e.partial for e in (*self.entries, *other.entries))
         nested = self.refines(other) or other.refines(self)
         return nested or self.disjoint(other) or (apart and not regions)
 
@@ -136,8 +176,7 @@ class AxisSet:
         entries = []
         for e, n, s in zip(self.entries, self.shape, positions, strict=True):
             whole = s == slice(0, n, 1)
-            uniform = isinstance(e, str)
-            entries.append(e if whole or uniform else canonical(np.asarray(e)[s]))
+            entries.append(canonical(e.array[s]) if isinstance(e, Labels) and not whole else e)
         shape = (_length(s, n) for s, n in zip(positions, self.shape, strict=True))
         return AxisSet.of(tuple(shape), entries)
 
@@ -185,11 +224,6 @@ def intersect(entry: Entry, other: Entry, size: int) -> Entry:
     return canonical(_pair(labels_of(entry, size), labels_of(other, size)))
 
 
-def _is_free_region(entry: Entry) -> bool:
-    inside = [x for x in entry if isinstance(x, int) and x >= 0]
-    return isinstance(entry, tuple) and len(set(inside)) == len(inside)
-
-
 def _length(s: slice, size: Any) -> Any:
     return size if s == slice(0, size, 1) else len(range(*s.indices(size)))
 
@@ -199,12 +233,13 @@ def _entry_refines(fine: Entry, coarse: Entry, size: Any) -> bool:
         return True
     if fine == ALL or isinstance(coarse, str):
         # A label tuple refines `ALL` when it covers every position, and never refines `FREE`.
-        return isinstance(fine, tuple) and coarse == ALL and min(fine) >= 0
+        return isinstance(fine, Labels) and coarse == ALL and not fine.partial
     f, c = labels_of(fine, size), labels_of(coarse, size)
     if np.any(f[c >= 0] < 0):
         return False
     touched = np.unique(f[c >= 0])
-    return all(len(np.unique(c[f == label])) == 1 for label in touched)
+    pairs = np.stack([f, c])[:, np.isin(f, touched)]
+    return np.unique(pairs, axis=1).shape[1] == len(touched)
 
 
 def _pair(a: np.ndarray, b: np.ndarray) -> np.ndarray:

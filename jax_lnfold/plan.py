@@ -7,11 +7,10 @@ the same structure.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .axes import ALL, FREE, AxisSet
+from .axes import ALL, FREE, AxisSet, Labels
 from .errors import PlanFormatError
 
 PLAN_VERSION = 1
@@ -31,6 +30,10 @@ class CenterEdit:
 
     key_path: str
     along: AxisSet
+
+    def __str__(self) -> str:
+        """The edit in words, ``a/b/kernel centered along axis 1``."""
+        return f"{self.key_path} centered along {self.along}"
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -99,5 +102,5 @@ class FoldPlan:
 
 
 def _axis_set(data: dict[str, Any]) -> AxisSet:
-    entry: Callable[[Any], Any] = lambda e: e if e in (ALL, FREE) else tuple(map(int, e))  # noqa: E731
-    return AxisSet(tuple(data["shape"]), tuple(entry(e) for e in data["entries"]))
+    entries = (e if e in (ALL, FREE) else Labels(map(int, e)) for e in data["entries"])
+    return AxisSet.of(data["shape"], entries)

@@ -31,8 +31,7 @@ class Insertion:
     """One explicit centering put into the program: after which operation, along which axes."""
 
     after: str
-    axes: tuple[int, ...]
-    shape: tuple[int, ...]
+    along: AxisSet
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def make_report(
         for i, (norm, folded) in enumerate(zip(placement.norms, placement.folded, strict=True))
     )
     insertions = tuple(
-        Insertion(_origin(placement, value), along.axes, graph.shape(value))
+        Insertion(_origin(placement, value), along)
         for value, sets in sorted(placement.explicit.items())
         for along in sets
         if not along.trivial
@@ -121,7 +120,7 @@ def summary(report: Report) -> str:
         f"{report.n_folded} of {_count(len(report.norms), 'LayerNorm')} folded, {edited}, "
         f"{_count(report.n_inserted, 'explicit centering')} inserted."
     ]
-    lines += [f"Inserted after {i.after}, along axes {_axes(i.axes)}." for i in report.insertions]
+    lines += [f"Inserted after {i.after}, along {i.along}." for i in report.insertions]
     return "\n".join(lines)
 
 
@@ -139,13 +138,3 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 def _plain(text: str) -> str:
     return text.replace("[", r"\[")
-
-
-def describe_groups(along: AxisSet) -> str:
-    """The axis set in words: ``axis 1``, ``axis 1 in 4 groups``."""
-    words = []
-    for d in along.axes:
-        entry = along.entries[d]
-        groups = f" in {max(entry) + 1} groups" if isinstance(entry, tuple) else ""
-        words.append(f"axis {d}{groups}")
-    return ", ".join(words) or "every element"

@@ -15,7 +15,7 @@ from math import prod
 import jax.numpy as jnp
 import numpy as np
 
-from .axes import AxisSet
+from .axes import AxisSet, Labels
 from .facts import Blocker, Claim, Facts
 from .norms import Norms
 from .rules import Opaque, rule_for
@@ -152,7 +152,7 @@ class ZeroMeanGraph:
         if along.trivial:
             return 0  # set to zero: nothing is computed
         inside = (
-            int(np.count_nonzero(along.labels(d) >= 0)) if isinstance(e, tuple) else n
+            int(np.count_nonzero(along.labels(d) >= 0)) if isinstance(e, Labels) else n
             for d, (e, n) in enumerate(zip(along.entries, along.shape, strict=True))
         )
         elements = prod(n for n in inside if isinstance(n, int))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ..axes import FREE, AxisSet, Entry, intersect
+from ..axes import FREE, AxisSet, Entry, Labels, intersect
 from .registry import Context, Opaque, Pull, Push, Rule, register
 
 
@@ -55,7 +55,7 @@ def _kernel_features(ctx: Context, entry: Entry, size: int) -> Entry:
     groups = ctx.params["feature_group_count"]
     if groups == 1 or entry == FREE:
         return entry
-    block = tuple(i // (size // groups) for i in range(size))
+    block = Labels(i // (size // groups) for i in range(size))
     return FREE if groups == size else intersect(entry, block, size)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..axes import ALL, FREE, AxisSet, Entry
+from ..axes import ALL, FREE, AxisSet, Entry, Labels, canonical
 from .registry import Context, Opaque, Pull, Push, Rule, register
 
 
@@ -91,7 +91,8 @@ def _push_rev(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
 def _reversed(ctx: Context, along: AxisSet) -> AxisSet:
     flipped = set(ctx.params["dimensions"])
     entries = (
-        e[::-1] if d in flipped and isinstance(e, tuple) else e for d, e in enumerate(along.entries)
+        canonical(e.array[::-1]) if d in flipped and isinstance(e, Labels) else e
+        for d, e in enumerate(along.entries)
     )
     return AxisSet.of(along.shape, entries)
 

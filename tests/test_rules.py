@@ -1,0 +1,182 @@
+"""Every rule by itself, against numbers: what it says about axis sets must hold for random data.
+
+A wrong rule is a wrong answer for somebody, so each claim is checked as it is used: operands made
+zero-mean, uniform or shifted exactly as the rule asks, one equation evaluated, the result
+inspected. Groups of positions are spelled out by `partitions`, not by the library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from partitions import (
+    centered,
+    group_ids,
+    is_uniform,
+    is_zero_mean,
+    random_set,
+    uniform_shift,
+    uniformed,
+)
+from rule_examples import EXAMPLES, PRIMITIVES, Example, Program
+
+from jax_lnfold.axes import ALL, FREE, AxisSet, Entry
+from jax_lnfold.facts import Facts
+from jax_lnfold.graph import Graph, Op
+from jax_lnfold.rules import RULES, Context, Opaque, Rule
+
+SEEDS = 4
+SETS = 25
+
+
+class OneOp(NamedTuple):
+    """One equation of a program, with the values that its operands have for the given inputs."""
+
+    facts: Facts
+    op: Op
+    rule: Rule
+    context: Context
+    operands: list[np.ndarray]
+
+    def evaluate(self, operands: Sequence[Any]) -> list[np.ndarray]:
+        return evaluate(self.op, operands)
+
+    def tolerance(self) -> float:
+        floats = [x.dtype for x in self.operands if np.issubdtype(x.dtype, np.floating)]
+        made = [v.aval.dtype for v in self.op.eqn.outvars]
+        return 1e-5 if np.float32 in (*floats, *made) else 1e-10
+
+
+def evaluate(op: Op, operands: Sequence[Any]) -> list[np.ndarray]:
+    made = op.eqn.primitive.bind(*operands, **op.params)
+    return [np.asarray(y) for y in (made if op.eqn.primitive.multiple_results else [made])]
+
+
+def find(name: str, program: Program, n_leaves: int) -> list[OneOp]:
+    """The equations of `name`; the first `n_leaves` operands count as parameters."""
+    graph = Graph(jax.make_jaxpr(program.fn)(*program.operands), n_leaves)
+    facts = Facts(graph)
+    values = {i: np.asarray(x) for i, x in enumerate(program.operands)}
+    values |= {v: np.asarray(x) for v, x in graph.constants.items()}
+    for op in graph.ops:
+        made = evaluate(op, [values[v] for v in op.inputs])
+        values |= dict(zip(op.outputs, made, strict=True))
+    return [
+        OneOp(facts, op, RULES[name], facts.context(op), [values[v] for v in op.inputs])
+        for op in graph.ops
+        if op.name == name
+    ]
+
+
+def is_float(x: np.ndarray) -> bool:
+    return np.issubdtype(x.dtype, np.floating)
+
+
+def check_pull(one: OneOp, out: int, along: AxisSet) -> bool:
+    """Whether the rule has an answer for `out`; the answer must hold."""
+    pulled = one.rule.pull(one.context, out, along)
+    if isinstance(pulled, Opaque):
+        assert pulled.why
+        return False
+    zeroed, constant = list(one.operands), list(one.operands)
+    for i, needed in pulled.needs:
+        assert zeroed[i] is one.operands[i], "an operand is named twice"
+        assert is_float(one.operands[i])
+        assert needed.shape == one.operands[i].shape
+        assert needed == AxisSet.of(needed.shape, needed.entries)
+        zeroed[i], constant[i] = centered(zeroed[i], needed), uniformed(constant[i], needed)
+    result = one.evaluate(zeroed)[out]
+    assert is_zero_mean(result, along, one.tolerance()), f"zero mean: {along} from {pulled}"
+    if pulled.exact:
+        result = one.evaluate(constant)[out]
+        assert is_uniform(result, along, one.tolerance()), f"uniform: {along} from {pulled}"
+    return not along.empty and any(not s.trivial and not s.empty for _, s in pulled.needs)
+
+
+def check_push(one: OneOp, operand: int, along: AxisSet) -> bool:
+    """Whether the rule has an answer for `operand`; the answer must hold."""
+    pushed = one.rule.push(one.context, operand, along)
+    if isinstance(pushed, Opaque):
+        assert pushed.why
+        return False
+    assert is_float(one.operands[operand])
+    after = dict(pushed)
+    assert len(after) == len(pushed), "an output is named twice"
+    rng = np.random.default_rng(0)
+    shifted = list(one.operands)
+    shifted[operand] = (shifted[operand] + uniform_shift(rng, along)).astype(shifted[operand].dtype)
+    for out, (x, y) in enumerate(
+        zip(one.evaluate(one.operands), one.evaluate(shifted), strict=True)
+    ):
+        change = y - x
+        nowhere = AxisSet(x.shape, ((-1,) * n for n in x.shape)) if out not in after else None
+        found = after.get(out, nowhere)
+        assert found is not None
+        inside = group_ids(found) >= 0 if out in after else np.zeros(x.shape, bool)
+        assert np.abs(change[~inside]).max(initial=0) < one.tolerance(), f"elsewhere: {along}"
+        if out in after:
+            assert found.shape == x.shape
+            assert found == AxisSet.of(found.shape, found.entries)
+            assert is_uniform(change, found, one.tolerance()), f"{along} does not become {found}"
+    return any(not s.trivial and not s.empty for s in after.values())
+
+
+def seen_by(along: AxisSet, shape: Sequence[int]) -> AxisSet:
+    """The set of an elementwise result on an operand that may have scalar or size-1 axes."""
+    if not shape:
+        return AxisSet((), ())
+    pairs = zip(along.entries, along.shape, shape, strict=True)
+    return AxisSet.of(shape, (e if n == m else FREE for e, n, m in pairs))
+
+
+def check_uniform(one: OneOp, out: int, along: AxisSet) -> None:
+    """What is deduced about uniform values, from operands and from the whole program."""
+    result = one.evaluate(one.operands)[out]
+    if one.facts.uniform(one.op.outputs[out], along):
+        assert is_uniform(result, along, one.tolerance()), f"{along}"
+    if one.rule.elementwise:
+        constant = [uniformed(x, seen_by(along, x.shape)) for x in one.operands]
+        assert is_uniform(one.evaluate(constant)[out], along, one.tolerance()), f"{along}"
+
+
+def cases() -> list[Any]:
+    return [
+        pytest.param(name, given, id=f"{name}-{i}")
+        for name, examples in EXAMPLES.items()
+        for i, given in enumerate(examples)
+    ]
+
+
+def test_every_rule_has_examples() -> None:
+    missing = {name for name in RULES if name in PRIMITIVES and name not in EXAMPLES}
+    assert not missing
+    assert EXAMPLES.keys() <= RULES.keys()
+    assert len(PRIMITIVES.keys() & RULES.keys()) > 80
+
+
+@pytest.mark.parametrize(("name", "given"), cases())
+def test_rule_against_numbers(name: str, given: Example) -> None:
+    answers = {"pull": 0, "push": 0}
+    for seed in range(SEEDS):
+        rng = np.random.default_rng(seed)
+        program = given.make(rng)
+        ones = find(name, program, int(rng.integers(0, len(program.operands) + 1)))
+        assert ones, "the program does not contain the primitive"
+        for one in ones:
+            shapes = [tuple(v.aval.shape) for v in one.op.eqn.outvars]
+            for out, shape in enumerate(shapes):
+                for along in (random_set(rng, shape) for _ in range(SETS)):
+                    answers["pull"] += check_pull(one, out, along)
+                    check_uniform(one, out, along)
+            for operand, x in enumerate(one.operands):
+                for along in (random_set(rng, x.shape) for _ in range(SETS)):
+                    answers["push"] += check_push(one, operand, along)
+    few = 3
+    assert (answers["pull"] >= few) if given.pull else (answers["pull"] == 0)
+    assert (answers["push"] >= few) if given.push else (answers["push"] == 0)
