@@ -40,7 +40,7 @@ class Verification:
 
 
 def verify(apply_fn: Callable[..., Any], params: Any, folded: Folded, *inputs: Any) -> Verification:
-    """Run the original and the folded program on `inputs` and measure their errors.
+    """Run the original and the folded program, compiled, on `inputs` and measure their errors.
 
     The reference is `apply_fn` with every floating-point leaf of `params` and `inputs` in float64;
     computations that the function itself pins to a narrower dtype stay there.
@@ -48,13 +48,13 @@ def verify(apply_fn: Callable[..., Any], params: Any, folded: Folded, *inputs: A
     Raises:
         FoldError: the outputs have no floating-point array to compare.
     """
-    original = _outputs(apply_fn(params, *inputs))
-    result = _outputs(folded.apply(folded.params, *inputs))
+    original = _outputs(jax.jit(apply_fn)(params, *inputs))
+    result = _outputs(jax.jit(folded.apply)(folded.params, *inputs))
     if not original:
         raise FoldError("apply_fn: returns no floating-point array; there is nothing to compare")
     with jax.enable_x64(True):
         wide_params, wide_inputs = jax.tree.map(_widen, (params, inputs))
-        reference = _outputs(apply_fn(wide_params, *wide_inputs))
+        reference = _outputs(jax.jit(apply_fn)(wide_params, *wide_inputs))
     return Verification(
         original_error=_largest(original, reference),
         folded_error=_largest(result, reference),

@@ -13,5 +13,5 @@ def offsets(height: int, width: int) -> np.ndarray:
 
 def relative_index(height: int, width: int) -> np.ndarray:
     """Number the offsets between pairs of grid cells from 0, (cells, cells)."""
-    rows, columns = np.moveaxis(offsets(height, width) + (height - 1, width - 1), -1, 0)
+    rows, columns = np.moveaxis(offsets(height, width) + np.array([height - 1, width - 1]), -1, 0)
     return rows * (2 * width - 1) + columns

@@ -1,0 +1,475 @@
+"""What the rules must answer to hand-picked questions, above all to those that are near misses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from rule_examples import UNARY, Program
+from test_rules import check_pull, check_push, find
+
+from jax_lnfold.axes import ALL, FREE, AxisSet, Entry, Labels
+from jax_lnfold.rules import RULES, Opaque
+
+F, A = FREE, ALL
+INDEX = np.array([2, 0])
+Answer = Mapping[int, Sequence[Entry]] | None
+"""Entries for each operand (pull) or output (push) named; None where the rule must refuse."""
+
+
+class Known(NamedTuple):
+    """A question about output or operand `position` of the first equation of `primitive`."""
+
+    primitive: str
+    fn: Callable[..., Any]
+    operands: Sequence[Any]
+    asked: Sequence[Entry]
+    answer: Answer
+    position: int = 0
+    exact: bool = True
+
+
+def conv(groups: int = 1) -> Callable[[Any, Any], Any]:
+    return lambda x, k: lax.conv_general_dilated(
+        x, k, (1,), "SAME", None, None, ("NWC", "WIO", "NWC"), groups
+    )
+
+
+def window(*size: int) -> Callable[[Any], Any]:
+    return lambda x: lax.reduce_window(x, 0.0, lax.add, size, (1,) * len(size), "SAME")
+
+
+def batched(x: Any, y: Any) -> Any:
+    return lax.dot_general(x, y, (((2,), (1,)), ((0,), (0,))))
+
+
+def dense(x: Any, w: Any) -> Any:
+    return jnp.tensordot(x, w, 1)
+
+
+def times(x: Any, g: Any) -> Any:
+    return x * g
+
+
+HALVES = Labels((0, 0, 0, 1, 1, 1))
+PAIRS = Labels((0, 0, 1, 1, 2, 2))
+
+PULLS: dict[str, Known] = {
+    "sum: both operands": Known("add", jnp.add, [(2, 6), (2, 6)], (F, A), {0: (F, A), 1: (F, A)}),
+    "sum with a per-token operand: that one must be zero": Known(
+        "add", jnp.add, [(2, 6), (2, 1)], (F, A), {0: (F, A), 1: (F, F)}
+    ),
+    "sum with a scalar": Known("sub", jnp.subtract, [(2, 6), ()], (F, A), {0: (F, A), 1: ()}),
+    "product with a per-token factor": Known("mul", times, [(2, 6), (2, 1)], (F, A), {0: (F, A)}),
+    "product with a per-channel factor": Known("mul", times, [(2, 6), (1, 6)], (F, A), None),
+    "product with a per-channel factor, other mean": Known(
+        "mul", times, [(2, 6), (1, 6)], (A, F), {0: (A, F)}
+    ),
+    "product with a per-token factor, mean over tokens": Known(
+        "mul", times, [(2, 6), (2, 1)], (A, A), None
+    ),
+    "product with a per-head factor": Known(
+        "mul", lambda x, g: x * jnp.repeat(g, 3), [(2, 6), (2,)], (F, HALVES), {0: (F, HALVES)}
+    ),
+    "product with a per-head factor, whole width": Known(
+        "mul", lambda x, g: x * jnp.repeat(g, 3), [(2, 6), (2,)], (F, A), None
+    ),
+    "product with a per-head factor, groups across heads": Known(
+        "mul", lambda x, g: x * jnp.repeat(g, 3), [(2, 6), (2,)], (F, PAIRS), None
+    ),
+    "quotient with a per-token divisor": Known(
+        "div", jnp.divide, [(2, 6), (2, 1)], (F, A), {0: (F, A)}
+    ),
+    "quotient of a per-token dividend": Known("div", jnp.divide, [(2, 1), (2, 6)], (F, A), None),
+    "choice per element": Known(
+        "select_n", jnp.where, [np.eye(2, 6) > 0, (2, 6), (2, 6)], (F, A), None
+    ),
+    "choice per token": Known(
+        "select_n",
+        lambda x, y: jnp.where(x[:, :1] > 0, x, y),
+        [(2, 6), (2, 6)],
+        (F, A),
+        {1: (F, A), 2: (F, A)},
+    ),
+    "choice per token, mean over tokens": Known(
+        "select_n", lambda x, y: jnp.where(x[:, :1] > 0, x, y), [(2, 6), (2, 6)], (A, F), None
+    ),
+    "conversion to whole numbers": Known(
+        "convert_element_type", lambda x: x.astype(int), [(2, 6)], (F, A), None
+    ),
+    "conversion from whole numbers": Known(
+        "convert_element_type", lambda x: x.astype(float), [np.ones((2, 6), int)], (F, A), None
+    ),
+    "dense: columns of the weights": Known(
+        "dot_general", dense, [(2, 5, 4), (4, 6)], (F, F, A), {1: (F, A)}
+    ),
+    "dense: heads of the weights": Known(
+        "dot_general", dense, [(2, 5, 4), (4, 6)], (F, F, HALVES), {1: (F, HALVES)}
+    ),
+    "dense: mean over tokens": Known(
+        "dot_general", dense, [(2, 5, 4), (4, 6)], (F, A, F), {0: (F, A, F)}
+    ),
+    "dense: mean over tokens and features": Known(
+        "dot_general", dense, [(5, 4), (4, 6)], (A, A), {1: (F, A)}, exact=False
+    ),
+    "batched product: mean over the batch": Known(
+        "dot_general", batched, [(2, 5, 4), (2, 4, 6)], (A, F, F), None
+    ),
+    "batched product: mean over batch and features": Known(
+        "dot_general", batched, [(2, 5, 4), (2, 4, 6)], (A, F, A), {1: (F, F, A)}, exact=False
+    ),
+    "convolution: output features": Known(
+        "conv_general_dilated", conv(), [(2, 5, 4), (3, 4, 6)], (F, F, A), {1: (F, F, A)}
+    ),
+    "grouped convolution: across groups": Known(
+        "conv_general_dilated",
+        conv(2),
+        [(2, 5, 4), (3, 2, 6)],
+        (F, F, A),
+        {1: (F, F, HALVES)},
+        exact=False,
+    ),
+    "grouped convolution: within groups": Known(
+        "conv_general_dilated", conv(2), [(2, 5, 4), (3, 2, 6)], (F, F, HALVES), {1: (F, F, HALVES)}
+    ),
+    "grouped convolution: pairs across the border": Known(
+        "conv_general_dilated",
+        conv(2),
+        [(2, 5, 4), (3, 2, 6)],
+        (F, F, PAIRS),
+        {1: (F, F, (0, 0, 1, 2, 3, 3))},
+        exact=False,
+    ),
+    "depthwise convolution": Known(
+        "conv_general_dilated", conv(6), [(2, 5, 6), (3, 1, 6)], (F, F, A), None
+    ),
+    "convolution: mean over positions": Known(
+        "conv_general_dilated", conv(), [(2, 5, 4), (3, 4, 6)], (F, A, F), None
+    ),
+    "convolution: mean over positions and features": Known(
+        "conv_general_dilated",
+        conv(),
+        [(2, 5, 4), (3, 4, 6)],
+        (F, A, A),
+        {1: (F, F, A)},
+        exact=False,
+    ),
+    "reduction of another axis": Known("reduce_sum", lambda x: x.sum(0), [(5, 6)], (A,), {0: (F, A)}),
+    "cumulative sum of another axis": Known(
+        "cumsum", lambda x: lax.cumsum(x, 0), [(5, 6)], (F, A), {0: (F, A)}
+    ),
+    "cumulative sum along the mean": Known(
+        "cumsum", lambda x: lax.cumsum(x, 1), [(5, 6)], (F, A), None
+    ),
+    "pooling other axes": Known("reduce_window_sum", window(3, 1), [(5, 6)], (F, A), {0: (F, A)}),
+    "pooling along the mean": Known("reduce_window_sum", window(1, 3), [(5, 6)], (F, A), None),
+    "pooling along one of the means": Known(
+        "reduce_window_sum", window(3, 1), [(5, 6)], (A, A), {0: (F, A)}, exact=False
+    ),
+    "splitting an axis": Known(
+        "reshape", lambda x: x.reshape(2, 2, 3), [(2, 6)], (F, F, A), {0: (F, HALVES)}
+    ),
+    "splitting an axis, mean over its slow part": Known(
+        "reshape", lambda x: x.reshape(2, 2, 3), [(2, 6)], (F, A, F), {0: (F, (0, 1, 2, 0, 1, 2))}
+    ),
+    "splitting through groups": Known(
+        "reshape", lambda x: x.reshape(2, 6), [(2, 2, 3)], (F, PAIRS), None
+    ),
+    "merging and splitting elsewhere": Known(
+        "reshape", lambda x: x.reshape(6, 4), [(4, 6)], (F, A), None
+    ),
+    "new axes: a mean along them is nothing new": Known(
+        "broadcast_in_dim",
+        lambda x: jnp.broadcast_to(x[:, None], (2, 3, 6)),
+        [(2, 6)],
+        (F, A, A),
+        {0: (F, A)},
+    ),
+    "new axes only: the operand must be zero": Known(
+        "broadcast_in_dim", lambda x: lax.broadcast_in_dim(x, (2, 6), (0,)), [(2,)], (F, A), {0: (F,)}
+    ),
+    "expanded axis: the operand must be zero": Known(
+        "broadcast_in_dim",
+        lambda x: lax.broadcast_in_dim(x, (2, 6), (0, 1)),
+        [(2, 1)],
+        (F, A),
+        {0: (F, F)},
+    ),
+    "tiles: mean along another axis": Known(
+        "tile", lambda x: jnp.tile(x, (2, 1)), [(5, 6)], (F, A), {0: (F, A)}
+    ),
+    "slice: a region": Known(
+        "slice", lambda x: x[:, 2:5], [(2, 6)], (F, A), {0: (F, (-1, -1, 0, 0, 0, -1))}
+    ),
+    "slice of tokens": Known(
+        "slice", lambda x: x[1:3], [(4, 6)], (F, A), {0: ((-1, 0, 1, -1), A)}
+    ),
+    "slice with a step": Known(
+        "slice", lambda x: x[:, ::2], [(2, 6)], (F, A), {0: (F, (0, -1, 0, -1, 0, -1))}
+    ),
+    "split: its own region": Known(
+        "split",
+        lambda x: lax.split(x, (2, 4), 1),
+        [(2, 6)],
+        (F, A),
+        {0: (F, (-1, -1, 0, 0, 0, 0))},
+        position=1,
+    ),
+    "reversed": Known(
+        "rev", lambda x: lax.rev(x, (1,)), [(2, 6)], (F, (0, 0, 0, -1, 1, 1)),
+        {0: (F, (0, 0, -1, 1, 1, 1))},
+    ),
+    "transposed": Known("transpose", jnp.transpose, [(6, 2)], (F, HALVES), {0: (HALVES, F)}),
+    "concatenated along another axis": Known(
+        "concatenate",
+        lambda x, y: jnp.concatenate([x, y], 0),
+        [(2, 6), (3, 6)],
+        (F, A),
+        {0: (F, A), 1: (F, A)},
+    ),
+    "concatenated along the mean": Known(
+        "concatenate",
+        lambda x, y: jnp.concatenate([x, y], 1),
+        [(2, 2), (2, 4)],
+        (F, A),
+        {0: (F, A), 1: (F, A)},
+        exact=False,
+    ),
+    "concatenated: a region inside one operand": Known(
+        "concatenate",
+        lambda x, y: jnp.concatenate([x, y], 1),
+        [(2, 2), (2, 4)],
+        (F, (-1, -1, -1, 0, 0, 0)),
+        {1: (F, (-1, 0, 0, 0))},
+        exact=False,
+    ),
+    "padded with zeros": Known(
+        "pad", lambda x: jnp.pad(x, ((0, 0), (1, 2))), [(2, 3)], (F, A), {0: (F, A)}, exact=False
+    ),
+    "padded with ones": Known(
+        "pad", lambda x: lax.pad(x, 1.0, [(0, 0, 0), (1, 2, 0)]), [(2, 3)], (F, A), None
+    ),
+    "padded with ones along another axis": Known(
+        "pad", lambda x: lax.pad(x, 1.0, [(1, 2, 0), (0, 0, 0)]), [(2, 3)], (F, A), None
+    ),
+    "padded with an input": Known(
+        "pad", lambda x, v: lax.pad(x, v, [(0, 0, 0), (1, 2, 0)]), [(2, 3), ()], (F, A), None
+    ),
+    "cropped by padding": Known(
+        "pad", lambda x: lax.pad(x, 0.0, [(0, 0, 0), (-1, 0, 0)]), [(2, 6)], (F, A), None
+    ),
+    "rows of a table": Known("gather", lambda t: t[INDEX], [(5, 6)], (F, A), {0: (F, A)}),
+    "rows of a table, mean over the rows": Known(
+        "gather", lambda t: t[INDEX], [(5, 6)], (A, F), None
+    ),
+    "single elements of a table": Known(
+        "gather", lambda t: t[:, INDEX], [(5, 6)], (F, A), None
+    ),
+    "part of the rows": Known("gather", lambda t: t[INDEX, :3], [(5, 6)], (F, A), {0: (F, (0, 0, 0, -1, -1, -1))}),
+    "missing rows filled with ones": Known(
+        "gather",
+        lambda t: jnp.take(t, INDEX, 0, mode="fill", fill_value=1.0),
+        [(5, 6)],
+        (F, A),
+        None,
+    ),
+    "token slice at run time": Known(
+        "dynamic_slice", lambda x, i: lax.dynamic_slice(x, (i, 0), (2, 6)), [(5, 6), np.int32(1)],
+        (F, A), {0: (F, A)},
+    ),
+    "feature slice at run time": Known(
+        "dynamic_slice", lambda x, i: lax.dynamic_slice(x, (0, i), (5, 2)), [(5, 6), np.int32(1)],
+        (F, A), None,
+    ),
+    "token update at run time": Known(
+        "dynamic_update_slice", lambda x, u, i: lax.dynamic_update_slice(x, u, (i, 0)),
+        [(5, 6), (2, 6), np.int32(1)], (F, A), {0: (F, A), 1: (F, A)},
+    ),
+    "feature update at run time": Known(
+        "dynamic_update_slice", lambda x, u, i: lax.dynamic_update_slice(x, u, (0, i)),
+        [(5, 6), (5, 2), np.int32(1)], (F, A), None,
+    ),
+    "rows written": Known(
+        "scatter", lambda x, u: x.at[INDEX].set(u), [(5, 6), (2, 6)], (F, A), {0: (F, A), 2: (F, A)}
+    ),
+    "rows increased": Known(
+        "scatter-add", lambda x, u: x.at[INDEX].add(u), [(5, 6), (2, 6)], (F, A),
+        {0: (F, A), 2: (F, A)},
+    ),
+    "single elements increased": Known(
+        "scatter-add", lambda x, u: x.at[:, INDEX].add(u), [(5, 6), (5, 2)], (F, A), None
+    ),
+}  # fmt: skip
+
+PUSHES: dict[str, Known] = {
+    "per-token operand of a sum": Known("add", jnp.add, [(2, 1), (2, 6)], (F, F), {0: (F, A)}),
+    "scalar operand of a sum": Known("add", jnp.add, [(2, 6), ()], (), {0: (A, A)}, 1),
+    "product with a per-channel factor": Known("mul", times, [(2, 6), (1, 6)], (F, A), None),
+    "shifted scale": Known("mul", times, [(2, 6), (1, 6)], (F, A), None, 1),
+    "per-token shift of a per-token value": Known(
+        "mul", times, [(2, 1), (2, 6)], (F, F), {0: (F, F)}
+    ),
+    "product with a per-token factor": Known("mul", times, [(2, 6), (2, 1)], (F, A), {0: (F, A)}),
+    "shifted divisor": Known("div", jnp.divide, [(2, 6), (2, 1)], (F, F), None, 1),
+    "choice by a shifted value": Known(
+        "select_n", jnp.where, [np.eye(2, 6) > 0, (2, 6), (2, 6)], (F, A), None
+    ),
+    "choice per element": Known(
+        "select_n", jnp.where, [np.eye(2, 6) > 0, (2, 6), (2, 6)], (F, A), None, 1
+    ),
+    "conversion to whole numbers": Known(
+        "convert_element_type", lambda x: x.astype(int), [(2, 6)], (F, A), None
+    ),
+    "barrier: its own output": Known(
+        "optimization_barrier",
+        lambda x, y: lax.optimization_barrier((x, y)),
+        [(2, 6), (6,)],
+        (A,),
+        {1: (A,)},
+        1,
+    ),
+    "dense: columns of the weights": Known(
+        "dot_general", dense, [(2, 5, 4), (4, 6)], (F, A), {0: (F, F, A)}, 1
+    ),
+    "dense: what is summed away": Known(
+        "dot_general", dense, [(2, 5, 4), (4, 6)], (F, F, A), {0: (F, F, F)}
+    ),
+    "batched product: across the batch": Known(
+        "dot_general", batched, [(2, 5, 4), (2, 4, 6)], (A, F, F), {0: (F, F, F)}
+    ),
+    "convolution: shifted image": Known(
+        "conv_general_dilated", conv(), [(2, 5, 4), (3, 4, 6)], (F, F, A), None
+    ),
+    "convolution: output features": Known(
+        "conv_general_dilated", conv(), [(2, 5, 4), (3, 4, 6)], (F, F, A), {0: (F, F, A)}, 1
+    ),
+    "grouped convolution: across groups": Known(
+        "conv_general_dilated", conv(2), [(2, 5, 4), (3, 2, 6)], (F, F, A), {0: (F, F, HALVES)}, 1
+    ),
+    "depthwise convolution": Known(
+        "conv_general_dilated", conv(6), [(2, 5, 6), (3, 1, 6)], (F, F, A), {0: (F, F, F)}, 1
+    ),
+    "reduction along the mean": Known(
+        "reduce_sum", lambda x: x.sum(1), [(5, 6)], (F, A), {0: (F,)}
+    ),
+    "cumulative sum along the mean": Known(
+        "cumsum", lambda x: lax.cumsum(x, 1), [(5, 6)], (F, A), {0: (F, F)}
+    ),
+    "pooling along the mean": Known(
+        "reduce_window_sum", window(1, 3), [(5, 6)], (F, A), {0: (F, F)}
+    ),
+    "splitting an axis": Known(
+        "reshape", lambda x: x.reshape(2, 2, 3), [(2, 6)], (F, HALVES), {0: (F, F, A)}
+    ),
+    "splitting through groups": Known(
+        "reshape", lambda x: x.reshape(2, 2, 3), [(2, 6)], (F, PAIRS), None
+    ),
+    "splitting through a region: given up": Known(
+        "reshape", lambda x: x.reshape(2, 2, 3), [(2, 6)], (A, (0, 1, 2, 3, -1, -1)), {0: (A, F, F)}
+    ),
+    "slice along the mean": Known("slice", lambda x: x[:, 2:5], [(2, 6)], (F, A), {0: (F, A)}),
+    "slice of groups": Known(
+        "slice", lambda x: x[:, 2:5], [(2, 6)], (F, HALVES), {0: (F, (0, 1, 1))}
+    ),
+    "split along the mean": Known(
+        "split", lambda x: lax.split(x, (2, 4), 1), [(2, 6)], (F, A), {0: (F, A), 1: (F, A)}
+    ),
+    "concatenated along the mean": Known(
+        "concatenate",
+        lambda x, y: jnp.concatenate([x, y], 1),
+        [(2, 2), (2, 4)],
+        (F, A),
+        {0: (F, (-1, -1, 0, 0, 0, 0))},
+        1,
+    ),
+    "padded along the mean": Known(
+        "pad",
+        lambda x: lax.pad(x, 1.0, [(0, 0, 0), (1, 1, 1)]),
+        [(2, 2)],
+        (F, A),
+        {0: (F, (-1, 0, -1, 0, -1))},
+    ),
+    "shifted padding": Known(
+        "pad", lambda x, v: lax.pad(x, v, [(0, 0, 0), (1, 2, 0)]), [(2, 3), ()], (), None, 1
+    ),
+    "tiles along the mean": Known(
+        "tile", lambda x: jnp.tile(x, (1, 2)), [(5, 3)], (A, A), {0: (A, F)}
+    ),
+    "rows of a table": Known("gather", lambda t: t[INDEX], [(5, 6)], (F, A), {0: (F, A)}),
+    "rows of a table, one shift for all": Known(
+        "gather", lambda t: t[INDEX], [(5, 6)], (A, A), {0: (F, A)}
+    ),
+    "single elements of a table": Known(
+        "gather", lambda t: t[:, INDEX], [(5, 6)], (F, A), {0: (F, F)}
+    ),
+    "feature update at run time": Known(
+        "dynamic_update_slice",
+        lambda x, u, i: lax.dynamic_update_slice(x, u, (0, i)),
+        [(5, 6), (5, 2), np.int32(1)],
+        (A, A),
+        {0: (A, F)},
+    ),
+    "rows overwritten": Known(
+        "scatter", lambda x, u: x.at[INDEX].set(u), [(5, 6), (2, 6)], (A, A), {0: (F, A)}
+    ),
+    "rows written": Known(
+        "scatter", lambda x, u: x.at[INDEX].set(u), [(5, 6), (2, 6)], (A, A), {0: (F, A)}, 2
+    ),
+}
+
+
+def operands_of(known: Known) -> list[Any]:
+    rng = np.random.default_rng(0)
+    return [rng.normal(0.5, 1, x) if isinstance(x, tuple) else x for x in known.operands]
+
+
+@pytest.mark.parametrize("question", PULLS)
+def test_pull(question: str) -> None:
+    known = PULLS[question]
+    one = find(known.primitive, Program(known.fn, operands_of(known)), 2)[0]
+    along = AxisSet(one.context.out_shape(known.position), tuple(known.asked))
+    answer = one.rule.pull(one.context, known.position, along)
+    if known.answer is None:
+        assert isinstance(answer, Opaque)
+        return
+    assert not isinstance(answer, Opaque)
+    assert {i: s.entries for i, s in answer.needs} == known.answer
+    assert answer.exact == known.exact
+    check_pull(one, known.position, along)
+
+
+@pytest.mark.parametrize("question", PUSHES)
+def test_push(question: str) -> None:
+    known = PUSHES[question]
+    one = find(known.primitive, Program(known.fn, operands_of(known)), 2)[0]
+    along = AxisSet(one.context.in_shape(known.position), tuple(known.asked))
+    answer = one.rule.push(one.context, known.position, along)
+    if known.answer is None:
+        assert isinstance(answer, Opaque)
+        return
+    assert not isinstance(answer, Opaque)
+    assert {i: s.entries for i, s in answer} == known.answer
+    check_push(one, known.position, along)
+
+
+@pytest.mark.parametrize("name", UNARY.split())
+def test_nonlinear_primitives_neither_carry_a_mean_nor_hide_a_shift(name: str) -> None:
+    one = find(name, Program(getattr(lax, name), [np.full((2, 3), 0.5)]), 1)[0]
+    along = AxisSet.over((2, 3), (1,))
+    assert isinstance(one.rule.pull(one.context, 0, along), Opaque)
+    assert isinstance(one.rule.push(one.context, 0, along), Opaque)
+
+
+def test_rules_without_answers_are_only_elementwise_ones() -> None:
+    silent = {n for n, r in RULES.items() if r.elementwise} - {
+        *"add sub neg add_any copy copy_p stop_gradient name reduce_precision".split(),
+        *"sharding_constraint pvary convert_element_type mul div select_n".split(),
+    }
+    bare = type(RULES["sin"])()
+    for name in silent:
+        assert RULES[name].pull is bare.pull
+        assert RULES[name].push is bare.push
