@@ -39,10 +39,10 @@ def same_partition(a: np.ndarray, b: np.ndarray) -> bool:
 def group_mean(x: np.ndarray, along: AxisSet) -> np.ndarray:
     """The mean of every group, at each of its positions; zero outside the region."""
     ids, count = numbered(group_ids(along))
-    means = np.zeros(x.shape)
-    for group in range(count):
-        means[ids == group] = x[ids == group].mean()
-    return means
+    sums, members = np.zeros(count + 1), np.zeros(count + 1)
+    np.add.at(sums, ids, x)
+    np.add.at(members, ids, 1)
+    return np.append(sums[:-1] / members[:-1], 0.0)[ids]
 
 
 def centered(x: np.ndarray, along: AxisSet) -> np.ndarray:
@@ -52,10 +52,9 @@ def centered(x: np.ndarray, along: AxisSet) -> np.ndarray:
 def uniformed(x: np.ndarray, along: AxisSet) -> np.ndarray:
     """Every group set to one of its elements; any dtype."""
     ids, count = numbered(group_ids(along))
-    result = np.array(x)
-    for group in range(count):
-        result[ids == group] = x[ids == group].reshape(-1)[-1]
-    return result
+    chosen = np.zeros(count + 1, x.dtype)
+    chosen[ids] = x
+    return np.where(ids < 0, x, chosen[ids])
 
 
 def uniform_shift(rng: np.random.Generator, along: AxisSet) -> np.ndarray:
