@@ -10,12 +10,11 @@ import jax
 
 from ._compat import jaxpr_as_fun
 from .axes import AxisSet
-from .center import center_tree, check_tree, leaf_paths
 from .errors import FoldError, NotAnalysedError, PlanMismatchError
 from .facts import Facts
 from .graph import Graph
 from .placement import Placement, place
-from .plan import CenterEdit, FoldPlan, LeafSpec, ScaleEdit
+from .plan import CenterEdit, FoldPlan, LeafSpec, ScaleEdit, leaf_paths
 from .program import Traced, check_inputs, check_params, signature, trace
 from .report import Report, make_report
 from .rewrite import rewrite
@@ -132,7 +131,7 @@ class Folded:
             self._analyse(self._given, inputs)
         assert self._plan is not None
         check_params(params, abstract=True)
-        check_tree(self._plan, params)
+        self._plan.check(params)
         key = signature(params, inputs)
         found = self._programs.get(key)
         if found is None:
@@ -153,7 +152,7 @@ class Folded:
         report = make_report(placement, plan.edits, plan.scales)
         program = _program(traced, placement)
         key = signature(params, inputs)
-        self._params = center_tree(plan, params, donate=self._donate)
+        self._params = plan.center(params, donate=self._donate)
         self._plan, self._report, self._given = plan, report, None
         if traced.reusable:
             self._programs[key] = program

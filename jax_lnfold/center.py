@@ -1,8 +1,8 @@
-"""Applies a plan to a parameter tree: scales merged, then columns centered (CBWC)."""
+"""Centering of one array: the operator C_S, and the edit of one parameter leaf (CBWC)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -13,13 +13,6 @@ import numpy as np
 from ._compat import is_tracer
 from .axes import ALL, FREE, AxisSet
 from .errors import TreeError
-from .plan import FoldPlan
-
-
-def leaf_paths(tree: Any) -> list[tuple[str, Any]]:
-    """Leaves in tree order with their key paths, written ``a/b/kernel``."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in leaves]
 
 
 def center_array(x: Any, along: AxisSet) -> Any:
@@ -36,66 +29,16 @@ def center_array(x: Any, along: AxisSet) -> Any:
     return (once - group_means(once, along, jnp)).astype(x.dtype)
 
 
-def center_tree(plan: FoldPlan, params: Any, donate: bool = False) -> Any:
-    """Apply `plan` to `params`, a tree with the structure and shapes that the plan was made for.
-
-    Traceable and differentiable. Leaves that the plan does not edit are returned as they are;
-    edited ones keep shape, dtype and sharding. With `donate`, edited JAX arrays give up their
-    memory and are deleted; nothing else of the caller's is ever changed.
-
-    Raises:
-        TreeError: key paths or shapes differ from the plan's, or a leaf to edit is no
-            floating-point array.
-    """
-    leaves, treedef = jax.tree_util.tree_flatten(params)
-    position = {path: i for i, (path, _) in enumerate(leaf_paths(params))}
-    check_tree(plan, params)
-    edits: dict[int, list[AxisSet]] = {}
-    scaled_by: dict[int, tuple[int, int]] = {}
-    for scale in plan.scales:
-        for path, axis in scale.targets:
-            scaled_by[position[path]] = (position[scale.key_path], axis)
-    for edit in plan.edits:
-        edits.setdefault(position[edit.key_path], []).append(edit.along)
-    changed = {}
-    for i in sorted({*edits, *scaled_by}):
-        scale, axis = scaled_by.get(i, (None, 0))
-        factor = None if scale is None else leaves[scale]
-        changed[i] = _edit_leaf(leaves[i], factor, axis, tuple(edits.get(i, ())), donate)
-    for scale in plan.scales:
-        i = position[scale.key_path]
-        changed[i] = _edit_leaf(leaves[i], None, 0, None, donate)
-    return treedef.unflatten([changed.get(i, leaf) for i, leaf in enumerate(leaves)])
-
-
-def check_tree(plan: FoldPlan, params: Any, argument: str = "params") -> None:
-    """Raise a `TreeError` unless `params` has the key paths and shapes of the plan."""
-    found = leaf_paths(params)
-    if [path for path, _ in found] != [leaf.key_path for leaf in plan.leaves]:
-        known = {leaf.key_path for leaf in plan.leaves}
-        got = {path for path, _ in found}
-        missing, extra = sorted(known - got), sorted(got - known)
-        raise TreeError(
-            f"{argument}: not the tree that was folded (missing {_some(missing)}; unknown "
-            f"{_some(extra)}); pass a tree of the same structure"
-        )
-    for (path, x), leaf in zip(found, plan.leaves, strict=True):
-        if tuple(np.shape(x)) != leaf.shape:
-            raise TreeError(
-                f"{argument}: leaf {path!r} has shape {tuple(np.shape(x))}, the folded tree had "
-                f"{leaf.shape}; fold the model again for other sizes"
-            )
-
-
-def _some(paths: Sequence[str]) -> str:
-    shown = ", ".join(paths[:3]) or "none"
-    return f"{shown} and {len(paths) - 3} more" if len(paths) > 3 else shown
-
-
-def _edit_leaf(
+def edit_leaf(
     x: Any, factor: Any, axis: int, sets: tuple[AxisSet, ...] | None, donate: bool
 ) -> Any:
-    """One leaf scaled along `axis` and centered along `sets`; `sets` None sets it to one."""
+    """One leaf scaled by `factor` along `axis`, then centered; `sets` None sets it to one.
+
+    Shape, dtype and sharding stay. With `donate` a JAX array gives up its memory.
+
+    Raises:
+        TreeError: the leaf is no floating-point array.
+    """
     if not isinstance(x, jax.Array) and not is_tracer(x):
         x = np.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -104,7 +47,8 @@ def _edit_leaf(
         return _edited(x, factor, axis, sets)
     if is_tracer(x) or is_tracer(factor):
         return _edited(x, factor, axis, sets)
-    return _compiled_edit(axis, sets, donate, x.sharding)(x, factor)
+    placed = x.sharding if x.committed else None
+    return _compiled_edit(axis, sets, donate, placed)(x, factor)
 
 
 def _edited(x: Any, factor: Any, axis: int, sets: tuple[AxisSet, ...] | None) -> Any:
@@ -112,9 +56,9 @@ def _edited(x: Any, factor: Any, axis: int, sets: tuple[AxisSet, ...] | None) ->
         return np.ones_like(x) if isinstance(x, np.ndarray) else jnp.ones_like(x)
     wide = x.astype(_wide_type(x))
     if factor is not None:
-        wide = wide * factor.astype(wide.dtype).reshape(
-            [-1 if d == axis else 1 for d in range(x.ndim)]
-        )
+        xp = np if isinstance(x, np.ndarray) else jnp
+        shape = [-1 if d == axis else 1 for d in range(x.ndim)]
+        wide = wide * xp.asarray(factor, wide.dtype).reshape(shape)
     for along in sets:
         wide = center_array(wide, along)
     return wide.astype(x.dtype)

@@ -30,8 +30,6 @@ from ._compat import (
 CallPath = tuple[int, ...]
 """Equation indices of the calls around a jaxpr, outermost first."""
 
-_NO_DATA = frozenset({"iota", "random_bits", "random_wrap", "random_seed"})
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Op:
@@ -77,7 +75,8 @@ class Graph:
         """Flatten `closed`, whose first `n_leaves` inputs are the parameter leaves."""
         self.avals: list[Any] = []
         self.producer: list[tuple[Op, int] | None] = []
-        self.data_free: list[bool] = []
+        self.data_free: list[bool] = []  # computed from parameters and constants only
+        self.fixed: list[bool] = []  # computed from constants only
         self.constants: dict[int, Any] = {}
         self.ops: list[Op] = []
         self.op_at: dict[tuple[CallPath, int], Op] = {}
@@ -86,7 +85,7 @@ class Graph:
         self._custom: set[CallPath] = set()
 
         jaxpr = open_jaxpr(closed)
-        inputs = [self._new(v.aval, (), i < n_leaves) for i, v in enumerate(jaxpr.invars)]
+        inputs = [self._new(v.aval, (), i < n_leaves, False) for i, v in enumerate(jaxpr.invars)]
         self.leaves = {v: i for i, v in enumerate(inputs[:n_leaves])}
         results = self._walk(jaxpr, consts_of(closed), inputs, (), "", ())
         self.outputs = frozenset(results)
@@ -111,15 +110,16 @@ class Graph:
         constant = self.constants.get(value)
         return None if constant is None or np.ndim(constant) else np.asarray(constant)
 
-    def _new(self, aval: Any, path: CallPath, data_free: bool) -> int:
+    def _new(self, aval: Any, path: CallPath, data_free: bool, fixed: bool) -> int:
         self.avals.append(aval)
         self.producer.append(None)
         self.data_free.append(data_free)
+        self.fixed.append(fixed)
         self.home.append(path)
         return len(self.avals) - 1
 
     def _constant(self, value: Any, aval: Any, path: CallPath) -> int:
-        number = self._new(aval, path, True)
+        number = self._new(aval, path, True, True)
         if not is_tracer(value):
             self.constants[number] = value
         return number
@@ -155,9 +155,9 @@ class Graph:
                 body, site = open_jaxpr(inner), (*path, index)
                 results = self._walk(body, consts_of(inner), operands, site, here, (eqn, *calls))
             else:
-                free = eqn.primitive.name in _NO_DATA or all(self.data_free[v] for v in operands)
-                free = free and not eqn.effects
-                results = [self._new(v.aval, path, free) for v in eqn.outvars]
+                free = not eqn.effects and all(self.data_free[v] for v in operands)
+                fixed = free and all(self.fixed[v] for v in operands)
+                results = [self._new(v.aval, path, free, fixed) for v in eqn.outvars]
                 op = Op(len(self.ops), eqn, path, here, operands, tuple(results), calls)
                 self.ops.append(op)
                 self.op_at[path, index] = op

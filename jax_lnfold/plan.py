@@ -1,7 +1,6 @@
 """The plan of a fold as plain data: which leaves are scaled and centered, and how.
 
-A plan holds no arrays and no jax objects; it can be written to a file and applied to any tree of
-the same structure.
+A plan holds no arrays; it can be written to a file and applied to any tree of the same structure.
 """
 
 from __future__ import annotations
@@ -10,8 +9,12 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import jax
+import numpy as np
+
 from .axes import ALL, FREE, AxisSet, Labels
-from .errors import PlanFormatError
+from .center import edit_leaf
+from .errors import PlanFormatError, TreeError
 
 PLAN_VERSION = 1
 
@@ -61,11 +64,53 @@ class FoldPlan:
     scales: tuple[ScaleEdit, ...] = ()
     version: int = PLAN_VERSION
 
-    def center(self, params: Any) -> Any:
-        """The edited copy of `params`; see `jax_lnfold.center.center_tree`."""
-        from .center import center_tree
+    def center(self, params: Any, donate: bool = False) -> Any:
+        """The edited copy of `params`, a tree of the structure and shapes the plan was made for.
 
-        return center_tree(self, params)
+        Traceable and differentiable. Leaves that the plan does not edit are returned as they are;
+        edited ones keep shape, dtype and sharding. With `donate`, edited JAX arrays give up their
+        memory and are deleted; nothing else of the caller's is ever changed.
+
+        Raises:
+            TreeError: key paths or shapes differ from the plan's, or a leaf to edit is no
+                floating-point array.
+        """
+        self.check(params)
+        leaves, treedef = jax.tree.flatten(params)
+        position = {path: i for i, (path, _) in enumerate(leaf_paths(params))}
+        edits: dict[int, tuple[AxisSet, ...]] = {}
+        for edit in self.edits:
+            i = position[edit.key_path]
+            edits[i] = (*edits.get(i, ()), edit.along)
+        scaled = {
+            position[path]: (leaves[position[scale.key_path]], axis)
+            for scale in self.scales
+            for path, axis in scale.targets
+        }
+        changed = dict(enumerate(leaves))
+        for i in sorted({*edits, *scaled}):
+            factor, axis = scaled.get(i, (None, 0))
+            changed[i] = edit_leaf(leaves[i], factor, axis, edits.get(i, ()), donate)
+        for i in (position[scale.key_path] for scale in self.scales):
+            changed[i] = edit_leaf(leaves[i], None, 0, None, donate)
+        return treedef.unflatten(changed.values())
+
+    def check(self, params: Any) -> None:
+        """Raise a `TreeError` unless `params` has the key paths and shapes of the plan."""
+        found = leaf_paths(params)
+        if [path for path, _ in found] != [leaf.key_path for leaf in self.leaves]:
+            known = {leaf.key_path for leaf in self.leaves}
+            got = {path for path, _ in found}
+            raise TreeError(
+                f"params: not the tree that was folded (missing {_some(known - got)}; unknown "
+                f"{_some(got - known)}); pass a tree of the same structure"
+            )
+        for (path, x), leaf in zip(found, self.leaves, strict=True):
+            if np.shape(x) != leaf.shape:
+                raise TreeError(
+                    f"params: leaf {path!r} has shape {np.shape(x)}, the folded tree had "
+                    f"{leaf.shape}; fold the model again for other sizes"
+                )
 
     def to_json(self) -> str:
         """The plan as JSON text, readable by `from_json` of the same `version`."""
@@ -99,6 +144,17 @@ class FoldPlan:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PlanFormatError(f"text: incomplete plan ({error!r}); write it again") from error
+
+
+def leaf_paths(tree: Any) -> list[tuple[str, Any]]:
+    """Leaves in tree order with their key paths, written ``a/b/kernel``."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in leaves]
+
+
+def _some(paths: set[str]) -> str:
+    shown = ", ".join(sorted(paths)[:3]) or "none"
+    return f"{shown} and {len(paths) - 3} more" if len(paths) > 3 else shown
 
 
 def _axis_set(data: dict[str, Any]) -> AxisSet:

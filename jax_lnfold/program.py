@@ -10,9 +10,9 @@ import jax
 import numpy as np
 
 from ._compat import ClosedJaxpr, consts_of, is_tracer
-from .center import leaf_paths
 from .errors import TraceError, TreeError
 from .graph import Graph
+from .plan import leaf_paths
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def trace(apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]) ->
 def signature(params: Any, inputs: tuple[Any, ...]) -> Hashable:
     """Two calls with the same signature have the same jaxpr."""
     leaves, tree = jax.tree.flatten((params, inputs))
-    context = (jax.config.read("jax_enable_x64"), jax.sharding.get_abstract_mesh())
+    context = (jax.config.jax_enable_x64, jax.sharding.get_abstract_mesh())
     return tree, tuple(map(_type_of, leaves)), context
 
 

@@ -113,7 +113,10 @@ class ZeroMeanGraph:
             node.obstacle = intolerant or Blocker(None, "a constant is added along the mean")
             return node
         if intolerant is None and not graph.in_custom_rule(value):
-            node.insert = self._insertion_cost(along)
+            # What depends on constants only is computed once, by the compiler, so a thousandth of
+            # the price. A value computed from parameters is computed in every call: full price.
+            cost = self._insertion_cost(along)
+            node.insert = cost // UNIT if graph.fixed[value] else cost
         made = graph.producer[value]
         if made is None:
             node.obstacle = Blocker(None, "it is an input of the function")

@@ -79,7 +79,7 @@ def is_uniform(x: np.ndarray, along: AxisSet, tolerance: float) -> bool:
 def random_entry(rng: np.random.Generator, size: int, plain: float = 0.6) -> Entry:
     """`FREE`, `ALL`, equal blocks, strides, arbitrary labels, or a region of any of them."""
     if rng.random() < plain:
-        return FREE if rng.random() < 0.55 else ALL if size > 1 else FREE
+        return FREE if rng.random() < 0.4 else ALL if size > 1 else FREE
     divisors = [k for k in range(1, size + 1) if size % k == 0]
     width = int(rng.choice(divisors))
     kinds = [np.arange(size) // width, np.arange(size) % width, rng.integers(0, 3, size)]
@@ -93,7 +93,7 @@ def random_entry(rng: np.random.Generator, size: int, plain: float = 0.6) -> Ent
 
 def random_set(rng: np.random.Generator, shape: Sequence[int], plain: float = 0.6) -> AxisSet:
     """A random entry on every axis, or on one axis only."""
-    only = rng.integers(len(shape)) if shape and rng.random() < 0.4 else None
+    only = rng.integers(len(shape)) if shape and rng.random() < 0.3 else None
     return AxisSet.of(
         shape,
         (random_entry(rng, n, plain) if only in (None, d) else FREE for d, n in enumerate(shape)),

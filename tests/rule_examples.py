@@ -266,10 +266,10 @@ def cumulated(rng: Rng) -> Program:
 def pooled(rng: Rng) -> Program:
     """Windows with strides, padding and dilation along some axes, and nothing along the others."""
     rank = 3
-    mixed = rng.permutation(rank)[: rng.integers(0, rank)]
     given = np.tile([1, 1, 0, 0, 1, 1], (rank, 1))
-    for d in mixed:
-        given[d] = [rng.integers(1, 4), *rng.integers([1, 0, 0, 1, 1], [3, 3, 3, 3, 3])]
+    for d in rng.permutation(rank)[: rng.integers(1, rank)]:
+        window = 1 if rng.random() < 0.4 else rng.integers(2, 4)
+        given[d] = [window, *rng.integers([1, 0, 0, 1, 1], 3)]
     window, strides, low, high, base, dilation = (tuple(c) for c in given.T.tolist())
     return Program(
         lambda x: lax.reduce_window(
@@ -392,7 +392,7 @@ quick("pad", lambda x: lax.pad(x, 0.0, [(0, 0, 0), (-1, 2, 0)]), (3, 4), pull=Fa
 @example("dynamic_slice")
 def sliced_at_run_time(rng: Rng) -> Program:
     shape = sizes(rng, 3, 3)
-    taken = [int(rng.integers(1, n)) if d else n for d, n in enumerate(shape)]
+    taken = [int(rng.integers(2, n)) if d else n for d, n in enumerate(shape)]
     order = rng.permutation(3)
     shape, taken = tuple(shape[k] for k in order), [taken[k] for k in order]
     start = rng.integers(-1, 6, 3)
@@ -402,7 +402,7 @@ def sliced_at_run_time(rng: Rng) -> Program:
 @example("dynamic_update_slice")
 def updated_at_run_time(rng: Rng) -> Program:
     shape = sizes(rng, 3, 3)
-    written = [int(rng.integers(1, n)) if d else n for d, n in enumerate(shape)]
+    written = [int(rng.integers(2, n)) if d else n for d, n in enumerate(shape)]
     order = rng.permutation(3)
     shape, written = tuple(shape[k] for k in order), tuple(written[k] for k in order)
     start = rng.integers(-1, 6, 3)

@@ -317,3 +317,17 @@ def test_report_reads_well(tower: Any) -> None:
     assert "`tanh` (test_api.py:" in left.reason
     assert (left.axes, left.shape, left.count) == ((2,), (2, 5, 12), 1)
     assert "No LayerNorm found" in str(jax_lnfold.analyze(lambda p, x: x @ p, normal(7, 3), x))
+
+
+def test_positions_computed_from_constants_are_centered_for_little() -> None:
+    """Sinusoids that the program computes cost less than the mean of one small LayerNorm."""
+
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        angles = jnp.arange(40)[:, None] / 10.0 ** jnp.arange(12)
+        stream = (x @ params["w"] + jnp.sin(angles))[:, :2]
+        return nn.standardize(stream) @ params["v"]
+
+    report = fold_checked(apply, {"w": normal(7, 12), "v": normal(12, 2)}, normal(1, 40, 7)).report
+    assert (report.n_folded, report.n_inserted) == (1, 1)
+    assert "test_api.py" in report.insertions[0].after
+    assert report.insertions[0].along.shape[-2:] == (40, 12)
