@@ -77,7 +77,9 @@ def labels_of(entry: Entry, size: int) -> np.ndarray:
     """One group label per position of an axis with `size` positions."""
     if entry == FREE:
         return np.arange(size)
-    return entry.array if isinstance(entry, Labels) else np.zeros(size, int)
+    if entry == ALL:
+        return np.zeros(size, int)
+    return entry.array if isinstance(entry, Labels) else np.asarray(entry)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,8 @@ class AxisSet:
     @staticmethod
     def of(shape: Sequence[Any], entries: Iterable[Entry]) -> AxisSet:
         """An axis set with `entries`, where `ALL` on an axis of size 1 becomes `FREE`."""
-        pairs = zip(shape, entries, strict=True)
+        named = (e if isinstance(e, str | Labels) else Labels(e) for e in entries)
+        pairs = zip(shape, named, strict=True)
         return AxisSet(tuple(shape), tuple(FREE if n == 1 and e == ALL else e for n, e in pairs))
 
     def __str__(self) -> str:
@@ -218,7 +221,7 @@ class AxisSet:
 
 
 def intersect(entry: Entry, other: Entry, size: int) -> Entry:
-    """The coarsest entry that is finer than both."""
+    """The groups that two entries have in common, within both of their regions."""
     if FREE in (entry, other) or entry == other:
         return FREE if FREE in (entry, other) else entry
     return canonical(_pair(labels_of(entry, size), labels_of(other, size)))
@@ -251,6 +254,11 @@ def _blocks(
     old: list[int], new: list[int], old_shape: Sequence[Any], new_shape: Sequence[Any]
 ) -> Iterable[tuple[list[int], list[int]]]:
     """Pairs of runs of axes with equal products, as short as possible."""
+    tail: list[tuple[list[int], list[int]]] = []
+    while old and new and old_shape[old[-1]] == new_shape[new[-1]]:
+        tail.append(([old[-1]], [new[-1]]))
+        old, new = old[:-1], new[:-1]
+    yield from tail
     i = j = 0
     while i < len(old) or j < len(new):
         olds, news = old[i : i + 1], new[j : j + 1]

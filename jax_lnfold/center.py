@@ -99,6 +99,8 @@ def group_means(x: Any, along: AxisSet, xp: Any) -> Any:
 def _label_means(x: Any, labels: np.ndarray, axis: int, xp: Any) -> Any:
     """The mean over equal labels along one axis, zero where the label is -1."""
     size, count = len(labels), int(labels.max()) + 1
+    if count == 0:
+        return xp.zeros_like(x)
     width = size // count
     if size == count * width and np.array_equal(labels, np.arange(size) // width):
         split = x.reshape(*x.shape[:axis], count, width, *x.shape[axis + 1 :])

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ._compat import (
@@ -78,6 +80,8 @@ class Graph:
         self.data_free: list[bool] = []  # computed from parameters and constants only
         self.fixed: list[bool] = []  # computed from constants only
         self.constants: dict[int, Any] = {}
+        self.bound: set[int] = set()  # constants that the jaxpr binds to a variable
+        self.captured: set[int] = set()  # closed over by a function with a derivative rule
         self.ops: list[Op] = []
         self.op_at: dict[tuple[CallPath, int], Op] = {}
         self.env: dict[CallPath, dict[Var, int]] = {}
@@ -101,6 +105,14 @@ class Graph:
         path = self.home[value]
         return any(path[: n + 1] in self._custom for n in range(len(path)))
 
+    def is_editable_constant(self, value: int) -> bool:
+        """Whether the program reads a constant from a variable, and nobody else reads it.
+
+        A derivative rule reads the constants that its function closes over by itself.
+        """
+        hidden = value in self.captured or self.in_custom_rule(value)
+        return value in self.bound and not hidden
+
     def scalar(self, value: int) -> np.ndarray | None:
         """The number that every element of a value has, if the program fixes it."""
         while (made := self.producer[value]) is not None:
@@ -120,7 +132,7 @@ class Graph:
 
     def _constant(self, value: Any, aval: Any, path: CallPath) -> int:
         number = self._new(aval, path, True, True)
-        if not is_tracer(value):
+        if not is_tracer(value) and not jnp.issubdtype(aval.dtype, jax.dtypes.extended):
             self.constants[number] = value
         return number
 
@@ -136,6 +148,7 @@ class Graph:
         env: dict[Var, int] = dict(zip(jaxpr.invars, inputs, strict=True))
         for var, const in zip(jaxpr.constvars, consts, strict=True):
             env[var] = self._constant(const, var.aval, path)
+            self.bound.add(env[var])
         self.env[path] = env
 
         def read(atom: Any) -> int:
@@ -152,6 +165,7 @@ class Graph:
             if inner is not None:
                 if eqn.primitive.name in CUSTOM_RULES:
                     self._custom.add((*path, index))
+                    self.captured.update(operands[: eqn.params.get("num_consts", 0)])
                 body, site = open_jaxpr(inner), (*path, index)
                 results = self._walk(body, consts_of(inner), operands, site, here, (eqn, *calls))
             else:

@@ -43,6 +43,7 @@ class MinCut:
         # Kept reversed: of several optima networkx then hands back the one with the fewest *yes*.
         if cost is None:
             self._graph.add_edge(tail, head)  # networkx: no capacity attribute = infinite
+            self._graph.edges[tail, head].pop("capacity", None)
             return
         known = self._graph.get_edge_data(tail, head)
         if known is None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ._compat import ClosedJaxpr, consts_of, is_tracer
@@ -59,7 +60,7 @@ def trace(apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]) ->
 def signature(params: Any, inputs: tuple[Any, ...]) -> Hashable:
     """Two calls with the same signature have the same jaxpr."""
     leaves, tree = jax.tree.flatten((params, inputs))
-    context = (jax.config.jax_enable_x64, jax.sharding.get_abstract_mesh())
+    context = (jnp.result_type(float), jax.sharding.get_abstract_mesh())
     return tree, tuple(map(_type_of, leaves)), context
 
 

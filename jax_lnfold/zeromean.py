@@ -108,8 +108,7 @@ class ZeroMeanGraph:
             )
             return node
         if value in graph.constants:
-            fixed = graph.in_custom_rule(value) or not graph.shape(value)
-            node.edit = intolerant is None and not fixed
+            node.edit = intolerant is None and graph.is_editable_constant(value)
             node.obstacle = intolerant or Blocker(None, "a constant is added along the mean")
             return node
         if intolerant is None and not graph.in_custom_rule(value):

@@ -331,3 +331,49 @@ def test_positions_computed_from_constants_are_centered_for_little() -> None:
     assert (report.n_folded, report.n_inserted) == (1, 1)
     assert "test_api.py" in report.insertions[0].after
     assert report.insertions[0].along.shape[-2:] == (40, 12)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint], ids=["", "jit", "remat"])
+def test_constants_of_the_program_are_centered(wrap: Callable[..., Any]) -> None:
+    table = np.random.default_rng(0).standard_normal((5, 12))
+    key = jax.random.key(0)
+
+    def body(params: Any, x: jax.Array) -> jax.Array:
+        noise = jax.random.normal(key, (5, 1))
+        return nn.standardize((x @ params["w"]) * noise + table) @ params["v"]
+
+    before = table.copy()
+    params = {"w": normal(7, 12), "v": normal(12, 2)}
+    report = fold_checked(wrap(body), params, normal(2, 5, 7)).report
+    assert (report.n_folded, report.n_inserted, len(report.edits)) == (1, 0, 1)
+    assert np.array_equal(table, before)
+
+
+def with_jvp_rule(f: Callable[..., Any]) -> Callable[..., Any]:
+    ruled = jax.custom_jvp(f)
+    ruled.defjvp(lambda p, t: (ruled(*p), t[0]))
+    return ruled
+
+
+def with_vjp_rule(f: Callable[..., Any]) -> Callable[..., Any]:
+    ruled = jax.custom_vjp(f)
+    ruled.defvjp(lambda x: (f(x), None), lambda _, g: (g,))
+    return ruled
+
+
+@pytest.mark.parametrize("ruled", [with_jvp_rule, with_vjp_rule])
+def test_constant_that_a_derivative_rule_reads_is_left_alone(ruled: Callable[..., Any]) -> None:
+    table = np.random.default_rng(0).standard_normal((5, 12))
+    add_table = ruled(lambda x: x + table)
+
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        return nn.standardize(add_table(x @ params["w"])) @ params["v"]
+
+    params, x = {"w": normal(7, 12), "v": normal(12, 2)}, normal(2, 5, 7)
+    folded = fold_checked(apply, params, x)
+    assert (folded.report.n_folded, folded.report.n_inserted) == (0, 0)
+    want, got = (
+        jax.value_and_grad(lambda x, f=f, p=p: jnp.sum(jnp.sin(f(p, x))))(x)
+        for f, p in ((apply, params), (folded.apply, folded.params))
+    )
+    assert relative_difference(got, want) < 1e-12

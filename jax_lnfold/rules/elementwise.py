@@ -70,6 +70,8 @@ def _push_each(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
 
 def _pull_mul(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
     """``C_S (x * g) = (C_S x) * g`` for ``g`` uniform along S."""
+    if not jnp.issubdtype(ctx.dtype(0), jnp.inexact):
+        return Opaque("computes with integers")
     sets = [project(along, ctx.in_shape(i)) for i in (0, 1)]
     for factor, other in ((1, 0), (0, 1)):
         if ctx.uniform(factor, sets[factor]) and not (other and ctx.op.name == "div"):
@@ -80,6 +82,8 @@ def _pull_mul(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
 def _push_mul(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
     """``(x + u) * g = x * g + u * g``, and ``u * g`` is uniform wherever both are."""
     other = 1 - operand
+    if not jnp.issubdtype(ctx.dtype(0), jnp.inexact):
+        return Opaque("computes with integers")
     if ctx.op.name == "div" and operand == 1:
         return Opaque("divides by the shifted value")
     for broadcast in (ALL, FREE):
