@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .axes import AxisSet
+from .axes import FREE, AxisSet
 from .graph import Graph, Op
 from .rules import Context, Opaque, rule_for
 from .rules.elementwise import project
@@ -135,7 +135,7 @@ class Facts:
 def _constant_uniform(constant: object, along: AxisSet) -> bool:
     array = np.asarray(constant)
     for d, entry in enumerate(along.entries):
-        for label in np.unique(along.labels(d)) if entry != "free" else ():
+        for label in np.unique(along.labels(d)) if entry != FREE else ():
             group = np.take(array, np.flatnonzero(along.labels(d) == label), axis=d)
             if label >= 0 and not np.array_equal(
                 group, np.broadcast_to(group.take([0], axis=d), group.shape)

@@ -74,6 +74,7 @@ def find_norms(facts: Facts) -> Norms:
             for c in tracker.cancelled:
                 if c.centered:
                     centered[c.value] = AxisSet.over(graph.shape(x), c.centered)
+                if c.centered == whole:
                     source[c.value, along] = replace(norm, sums=_in_order(sums))
             for root in _normalising_roots(graph, tracker, along, {x} if origin else set()):
                 if (known := found.get(root.index)) is not None:

@@ -266,20 +266,19 @@ class Tracker:
         return Tracked(total.response, total.form, dims)
 
     def _add(self, op: Op, operands: list[Tracked | None], sign: Fraction) -> Tracked:
-        a, b = operands
+        a, b = operands[0], operands[1] and scaled(operands[1], sign)
         if a is None or b is None:
-            t = a if a is not None else scaled(b, sign) if b is not None else None
-            assert t is not None
-            return Tracked(t.response, None, self._aligned(op, [t])[0])
-        dims, *_ = self._aligned(op, [a, b])
+            (t,) = (t for t in (a, b) if t is not None)
+            return Tracked(t.response, None, self._aligned(op, [t]))
+        dims = self._aligned(op, [a, b])
         response = dict(a.response)
         for term, number in b.response.items():
-            accumulate(response, term, sign * number)
+            accumulate(response, term, number)
         form = None
         if a.form is not None and b.form is not None:
             form = dict(a.form)
             for key, number in b.form.items():
-                accumulate(form, key, sign * number)
+                accumulate(form, key, number)
         return Tracked(response, form, dims)
 
     def _multiply(self, op: Op, operands: list[Tracked | None]) -> Tracked:
@@ -287,7 +286,7 @@ class Tracker:
         if a is not None and b is not None:
             if op.name == "div":
                 raise Refused("divides by the shifted value")
-            dims = self._aligned(op, [a, b])[0]
+            dims = self._aligned(op, [a, b])
             result = product(a, b)
             return Tracked(result.response, result.form, dims)
         position = 0 if a is not None else 1
@@ -295,7 +294,7 @@ class Tracker:
         assert t is not None
         if op.name == "div" and position == 1:
             raise Refused("divides by the shifted value")
-        dims = self._aligned(op, [t])[0]
+        dims = self._aligned(op, [t])
         number = self.graph.scalar(op.inputs[1 - position])
         if number is not None and np.isfinite(number):
             factor = self._exact_number(number)
@@ -318,7 +317,7 @@ class Tracker:
                     return exact
         return Fraction(float(number))
 
-    def _aligned(self, op: Op, tracked: list[Tracked]) -> list[tuple[int | None, ...]]:
+    def _aligned(self, op: Op, tracked: list[Tracked]) -> tuple[int | None, ...]:
         """Axes of the output; every operand must line up with the root in the same way."""
         rank = len(self.graph.shape(op.outputs[0]))
         columns = [t.dims or (None,) * rank for t in tracked]
@@ -331,12 +330,13 @@ class Tracker:
             if d is not None and None in column and not self.along.uniform_along(d):
                 raise Refused("combines positions that are shifted differently")
             dims.append(d)
-        return [tuple(dims)]
+        return tuple(dims)
 
     def _note_cancelled(self, op: Op, operands: list[Tracked | None], result: Tracked) -> None:
         hit = [t for t in operands if t is not None]
         centered = None
-        if result.form is not None and len(result.form) == 2 and X in result.form:
+        in_place = result.dims == tuple(range(len(self.along.shape)))
+        if in_place and result.form is not None and len(result.form) == 2 and X in result.form:
             (axes,) = (f for f in result.form if isinstance(f, tuple))
             n = prod(self.along.shape[d] for d in axes)
             if result.form[axes] * n == -result.form[X]:
