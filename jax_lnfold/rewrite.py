@@ -7,7 +7,7 @@ differentiation rules survive. A sum that is proved zero becomes a zero, and pla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -104,8 +104,13 @@ class _Rewriter:
             if value is None or self.graph.home[value] != path:
                 return
             for along in self.placement.explicit.get(value, ()):
-                eqns.append(_centering(read(var), along))
-                renamed[var] = eqns[-1].outvars[0]
+                centered = Var(var.aval)
+                if along.trivial:
+                    eqns.append(_zero(centered))
+                    zeros.add(centered)
+                else:
+                    eqns.append(_centering(read(var), along, centered))
+                renamed[var] = centered
 
         for var in (*jaxpr.constvars, *(jaxpr.invars if not path else ())):
             center(var)
@@ -113,7 +118,7 @@ class _Rewriter:
             invars = [read(a) for a in eqn.invars]
             inner = call_jaxpr(eqn)
             if inner is not None:
-                zero_in = {i for i, a in enumerate(invars) if self._is_zero(a, zeros)}
+                zero_in = {i for i, a in enumerate(invars) if isinstance(a, Var) and a in zeros}
                 new, zero_out = self._call(eqn, inner, (*path, index), invars, zero_in)
                 eqns.append(new)
                 zeros.update(eqn.outvars[i] for i in zero_out)
@@ -147,12 +152,6 @@ class _Rewriter:
         if body is inner:
             return _reading(eqn, invars), zero_out
         return with_call_jaxpr(eqn, open_jaxpr(body), consts_of(body), invars), zero_out
-
-    @staticmethod
-    def _is_zero(atom: Any, zeros: set[Var]) -> bool:
-        if isinstance(atom, Literal):
-            return bool(np.ndim(atom.val) == 0 and atom.val == 0)
-        return atom in zeros
 
     def _stays_zero(self, eqn: JaxprEqn, invars: list[Any], zeros: set[Var]) -> bool:
         hit = [isinstance(a, Var) and a in zeros for a in invars]
@@ -196,30 +195,20 @@ def _reading(eqn: JaxprEqn, invars: list[Any]) -> JaxprEqn:
     return eqn if _same(invars, eqn.invars) else eqn.replace(invars=invars)
 
 
-def _centering(var: Var, along: AxisSet) -> JaxprEqn:
-    """An equation for ``C_S var``: a call to a function of its own name, traced anew."""
+def _centering(var: Var, along: AxisSet, result: Var) -> JaxprEqn:
+    """``result = C_S var``: a call to a function of its own name.
+
+    One mean in float32 or wider, what a LayerNorm would pay itself.
+    """
 
     def explicit_centering(x: jax.Array) -> jax.Array:
-        return center_once(x, along)
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return (wide - group_means(wide, along, jnp)).astype(x.dtype)
 
-    return _traced(explicit_centering, var)
-
-
-def center_once(x: jax.Array, along: AxisSet) -> jax.Array:
-    """``C_S x`` with one mean, taken in float32 or wider: what a LayerNorm would pay itself."""
-    if along.trivial:
-        return jnp.zeros_like(x)
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return (wide - group_means(wide, along, jnp)).astype(x.dtype)
-
-
-def _traced(function: Callable[[jax.Array], jax.Array], var: Var) -> JaxprEqn:
     aval: Any = var.aval
-    jaxpr = open_jaxpr(
-        jax.make_jaxpr(jax.jit(function))(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
-    )
-    (eqn,) = jaxpr.eqns
-    return eqn.replace(invars=[var], outvars=[Var(aval)])
+    like = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    (eqn,) = open_jaxpr(jax.make_jaxpr(jax.jit(explicit_centering))(like)).eqns
+    return eqn.replace(invars=[var], outvars=[result])
 
 
 def _zero(var: Var) -> JaxprEqn:
