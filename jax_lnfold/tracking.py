@@ -42,6 +42,7 @@ _SAME = frozenset(
         "reduce_precision",
         "sharding_constraint",
         "optimization_barrier",
+        "device_put",
         "pvary",
     }
 )

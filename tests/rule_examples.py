@@ -333,6 +333,21 @@ def tiled(rng: Rng) -> Program:
     return Program(lambda x: jnp.tile(x, reps.tolist()), normals(rng, tuple(shape)))
 
 
+@example("stack")
+def stacked(rng: Rng) -> Program:
+    axis, shape = int(rng.integers(3)), sizes(rng, 2)
+    return Program(lambda *xs: lax.stack(list(xs), axis), normals(rng, shape, shape, shape))
+
+
+@example("unstack")
+def unstacked(rng: Rng) -> Program:
+    axis = int(rng.integers(3))
+    return Program(lambda x: tuple(lax.unstack(x, axis)), normals(rng, sizes(rng, 3)))
+
+
+quick("device_put", lambda x: jax.device_put(x), (3, 4))
+
+
 @example("rev")
 def reversed_(rng: Rng) -> Program:
     axes = some(rng, 3)

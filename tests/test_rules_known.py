@@ -209,6 +209,20 @@ PULLS: dict[str, Known] = {
     "tiles: mean along another axis": Known(
         "tile", lambda x: jnp.tile(x, (2, 1)), [(5, 6)], (F, A), {0: (F, A)}
     ),
+    "unstack: a region": Known(
+        "unstack",
+        lambda x: tuple(lax.unstack(x, 0)),
+        [(3, 2, 6)],
+        (F, A),
+        {0: ((0, -1, -1), F, A)},
+    ),
+    "stack: mean along other axes": Known(
+        "stack",
+        lambda *xs: lax.stack(list(xs), 1),
+        [(2, 6), (2, 6)],
+        (F, F, A),
+        {0: (F, A), 1: (F, A)},
+    ),
     "slice: a region": Known(
         "slice", lambda x: x[:, 2:5], [(2, 6)], (F, A), {0: (F, (-1, -1, 0, 0, 0, -1))}
     ),

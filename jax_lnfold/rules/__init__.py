@@ -1,6 +1,6 @@
 """Rules for primitives, by family; importing this package fills the registry."""
 
-from . import contraction, elementwise, reduction, structural
+from . import contraction, elementwise, joining, reduction, structural
 from .registry import RULES, Context, Opaque, Pull, Push, Rule, register, rule_for
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Rule",
     "contraction",
     "elementwise",
+    "joining",
     "reduction",
     "register",
     "rule_for",

@@ -60,7 +60,7 @@ def _float_to_float(ctx: Context) -> bool:
 
 
 def _pull_each(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
-    """Output i is operand i (`optimization_barrier`)."""
+    """Output i is operand i (`optimization_barrier`, `device_put`)."""
     return Pull(((out, along),))
 
 
@@ -114,7 +114,7 @@ register(
     Rule(_pull_sum, _push_sum, elementwise=True),
 )
 register("convert_element_type", Rule(_pull_convert, _push_convert, elementwise=True))
-register("optimization_barrier", Rule(_pull_each, _push_each))
+register("optimization_barrier device_put", Rule(_pull_each, _push_each))
 register("mul div", Rule(_pull_mul, _push_mul, elementwise=True))
 register("select_n", Rule(_pull_select, _push_select, elementwise=True))
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
 from ..axes import ALL, FREE, AxisSet, Entry, Labels, canonical
 from .registry import Context, Opaque, Pull, Push, Rule, register
 
@@ -104,7 +102,7 @@ def _slices(ctx: Context) -> list[slice]:
     return [slice(*bounds) for bounds in zip(starts, stops, strides, strict=True)]
 
 
-def _embed_or_free(along: AxisSet, shape: Sequence[Any], positions: list[slice]) -> AxisSet | None:
+def embed_or_free(along: AxisSet, shape: Sequence[Any], positions: list[slice]) -> AxisSet | None:
     """The set on the whole array; axes too long or symbolic get every position instead."""
     found = along.embed(shape, positions)
     if found is not None:
@@ -117,51 +115,12 @@ def _embed_or_free(along: AxisSet, shape: Sequence[Any], positions: list[slice])
 
 def _pull_slice(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
     """Only the positions that are read need to be zero-mean: a region."""
-    before = _embed_or_free(along, ctx.in_shape(0), _slices(ctx))
+    before = embed_or_free(along, ctx.in_shape(0), _slices(ctx))
     return Opaque("slices along the mean") if before is None else Pull(((0, before),))
 
 
 def _push_slice(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
     return ((0, along.select(_slices(ctx))),)
-
-
-def _parts(ctx: Context, axis: int, sizes: Sequence[int]) -> list[list[slice]]:
-    """The positions of each part along `axis`."""
-    whole = [slice(0, n, 1) for n in (ctx.in_shape(0))]
-    starts = np.cumsum([0, *sizes])
-    return [
-        [*whole[:axis], slice(int(a), int(a + n), 1), *whole[axis + 1 :]]
-        for a, n in zip(starts[:-1], sizes, strict=True)
-    ]
-
-
-def _pull_split(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
-    positions = _parts(ctx, ctx.params["axis"], ctx.params["sizes"])[out]
-    before = _embed_or_free(along, ctx.in_shape(0), positions)
-    return Opaque("splits along the mean") if before is None else Pull(((0, before),))
-
-
-def _push_split(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
-    parts = _parts(ctx, ctx.params["axis"], ctx.params["sizes"])
-    return tuple((k, along.select(part)) for k, part in enumerate(parts))
-
-
-def _joined(ctx: Context) -> list[list[slice]]:
-    axis = ctx.params["dimension"]
-    return _parts(ctx, axis, [ctx.in_shape(i)[axis] for i in range(len(ctx.op.inputs))])
-
-
-def _pull_concatenate(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
-    """Each operand on its own stretch: the whole is zero-mean if every stretch is."""
-    axis = ctx.params["dimension"]
-    sets = [along.select(part) for part in _joined(ctx)]
-    needs = tuple((i, s) for i, s in enumerate(sets) if not s.empty)
-    return Pull(needs, exact=along.entries[axis] == FREE)
-
-
-def _push_concatenate(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
-    after = _embed_or_free(along, ctx.out_shape(), _joined(ctx)[operand])
-    return Opaque("concatenates along the mean") if after is None else ((0, after),)
 
 
 def _padding(ctx: Context) -> tuple[list[slice], bool]:
@@ -190,7 +149,7 @@ def _push_pad(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
     positions, whole = _padding(ctx)
     if operand == 1 or not whole:
         return Opaque("pads with the shifted value" if operand else "pads by a negative amount")
-    after = _embed_or_free(along, ctx.out_shape(), positions)
+    after = embed_or_free(along, ctx.out_shape(), positions)
     return Opaque("pads along the mean") if after is None else ((0, after),)
 
 
@@ -290,8 +249,6 @@ register("broadcast_in_dim", Rule(_pull_broadcast, _push_broadcast))
 register("tile", Rule(_pull_tile, _push_tile))
 register("rev", Rule(_pull_rev, _push_rev))
 register("slice", Rule(_pull_slice, _push_slice))
-register("split", Rule(_pull_split, _push_split))
-register("concatenate", Rule(_pull_concatenate, _push_concatenate))
 register("pad", Rule(_pull_pad, _push_pad))
 register("dynamic_slice", _lookup(_rows_of_dynamic_slice))
 register("gather", _lookup(_rows_of_gather))
