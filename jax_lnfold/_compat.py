@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from jax.core import Tracer
@@ -10,7 +11,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as
 
 __all__ = [
     "CUSTOM_RULES",
+    "Body",
     "ClosedJaxpr",
+    "Control",
     "Jaxpr",
     "JaxprEqn",
     "Literal",
@@ -18,10 +21,12 @@ __all__ = [
     "call_jaxpr",
     "close",
     "consts_of",
+    "control_flow",
     "is_tracer",
     "jaxpr_as_fun",
     "open_jaxpr",
     "source_line",
+    "with_bodies",
     "with_call_jaxpr",
 ]
 
@@ -69,14 +74,82 @@ def call_jaxpr(eqn: JaxprEqn) -> ClosedJaxpr | Jaxpr | None:
     return inner
 
 
-def with_call_jaxpr(
-    eqn: JaxprEqn, jaxpr: Jaxpr, consts: Sequence[Any], invars: Sequence[Any]
-) -> JaxprEqn:
-    """The call-like equation with another body and other operands."""
+@dataclass(frozen=True)
+class Body:
+    """A jaxpr inside a control-flow equation.
+
+    `key` finds it again (parameter name, and position for the branches of a `cond`); `operands`
+    are the positions of the equation's operands that it takes unchanged, before its carries.
+    """
+
+    key: tuple[str, int | None]
+    jaxpr: ClosedJaxpr
+    operands: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Control:
+    """A loop or a conditional, in one form for all jax versions.
+
+    `bodies` run in the equation, the last one makes its results. The carries start at the
+    operands `carries`; `slices` are operands read row by row; `length` is the trip count, 1 if
+    unknown. `observed` operands decide what runs, and so do the results of the bodies before the
+    last one of a loop.
+    """
+
+    bodies: tuple[Body, ...]
+    is_loop: bool
+    carries: tuple[int, ...] = ()
+    slices: tuple[int, ...] = ()
+    length: int = 1
+    observed: tuple[int, ...] = ()
+
+
+def control_flow(eqn: JaxprEqn) -> Control | None:
+    """The parts of a `scan`, `while` or `cond` equation, None for other equations."""
+    p, count = eqn.params, len(eqn.invars)
+    if eqn.primitive.name == "scan":
+        consts, carries = (
+            [len(list(part.vals)) for part in p["ft_in"].unpack()][:2]
+            if "ft_in" in p
+            else (p["num_consts"], p["num_carry"])
+        )
+        end = consts + carries
+        body = Body(("jaxpr", None), p["jaxpr"], tuple(range(consts)))
+        if len(open_jaxpr(body.jaxpr).outvars) != len(eqn.outvars):
+            return None
+        starts, rows = tuple(range(consts, end)), tuple(range(end, count))
+        return Control((body,), True, starts, rows, p["length"])
+    if eqn.primitive.name == "while":
+        first, second = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
+        test = Body(("cond_jaxpr", None), p["cond_jaxpr"], tuple(range(first)))
+        body = Body(("body_jaxpr", None), p["body_jaxpr"], tuple(range(first, second)))
+        return Control((test, body), True, tuple(range(second, count)))
+    if eqn.primitive.name == "cond":
+        operands = tuple(range(1, count))
+        bodies = (Body(("branches", i), b, operands) for i, b in enumerate(p["branches"]))
+        return Control(tuple(bodies), False, observed=(0,))
+    return None
+
+
+def with_bodies(eqn: JaxprEqn, bodies: Mapping[tuple[str, int | None], Any]) -> dict[str, Any]:
+    """The parameters of the equation with other jaxprs in place of those named."""
+    params = dict(eqn.params)
+    for (name, position), body in bodies.items():
+        if position is None:
+            params[name] = body
+        else:
+            branches = list(params[name])
+            branches[position] = body
+            params[name] = tuple(branches)
+    return params
+
+
+def with_call_jaxpr(eqn: JaxprEqn, body: ClosedJaxpr) -> dict[str, Any]:
+    """The parameters of the call-like equation with another body."""
     name = _CALLS[eqn.primitive.name]
-    old = eqn.params[name]
-    body = close(jaxpr, consts) if isinstance(old, ClosedJaxpr) else jaxpr
-    return eqn.replace(params={**eqn.params, name: body}, invars=list(invars))
+    closed = isinstance(eqn.params[name], ClosedJaxpr)
+    return {**eqn.params, name: body if closed else open_jaxpr(body)}
 
 
 def is_tracer(x: Any) -> bool:

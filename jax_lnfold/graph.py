@@ -18,12 +18,14 @@ import numpy as np
 from ._compat import (
     CUSTOM_RULES,
     ClosedJaxpr,
+    Control,
     Jaxpr,
     JaxprEqn,
     Literal,
     Var,
     call_jaxpr,
     consts_of,
+    control_flow,
     is_tracer,
     open_jaxpr,
     source_line,
@@ -37,7 +39,8 @@ CallPath = tuple[int, ...]
 class Op:
     """One equation at one call site; `inputs` and `outputs` are value numbers.
 
-    `calls` are the call equations around it, innermost first.
+    `calls` are the call equations around it, innermost first. `role` names what a loop or a
+    conditional does with one value (see `JOINS` and `rules.control`), empty for other equations.
     """
 
     index: int
@@ -47,11 +50,12 @@ class Op:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     calls: tuple[JaxprEqn, ...]
+    role: str = ""
 
     @property
     def name(self) -> str:
-        """The name of the primitive."""
-        return self.eqn.primitive.name
+        """The name of the primitive, or the role."""
+        return self.role or self.eqn.primitive.name
 
     @property
     def params(self) -> dict[str, Any]:
@@ -63,14 +67,19 @@ class Op:
         where = ", ".join(
             part for part in (self.module, source_line((self.eqn, *self.calls))) if part
         )
-        return f"`{self.name}` ({where})" if where else f"`{self.name}`"
+        name = self.eqn.primitive.name
+        return f"`{name}` ({where})" if where else f"`{name}`"
+
+
+JOINS = frozenset({"loop_carry", "loop_result", "branch_result"})
+"""Roles whose output is one of the inputs: the first and the next value of a carry, branches."""
 
 
 class Graph:
     """Values, the operation that makes each, and the operations that read it.
 
-    Value numbers grow in program order. `uses` lists live operations only: what cannot reach an
-    output or an effect is dead code and notices nothing.
+    Loops are walked into once: a carry is made from its first and its next value. `uses` lists
+    live operations only: what cannot reach an output or an effect is dead code and notices nothing.
     """
 
     def __init__(self, closed: ClosedJaxpr, n_leaves: int) -> None:
@@ -85,6 +94,7 @@ class Graph:
         self.ops: list[Op] = []
         self.op_at: dict[tuple[CallPath, int], Op] = {}
         self.env: dict[CallPath, dict[Var, int]] = {}
+        self.trips: dict[CallPath, int] = {(): 1}  # how often a jaxpr runs in one call
         self.home: list[CallPath] = []
         self._custom: set[CallPath] = set()
 
@@ -150,6 +160,8 @@ class Graph:
             env[var] = self._constant(const, var.aval, path)
             self.bound.add(env[var])
         self.env[path] = env
+        if path not in self.trips:
+            self.trips[path] = self.trips[path[:-1]]
 
         def read(atom: Any) -> int:
             return (
@@ -161,8 +173,10 @@ class Graph:
         for index, eqn in enumerate(jaxpr.eqns):
             operands = tuple(read(a) for a in eqn.invars)
             here = "/".join(p for p in (module, str(eqn.source_info.name_stack)) if p)
-            inner = call_jaxpr(eqn)
-            if inner is not None:
+            inner, control = call_jaxpr(eqn), control_flow(eqn)
+            if control is not None:
+                results = self._control(eqn, control, operands, (*path, index), here, calls)
+            elif inner is not None:
                 if eqn.primitive.name in CUSTOM_RULES:
                     self._custom.add((*path, index))
                     self.captured.update(operands[: eqn.params.get("num_consts", 0)])
@@ -173,19 +187,74 @@ class Graph:
                 fixed = free and all(self.fixed[v] for v in operands)
                 results = [self._new(v.aval, path, free, fixed) for v in eqn.outvars]
                 op = Op(len(self.ops), eqn, path, here, operands, tuple(results), calls)
-                self.ops.append(op)
                 self.op_at[path, index] = op
-                for position, value in enumerate(results):
-                    self.producer[value] = (op, position)
+                self._add(op)
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(a) for a in jaxpr.outvars]
 
+    def _add(self, op: Op) -> None:
+        self.ops.append(op)
+        for position, value in enumerate(op.outputs):
+            self.producer[value] = (op, position)
+
+    def _control(
+        self,
+        eqn: JaxprEqn,
+        control: Control,
+        operands: tuple[int, ...],
+        site: CallPath,
+        module: str,
+        calls: tuple[JaxprEqn, ...],
+    ) -> list[int]:
+        """Walk into a loop or a conditional, with operations for what it does to its values."""
+        outside = site[:-1]
+
+        def add(role: str, inputs: Sequence[int], outputs: Sequence[int], path: CallPath) -> None:
+            number = len(self.ops)
+            self._add(Op(number, eqn, path, module, tuple(inputs), tuple(outputs), calls, role))
+
+        add("observe", [operands[i] for i in control.observed], (), outside)
+        starts = [operands[i] for i in control.carries]
+        carried: list[tuple[int, int]] = []  # carries inside the bodies, which carry each is
+        ends: list[list[int]] = []
+        for number, body in enumerate(control.bodies):
+            inside, jaxpr = (*site, number), open_jaxpr(body.jaxpr)
+            self.trips[inside] = self.trips[outside] * control.length
+            taken = [operands[i] for i in body.operands]
+            own = [self._new(v.aval, inside, False, False) for v in jaxpr.invars[len(taken) :]]
+            carried += [(value, k) for k, value in enumerate(own[: len(starts)])]
+            for row, i in zip(own[len(starts) :], control.slices, strict=True):
+                self.data_free[row] = self.data_free[operands[i]]
+                add("loop_slice", (operands[i],), (row,), inside)
+            consts = consts_of(body.jaxpr)
+            ends.append(self._walk(jaxpr, consts, [*taken, *own], inside, module, (eqn, *calls)))
+        if control.is_loop:
+            add("observe", [value for end in ends[:-1] for value in end], (), outside)
+        results = [self._new(v.aval, outside, False, False) for v in eqn.outvars]
+        for value, k in carried:
+            add("loop_carry", (starts[k], ends[-1][k]), (value,), self.home[value])
+        for k, value in enumerate(results):
+            if not control.is_loop:
+                add("branch_result", [end[k] for end in ends], (value,), outside)
+            elif k < len(starts):
+                add("loop_result", (starts[k], ends[-1][k]), (value,), outside)
+            else:
+                add("loop_stack", (ends[-1][k],), (value,), outside)
+        return results
+
     def _link_uses(self) -> None:
-        live = set(self.outputs)
-        for op in reversed(self.ops):
-            if op.eqn.effects or any(v in live for v in op.outputs):
-                live.update(op.inputs)
+        live: set[int] = set()
+        todo = list(self.outputs)
+        for op in self.ops:
+            if op.name == "observe" or (op.eqn.effects and not op.role):
+                live.add(op.index)
+                todo.extend(op.inputs)
+        while todo:
+            made = self.producer[todo.pop()]
+            if made is not None and made[0].index not in live:
+                live.add(made[0].index)
+                todo.extend(made[0].inputs)
+        for op in self.ops:
+            if op.index in live:
                 for position, value in enumerate(op.inputs):
                     self.uses[value].append((op, position))
-        for uses in self.uses:
-            uses.reverse()

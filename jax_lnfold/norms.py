@@ -34,7 +34,8 @@ class LayerNorm:
     """One LayerNorm of the program.
 
     `x` and `along` are its input and the axes it averages over, `sums` the equations that compute
-    the sum of ``x`` over `along`, `module` the path of the module it stands in.
+    the sum of ``x`` over `along`, `module` the path of the module it stands in. It runs `count`
+    times in one call, on `elements` numbers in all.
     """
 
     x: int
@@ -42,6 +43,7 @@ class LayerNorm:
     sums: tuple[Op, ...]
     module: str
     elements: int
+    count: int
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def find_norms(facts: Facts) -> Norms:
             origin = source.get((x, along))
             if origin is not None:
                 sums |= {op.index: op for op in origin.sums}
-            norm = origin or LayerNorm(x, along, (), "", _elements(graph, x))
+            norm = origin or LayerNorm(x, along, (), "", *_size(graph, x))
             for c in tracker.cancelled:
                 if c.centered:
                     centered[c.value] = AxisSet.over(graph.shape(x), c.centered)
@@ -185,5 +187,7 @@ def _uses_within(graph: Graph, values: set[int]) -> list[Op]:
     return [ops[i] for i in sorted(ops)]
 
 
-def _elements(graph: Graph, value: int) -> int:
-    return prod(n for n in graph.shape(value) if isinstance(n, int))
+def _size(graph: Graph, value: int) -> tuple[int, int]:
+    """Elements computed in one call, and in how many pieces."""
+    count = graph.trips[graph.home[value]]
+    return prod(n for n in graph.shape(value) if isinstance(n, int)) * count, count

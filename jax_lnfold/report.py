@@ -68,7 +68,7 @@ def make_report(
             path=norm.module or "(top level)",
             axes=norm.along.axes,
             shape=graph.shape(norm.x),
-            count=1,
+            count=norm.count,
             folded=folded,
             reason=placement.left.get(i, ""),
         )

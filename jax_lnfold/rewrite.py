@@ -16,6 +16,7 @@ import numpy as np
 
 from ._compat import (
     ClosedJaxpr,
+    Control,
     Jaxpr,
     JaxprEqn,
     Literal,
@@ -23,7 +24,9 @@ from ._compat import (
     call_jaxpr,
     close,
     consts_of,
+    control_flow,
     open_jaxpr,
+    with_bodies,
     with_call_jaxpr,
 )
 from .axes import AxisSet
@@ -112,11 +115,16 @@ class _Rewriter:
                     eqns.append(_centering(read(var), along, centered))
                 renamed[var] = centered
 
-        for var in (*jaxpr.constvars, *(jaxpr.invars if not path else ())):
+        for var in (*jaxpr.constvars, *jaxpr.invars):
             center(var)
         for index, eqn in enumerate(jaxpr.eqns):
             invars = [read(a) for a in eqn.invars]
-            inner = call_jaxpr(eqn)
+            inner, control = call_jaxpr(eqn), control_flow(eqn)
+            if control is not None:
+                eqns.append(self._control(eqn, control, (*path, index), invars))
+                for var in eqn.outvars:
+                    center(var)
+                continue
             if inner is not None:
                 zero_in = {i for i, a in enumerate(invars) if isinstance(a, Var) and a in zeros}
                 new, zero_out = self._call(eqn, inner, (*path, index), invars, zero_in)
@@ -151,7 +159,19 @@ class _Rewriter:
         body, zero_out = self.closed(inner, path, zero_in)
         if body is inner:
             return _reading(eqn, invars), zero_out
-        return with_call_jaxpr(eqn, open_jaxpr(body), consts_of(body), invars), zero_out
+        return eqn.replace(params=with_call_jaxpr(eqn, body), invars=invars), zero_out
+
+    def _control(
+        self, eqn: JaxprEqn, control: Control, site: CallPath, invars: list[Any]
+    ) -> JaxprEqn:
+        bodies = {}
+        for number, body in enumerate(control.bodies):
+            new, _ = self.closed(body.jaxpr, (*site, number), set())
+            if new is not body.jaxpr:
+                bodies[body.key] = new
+        if not bodies:
+            return _reading(eqn, invars)
+        return eqn.replace(params=with_bodies(eqn, bodies), invars=invars)
 
     def _stays_zero(self, eqn: JaxprEqn, invars: list[Any], zeros: set[Var]) -> bool:
         hit = [isinstance(a, Var) and a in zeros for a in invars]

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .axes import ALL, FREE, AxisSet
-from .graph import Graph, Op
+from .graph import JOINS, Graph, Op
 from .response import (
     Refused,
     Tracked,
@@ -89,8 +89,8 @@ class Tracker:
 
     def run(self) -> None:
         """Follow all uses, in program order."""
-        queue = [op.index for op, _ in self.graph.uses[self.root]]
-        heapq.heapify(queue)
+        queue: list[int] = []
+        self._enqueue(self.root, queue)
         seen: set[int] = set()
         while queue:
             index = heapq.heappop(queue)
@@ -109,8 +109,17 @@ class Tracker:
                 self._tracked[value] = tracked
                 if value in self.graph.outputs:
                     self.refusal = self.refusal or (op, "is returned as an output")
-                for use, _ in self.graph.uses[value]:
-                    heapq.heappush(queue, use.index)
+                self._enqueue(value, queue)
+
+    def _enqueue(self, value: int, queue: list[int]) -> None:
+        """Look at the readers of a value; what it joins is another question at once."""
+        for op, _ in self.graph.uses[value]:
+            if op.name not in JOINS:
+                heapq.heappush(queue, op.index)
+            elif (along := self._shifted(value, self._tracked[value])) is not None:
+                self.delegated.append((op.outputs[0], along))
+            else:
+                self.refusal = self.refusal or (op, "carries on what depends on the mean")
 
     def _step(self, op: Op) -> list[tuple[int, Tracked]]:
         """Outputs of `op` that still respond and are not handed on."""

@@ -114,7 +114,7 @@ class ZeroMeanGraph:
         if intolerant is None and not graph.in_custom_rule(value):
             # What depends on constants only is computed once, by the compiler, so a thousandth of
             # the price. A value computed from parameters is computed in every call: full price.
-            cost = self._insertion_cost(along)
+            cost = self._insertion_cost(along) * graph.trips[graph.home[value]]
             node.insert = cost // UNIT if graph.fixed[value] else cost
         made = graph.producer[value]
         if made is None:

@@ -195,6 +195,39 @@ class Builder:
         i, w, b = self.pick(n), self.param(N, N), self.param(N)
         return lambda p, v: (v[i].swapaxes(1, 2) @ p[w] + p[b]).swapaxes(1, 2)
 
+    def make_loop(self, n: int) -> Step:
+        """A stream through stacked layers, with a second carry that may read it."""
+        i, j, kind = self.pick(n), self.pick(n), int(self.rng.integers(5))
+        w, norm = self.param(3, D, D), self.norm()
+
+        def body(carry: Any, layer: Value) -> Any:
+            s, other = carry
+            new = s + norm(s) @ layer
+            if kind == 1:
+                return (new, other + s), None
+            if kind == 2:
+                return (new @ layer, jnp.tanh(other)), new
+            if kind == 3:
+                return (other + norm(s) @ layer, s), other
+            if kind == 4:
+                return (jax.lax.cond(layer[0, 0] > 0, jnp.tanh, lambda v: v, new), s), None
+            return (new, other), new
+
+        def step(p: Params, v: list[Value]) -> Value:
+            (s, other), rows = jax.lax.scan(body, (v[i], v[j]), p[w], reverse=kind == 0)
+            return s + other if rows is None or kind == 3 else rows.sum(0)
+
+        return step
+
+    def make_branch(self, n: int) -> Step:
+        i, w, kind = self.pick(n), self.param(D, D), int(self.rng.integers(3))
+
+        def step(p: Params, v: list[Value]) -> Value:
+            other = [lambda s: s @ p[w], lambda s: s + 0.5 * s, jnp.tanh][kind]
+            return jax.lax.cond(v[0].sum() > 0, other, lambda s: jnp.flip(s, 1), v[i])
+
+        return step
+
     def apply(self, params: Params, x: jax.Array) -> Any:
         values: list[Value] = [x]
         for step in self.steps:

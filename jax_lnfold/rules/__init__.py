@@ -1,6 +1,6 @@
 """Rules for primitives, by family; importing this package fills the registry."""
 
-from . import contraction, elementwise, joining, reduction, structural
+from . import contraction, control, elementwise, joining, reduction, structural
 from .registry import RULES, Context, Opaque, Pull, Push, Rule, register, rule_for
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Push",
     "Rule",
     "contraction",
+    "control",
     "elementwise",
     "joining",
     "reduction",
