@@ -7,9 +7,12 @@ sums of ``x`` over some axes, and other values of the program.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
+
+import numpy as np
 
 X = "x"
 Factor = str | tuple[int, ...]
@@ -96,6 +99,18 @@ def scaled(t: Tracked, factor: Fraction) -> Tracked:
     return Tracked(response, form, t.dims)
 
 
+def total(a: Tracked, b: Tracked) -> Tracked:
+    """``a + b``."""
+    response, form = dict(a.response), None
+    for term, number in b.response.items():
+        accumulate(response, term, number)
+    if a.form is not None and b.form is not None:
+        form = dict(a.form)
+        for factor, number in b.form.items():
+            accumulate(form, factor, number)
+    return Tracked(response, form, a.dims)
+
+
 def product(a: Tracked, b: Tracked) -> Tracked:
     """``(a + r)(b + s) - ab = a s + r b + r s``."""
     if a.form is None or b.form is None:
@@ -107,3 +122,12 @@ def product(a: Tracked, b: Tracked) -> Tracked:
             for (q, g), w in right.items():
                 accumulate(response, (p + q, ordered((*f, *g))), v * w)
     return Tracked(response, None, a.dims)
+
+
+def exact_number(number: np.ndarray, counts: Iterable[int]) -> Fraction:
+    """The number meant by a program: a count or its reciprocal, rounded to the dtype, or itself."""
+    for n in sorted(counts):
+        for exact in (Fraction(n), Fraction(1, n) if n else Fraction(0)):
+            if number == np.asarray(float(exact)).astype(number.dtype):
+                return exact
+    return Fraction(float(number))

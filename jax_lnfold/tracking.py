@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import prod
 from typing import Any
@@ -24,27 +24,18 @@ from .response import (
     Refused,
     Tracked,
     X,
-    accumulate,
+    exact_number,
     ordered,
     product,
     scaled,
     summed,
+    total,
 )
 from .rules import Context, Opaque, rule_for
 
 _SAME = frozenset(
-    {
-        "convert_element_type",
-        "copy",
-        "copy_p",
-        "stop_gradient",
-        "name",
-        "reduce_precision",
-        "sharding_constraint",
-        "optimization_barrier",
-        "device_put",
-        "pvary",
-    }
+    "convert_element_type copy copy_p stop_gradient name reduce_precision sharding_constraint "
+    "optimization_barrier device_put pvary".split()
 )
 _MOVES = frozenset({"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose"})
 _EXTREMA = frozenset({"reduce_max", "reduce_min"})
@@ -269,11 +260,11 @@ class Tracker:
         if real and None in named:
             raise Refused("sums repeated values")
         self._counts.add(n)
-        total = summed(t, real, n)
+        result = summed(t, real, n)
         if t.form is not None and set(t.form) == {X} and real:
             self.sums.append((op, real))
         dims = tuple(d for k, d in enumerate(t.dims) if k not in axes)
-        return Tracked(total.response, total.form, dims)
+        return replace(result, dims=dims)
 
     def _add(self, op: Op, operands: list[Tracked | None], sign: Fraction) -> Tracked:
         a, b = operands[0], operands[1] and scaled(operands[1], sign)
@@ -281,15 +272,7 @@ class Tracker:
             (t,) = (t for t in (a, b) if t is not None)
             return Tracked(t.response, None, self._aligned(op, [t]))
         dims = self._aligned(op, [a, b])
-        response = dict(a.response)
-        for term, number in b.response.items():
-            accumulate(response, term, number)
-        form = None
-        if a.form is not None and b.form is not None:
-            form = dict(a.form)
-            for key, number in b.form.items():
-                accumulate(form, key, number)
-        return Tracked(response, form, dims)
+        return replace(total(a, b), dims=dims)
 
     def _multiply(self, op: Op, operands: list[Tracked | None]) -> Tracked:
         a, b = operands
@@ -297,8 +280,7 @@ class Tracker:
             if op.name == "div":
                 raise Refused("divides by the shifted value")
             dims = self._aligned(op, [a, b])
-            result = product(a, b)
-            return Tracked(result.response, result.form, dims)
+            return replace(product(a, b), dims=dims)
         position = 0 if a is not None else 1
         t = operands[position]
         assert t is not None
@@ -307,25 +289,16 @@ class Tracker:
         dims = self._aligned(op, [t])
         number = self.graph.scalar(op.inputs[1 - position])
         if number is not None and np.isfinite(number):
-            factor = self._exact_number(number)
+            factor = exact_number(number, self._counts)
             if op.name == "div" and factor == 0:
                 raise Refused("divides by zero")
-            result = scaled(t, 1 / factor if op.name == "div" else factor)
-            return Tracked(result.response, result.form, dims)
+            return replace(scaled(t, 1 / factor if op.name == "div" else factor), dims=dims)
         token = f"{'/' if op.name == 'div' else '*'}{op.inputs[1 - position]}"
         response = {
             (degree, ordered((*factors, token))): number
             for (degree, factors), number in t.response.items()
         }
         return Tracked(response, None, dims)
-
-    def _exact_number(self, number: np.ndarray) -> Fraction:
-        """The number meant by the program: counts and their reciprocals, rounded to its dtype."""
-        for n in sorted(self._counts):
-            for exact in (Fraction(n), Fraction(1, n) if n else Fraction(0)):
-                if number == np.asarray(float(exact)).astype(number.dtype):
-                    return exact
-        return Fraction(float(number))
 
     def _aligned(self, op: Op, tracked: list[Tracked]) -> tuple[int | None, ...]:
         """Axes of the output; every operand must line up with the root in the same way."""
