@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jax.core import Tracer
@@ -45,7 +46,7 @@ _CALLS = {
 CUSTOM_RULES = frozenset({"custom_jvp_call", "custom_vjp_call"})
 """Calls whose derivative is not that of their body: values inside must keep their meaning."""
 
-_JAX_PARTS = ("/jax/_src/", "/jaxlib/", "/jax_lnfold/", "<")
+_JAX_PARTS = ("/jax/_src/", "/jaxlib/", Path(__file__).parent.as_posix() + "/", "<")
 _LIBRARY_PARTS = (*_JAX_PARTS, "/site-packages/", "/dist-packages/")
 
 
