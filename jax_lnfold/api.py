@@ -13,7 +13,7 @@ from .axes import AxisSet
 from .errors import FoldError, NotAnalysedError, PlanMismatchError
 from .facts import Facts
 from .graph import Graph
-from .placement import Placement, place
+from .placement import Placement, place, place_within
 from .plan import CenterEdit, FoldPlan, LeafSpec, ScaleEdit, leaf_paths
 from .program import Traced, check_inputs, check_params, signature, trace
 from .report import Report, make_report
@@ -130,11 +130,11 @@ class Folded:
         if self._plan is None:
             self._analyse(self._given, inputs)
         assert self._plan is not None
-        check_params(params, abstract=True)
-        self._plan.check(params)
         key = signature(params, inputs)
         found = self._programs.get(key)
-        if found is None:
+        if found is None:  # trees and shapes of known signatures have been checked
+            check_params(params, abstract=True)
+            self._plan.check(params)
             check_inputs(inputs)
             traced = trace(self._apply_fn, params, inputs)
             placement = _place_again(self._plan, params, traced.graph(), self._explicit_cost)
@@ -208,18 +208,22 @@ def _place_again(plan: FoldPlan, params: Any, graph: Graph, explicit_cost: float
     for edit in plan.edits:
         leaf = value[index[edit.key_path]]
         fixed[leaf] = (*fixed.get(leaf, ()), edit.along)
-    _check_edits(graph, fixed, scales, merges, value, plan)
-    return place(graph, explicit_cost, fixed, scales)
+    facts = Facts(graph, frozenset(value[s.scale] for s in scales))
+    _check_edits(facts, fixed, scales, merges, value, plan)
+    merges = {v: m for v, m in merges.items() if m in scales}
+    return place_within(facts, merges, explicit_cost, fixed)
 
 
 def _check_edits(
-    graph: Graph,
+    facts: Facts,
     fixed: Mapping[int, tuple[AxisSet, ...]],
     scales: tuple[ScaleMerge, ...],
     merges: Mapping[int, ScaleMerge],
     value: Mapping[int, int],
     plan: FoldPlan,
 ) -> None:
+    """Raise a `PlanMismatchError` if this trace notices an edit of the plan."""
+    graph = facts.graph
     for scale, edit in zip(scales, plan.scales, strict=True):
         touched = (scale.scale, *(leaf for leaf, _ in scale.targets))
         if merges.get(value[scale.scale]) != scale and any(graph.uses[value[i]] for i in touched):
@@ -227,7 +231,6 @@ def _check_edits(
                 f"inputs: for these inputs the scale {edit.key_path!r} is used in another way than "
                 "in the example the plan was made for; fold again with these inputs"
             )
-    facts = Facts(graph, frozenset(value[s.scale] for s in scales))
     for leaf, sets in fixed.items():
         for along in sets:
             if (blocker := facts.intolerant(leaf, along)) is not None:

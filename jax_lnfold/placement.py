@@ -37,27 +37,14 @@ class Placement:
     constants: dict[int, tuple[AxisSet, ...]]
 
 
-def place(
-    graph: Graph,
-    explicit_cost: float = 2.0,
-    fixed: Mapping[int, tuple[AxisSet, ...]] | None = None,
-    fixed_merges: tuple[ScaleMerge, ...] | None = None,
-) -> Placement:
-    """The cheapest centerings for a program.
-
-    With `fixed` (leaf value -> sets) and `fixed_merges`, the parameter edits are given by a plan
-    and only explicit centerings are chosen.
-    """
+def place(graph: Graph, explicit_cost: float = 2.0) -> Placement:
+    """The cheapest centerings for a program, with the fewest scales merged that they need."""
     merges = find_merges(graph)
-    if fixed_merges is not None:
-        merges = {v: m for v, m in merges.items() if m in fixed_merges}
-    placement = _place(graph, merges, explicit_cost, fixed)
-    if fixed_merges is not None or not merges:
-        return placement
+    placement = place_within(Facts(graph, frozenset(merges)), merges, explicit_cost)
     needed = {v: m for v, m in merges.items() if _is_needed(m, placement)}
     if len(needed) == len(merges):
         return placement
-    fewer = _place(graph, needed, explicit_cost, fixed)
+    fewer = place_within(Facts(graph, frozenset(needed)), needed, explicit_cost)
     return fewer if fewer.folded == placement.folded else placement
 
 
@@ -66,13 +53,18 @@ def _is_needed(merge: ScaleMerge, placement: Placement) -> bool:
     return any(leaf in edited for leaf, _ in merge.targets)
 
 
-def _place(
-    graph: Graph,
-    merges: dict[int, ScaleMerge],
+def place_within(
+    facts: Facts,
+    merges: Mapping[int, ScaleMerge],
     explicit_cost: float,
-    fixed: Mapping[int, tuple[AxisSet, ...]] | None,
+    fixed: Mapping[int, tuple[AxisSet, ...]] | None = None,
 ) -> Placement:
-    facts = Facts(graph, frozenset(merges))
+    """The cheapest centerings once `merges` (scale value -> merge) are made.
+
+    With `fixed` (leaf value -> sets) the parameter edits are given, by a plan, and only explicit
+    centerings are chosen.
+    """
+    graph = facts.graph
     norms = find_norms(facts)
     search = ZeroMeanGraph(facts, norms, Fraction(explicit_cost).limit_denominator(UNIT), fixed)
     search.explore((n.x, n.along) for n in norms.found)

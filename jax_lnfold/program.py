@@ -99,6 +99,8 @@ def _is_numeric(x: Any) -> bool:
 def _type_of(x: Any) -> Hashable:
     if isinstance(x, jax.ShapeDtypeStruct):
         return tuple(x.shape), np.dtype(x.dtype), bool(getattr(x, "weak_type", False)), None
+    if not _is_numeric(x):
+        return type(x)  # no program is known for it: the checks will say what is wrong
     aval = jax.typeof(x)
     sharding = getattr(aval, "sharding", None)
     explicit = sharding if sharding is not None and not sharding.mesh.empty else None

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from .graph import Graph, Op
-
-_THROUGH = frozenset(
-    "neg copy stop_gradient name convert_element_type reduce_precision sharding_constraint".split()
-)
+from .rules.contraction import output_axes
+from .rules.elementwise import IDENTITIES
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +117,7 @@ class _Absorber:
     def _sources(self, op: Op, axis: int) -> list[tuple[int, int]]:
         """Operands of `op`, with axes, that scaling its output along `axis` comes down to."""
         shape, params = self.graph.shape, op.params
-        if op.name in _THROUGH:
+        if op.name == "neg" or op.name in IDENTITIES:
             return [(0, axis)]
         if op.name in ("add", "sub", "add_any", "select_n"):
             terms = range(1 if op.name == "select_n" else 0, len(op.inputs))
@@ -128,12 +126,12 @@ class _Absorber:
             free = [self.graph.data_free[v] for v in op.inputs]
             return [(1 if op.name == "mul" and free[0] and not free[1] else 0, axis)]
         if op.name == "dot_general":
-            (lc, rc), (lb, rb) = params["dimension_numbers"]
-            left = [d for d in range(len(shape(op.inputs[0]))) if d not in (*lc, *lb)]
-            right = [d for d in range(len(shape(op.inputs[1]))) if d not in (*rc, *rb)]
-            free = [(0, d) for d in left] + [(1, d) for d in right]
-            if axis >= len(lb):
-                return [free[axis - len(lb)]]
+            ranks = [len(shape(v)) for v in op.inputs]
+            for operand in (0, 1):
+                axes = output_axes(params["dimension_numbers"], ranks, operand)
+                found = [(operand, d) for d, o in axes.items() if o == axis]
+                if found:
+                    return found
         if op.name == "conv_general_dilated":
             numbers = params["dimension_numbers"]
             if axis == numbers.out_spec[1] and params["batch_group_count"] == 1:

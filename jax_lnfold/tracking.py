@@ -32,11 +32,8 @@ from .response import (
     total,
 )
 from .rules import Context, Opaque, rule_for
+from .rules.elementwise import IDENTITIES, IDENTITIES_OF_EACH
 
-_SAME = frozenset(
-    "convert_element_type copy copy_p stop_gradient name reduce_precision sharding_constraint "
-    "optimization_barrier device_put pvary".split()
-)
 _MOVES = frozenset({"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose"})
 _EXTREMA = frozenset({"reduce_max", "reduce_min"})
 
@@ -116,7 +113,7 @@ class Tracker:
         """Outputs of `op` that still respond and are not handed on."""
         operands = [self._tracked.get(v) for v in op.inputs]
         hit = [i for i, t in enumerate(operands) if t is not None]
-        if op.name in _SAME:
+        if op.name in IDENTITIES or op.name in IDENTITIES_OF_EACH:
             return self._same(op, operands, hit)
         refusal = "notices a shift of its operand"
         if not self._prefers_exact(op, operands, hit):

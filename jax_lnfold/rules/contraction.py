@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..axes import FREE, AxisSet, Entry, Labels, intersect
 from .registry import Context, Opaque, Pull, Push, Rule, register
 
 
-def _axes_of_output(ctx: Context, operand: int) -> dict[int, int]:
-    """Free axis of the operand -> axis of the output of a `dot_general`."""
-    (contract, batch) = ctx.params["dimension_numbers"]
-    ranks = [len(ctx.in_shape(i)) for i in (0, 1)]
+def output_axes(numbers: Any, ranks: Sequence[int], operand: int) -> dict[int, int]:
+    """Free axis of an operand -> axis of the output, for the dimension numbers of a product."""
+    (contract, batch) = numbers
     free = [
         [d for d in range(ranks[i]) if d not in contract[i] and d not in batch[i]] for i in (0, 1)
     ]
     offset = len(batch[0]) + (len(free[0]) if operand else 0)
     return {d: offset + k for k, d in enumerate(free[operand])}
+
+
+def _axes_of_output(ctx: Context, operand: int) -> dict[int, int]:
+    ranks = [len(ctx.in_shape(i)) for i in (0, 1)]
+    return output_axes(ctx.params["dimension_numbers"], ranks, operand)
 
 
 def _pull_dot(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:

@@ -14,6 +14,14 @@ import jax.numpy as jnp
 from ..axes import ALL, FREE, AxisSet
 from .registry import Context, Opaque, Pull, Push, Rule, register
 
+IDENTITIES = frozenset(
+    "convert_element_type copy copy_p stop_gradient name reduce_precision sharding_constraint "
+    "pvary".split()
+)
+"""Primitives of one operand whose output is that operand, up to rounding."""
+IDENTITIES_OF_EACH = frozenset({"optimization_barrier", "device_put"})
+"""Primitives whose outputs are their operands, one by one."""
+
 
 def project(along: AxisSet, shape: Sequence[Any]) -> AxisSet:
     """The set of the output as an operand of `shape` sees it: broadcast axes drop out."""
@@ -60,7 +68,7 @@ def _float_to_float(ctx: Context) -> bool:
 
 
 def _pull_each(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
-    """Output i is operand i (`optimization_barrier`, `device_put`)."""
+    """Output i is operand i."""
     return Pull(((out, along),))
 
 
@@ -109,12 +117,9 @@ def _push_select(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
 
 
 register("add sub neg add_any", Rule(_pull_sum, _push_sum, elementwise=True))
-register(
-    "copy copy_p stop_gradient name reduce_precision sharding_constraint pvary",
-    Rule(_pull_sum, _push_sum, elementwise=True),
-)
+register(IDENTITIES - {"convert_element_type"}, Rule(_pull_sum, _push_sum, elementwise=True))
 register("convert_element_type", Rule(_pull_convert, _push_convert, elementwise=True))
-register("optimization_barrier device_put", Rule(_pull_each, _push_each))
+register(IDENTITIES_OF_EACH, Rule(_pull_each, _push_each))
 register("mul div", Rule(_pull_mul, _push_mul, elementwise=True))
 register("select_n", Rule(_pull_select, _push_select, elementwise=True))
 
