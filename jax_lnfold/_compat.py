@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+from jax.sharding import AxisType, PartitionSpec
 
 __all__ = [
     "CUSTOM_RULES",
@@ -18,15 +21,20 @@ __all__ = [
     "Jaxpr",
     "JaxprEqn",
     "Literal",
+    "Manual",
     "Var",
     "call_jaxpr",
     "close",
     "consts_of",
     "control_flow",
+    "has_effects",
     "is_tracer",
     "jaxpr_as_fun",
+    "manual",
     "open_jaxpr",
     "source_line",
+    "trace_like",
+    "varying_axes",
     "with_bodies",
     "with_call_jaxpr",
 ]
@@ -41,6 +49,7 @@ _CALLS = {
     "checkpoint": "jaxpr",
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
+    "shard_map": "jaxpr",
 }
 
 CUSTOM_RULES = frozenset({"custom_jvp_call", "custom_vjp_call"})
@@ -133,6 +142,25 @@ def control_flow(eqn: JaxprEqn) -> Control | None:
     return None
 
 
+@dataclass(frozen=True)
+class Manual:
+    """A `shard_map`: its mesh axes with their sizes, and how operands and results are laid out."""
+
+    axes: tuple[tuple[str, int], ...]
+    in_specs: tuple[Any, ...]
+    out_specs: tuple[Any, ...]
+
+
+def manual(eqn: JaxprEqn) -> Manual | None:
+    """The parts of a `shard_map` equation, None for other equations."""
+    if eqn.primitive.name != "shard_map":
+        return None
+    p = eqn.params
+    names = p["newly_manual_axes"]
+    axes = tuple((name, p["mesh"].shape[name]) for name in p["mesh"].axis_names if name in names)
+    return Manual(axes, tuple(p["in_specs"]), tuple(p["out_specs"]))
+
+
 def with_bodies(eqn: JaxprEqn, bodies: Mapping[tuple[str, int | None], Any]) -> dict[str, Any]:
     """The parameters of the equation with other jaxprs in place of those named."""
     params = dict(eqn.params)
@@ -153,9 +181,39 @@ def with_call_jaxpr(eqn: JaxprEqn, body: ClosedJaxpr) -> dict[str, Any]:
     return {**eqn.params, name: body if closed else open_jaxpr(body)}
 
 
+def has_effects(eqn: JaxprEqn) -> bool:
+    """Whether the equation does more than compute its results; naming a mesh axis is no effect."""
+    return any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects)
+
+
 def is_tracer(x: Any) -> bool:
     """Whether `x` stands for a value that is not known yet."""
     return isinstance(x, Tracer)
+
+
+def varying_axes(aval: Any) -> tuple[str, ...]:
+    """Mesh axes along which a value inside of a `shard_map` is known to vary."""
+    return tuple(sorted(aval.manual_axis_type.varying))
+
+
+def trace_like(fn: Callable[[jax.Array], jax.Array], aval: Any) -> Jaxpr:
+    """The jaxpr of a function of one array, traced where `aval` stands.
+
+    Inside of a `shard_map` types say along which mesh axes a value varies, and so must those of
+    new equations.
+    """
+    like = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    varying = varying_axes(aval)
+    if not varying:
+        return open_jaxpr(jax.make_jaxpr(fn)(like))
+    mesh = aval.sharding.mesh
+    outside = mesh.update_axis_types(dict.fromkeys(mesh.manual_axes, AxisType.Auto))
+    devices = prod(mesh.shape[name] for name in varying)
+    spread = jax.ShapeDtypeStruct((devices * aval.shape[0], *aval.shape[1:]), aval.dtype)
+    spec, names = PartitionSpec(varying), set(mesh.manual_axes)
+    mapped = jax.shard_map(fn, mesh=outside, in_specs=spec, out_specs=spec, axis_names=names)
+    (eqn,) = open_jaxpr(jax.make_jaxpr(mapped)(spread)).eqns
+    return open_jaxpr(eqn.params["jaxpr"])
 
 
 def source_line(eqns: Sequence[JaxprEqn]) -> str:

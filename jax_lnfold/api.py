@@ -189,7 +189,7 @@ def _make_plan(params: Any, placement: Placement) -> FoldPlan:
         leaves=tuple(LeafSpec(path, shapes[i]) for i, path in enumerate(paths)),
         edits=tuple(CenterEdit(paths[i], along) for i, along in sorted(edits, key=lambda e: e[0])),
         scales=tuple(
-            ScaleEdit(paths[m.scale], tuple((paths[i], axis) for i, axis in m.targets))
+            ScaleEdit(paths[m.scale], tuple((paths[i], axes) for i, axes in m.targets))
             for m in placement.merges
         ),
     )
@@ -200,7 +200,7 @@ def _place_again(plan: FoldPlan, params: Any, graph: Graph, explicit_cost: float
     index = {path: i for i, (path, _) in enumerate(leaf_paths(params))}
     value = {i: v for v, i in graph.leaves.items()}
     scales = tuple(
-        ScaleMerge(index[s.key_path], tuple(sorted((index[p], axis) for p, axis in s.targets)))
+        ScaleMerge(index[s.key_path], tuple(sorted((index[p], axes) for p, axes in s.targets)))
         for s in plan.scales
     )
     merges = find_merges(graph)

@@ -30,9 +30,13 @@ def center_array(x: Any, along: AxisSet) -> Any:
 
 
 def edit_leaf(
-    x: Any, factor: Any, axis: int, sets: tuple[AxisSet, ...] | None, donate: bool
+    x: Any,
+    factor: Any,
+    axes: tuple[int, ...],
+    sets: tuple[AxisSet, ...] | None,
+    donate: bool,
 ) -> Any:
-    """One leaf scaled by `factor` along `axis`, then centered; `sets` None sets it to one.
+    """One leaf scaled by `factor` along `axes`, then centered; `sets` None sets it to one.
 
     Shape, dtype and sharding stay. With `donate` a JAX array gives up its memory.
 
@@ -44,21 +48,23 @@ def edit_leaf(
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TreeError(f"params: a leaf to edit has dtype {x.dtype}; pass floating-point arrays")
     if isinstance(x, np.ndarray):
-        return _edited(x, factor, axis, sets)
+        return _edited(x, factor, axes, sets)
     if is_tracer(x) or is_tracer(factor):
-        return _edited(x, factor, axis, sets)
+        return _edited(x, factor, axes, sets)
     placed = x.sharding if x.committed else None
-    return _compiled_edit(axis, sets, donate, placed)(x, factor)
+    return _compiled_edit(axes, sets, donate, placed)(x, factor)
 
 
-def _edited(x: Any, factor: Any, axis: int, sets: tuple[AxisSet, ...] | None) -> Any:
+def _edited(x: Any, factor: Any, axes: tuple[int, ...], sets: tuple[AxisSet, ...] | None) -> Any:
     if sets is None:
         return np.ones_like(x) if isinstance(x, np.ndarray) else jnp.ones_like(x)
     wide = x.astype(_wide_type(x))
     if factor is not None:
         xp = np if isinstance(x, np.ndarray) else jnp
-        shape = [-1 if d == axis else 1 for d in range(x.ndim)]
-        wide = wide * xp.asarray(factor, wide.dtype).reshape(shape)
+        order = np.argsort(axes)
+        shape = [n if d in axes else 1 for d, n in enumerate(x.shape)]
+        scale = xp.asarray(factor, wide.dtype).squeeze().transpose(*order)
+        wide = wide * scale.reshape(shape)
     for along in sets:
         wide = center_array(wide, along)
     return wide.astype(x.dtype)
@@ -66,12 +72,12 @@ def _edited(x: Any, factor: Any, axis: int, sets: tuple[AxisSet, ...] | None) ->
 
 @lru_cache(maxsize=256)
 def _compiled_edit(
-    axis: int, sets: tuple[AxisSet, ...] | None, donate: bool, sharding: Any
+    axes: tuple[int, ...], sets: tuple[AxisSet, ...] | None, donate: bool, sharding: Any
 ) -> Callable[[Any, Any], Any]:
     """The edit under `jit`, so that a sharded leaf stays where it is."""
 
     def edit(x: Any, factor: Any) -> Any:
-        return _edited(x, factor, axis, sets)
+        return _edited(x, factor, axes, sets)
 
     return jax.jit(edit, donate_argnums=(0,) if donate else (), out_shardings=sharding)
 

@@ -7,13 +7,14 @@ what a claim rests on, then let every direct failure spread to the claims that r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from .axes import FREE, AxisSet
 from .graph import Graph, Op
-from .rules import Context, Opaque, rule_for
+from .primitives import OPAQUE
+from .rules import RULES, Context, Opaque, rule_for
 from .rules.elementwise import project
 from .tracking import Tracker
 
@@ -69,12 +70,18 @@ def solve(claim: Claim, expand: Expand, known: dict[Claim, Blocker | None]) -> B
 
 
 class Facts:
-    """Answers about one program. `ones` are parameter leaves known to be all ones."""
+    """Answers about one program. `ones` are parameter leaves known to be all ones.
+
+    `unknown` collects the operations met for which there is no rule, `visits` counts how often a
+    rule was asked about an equation.
+    """
 
     def __init__(self, graph: Graph, ones: frozenset[int] = frozenset()) -> None:
         """Answer about `graph`."""
         self.graph = graph
         self.ones = ones
+        self.unknown: dict[int, Op] = {}
+        self.visits = 0
         self._uniform: dict[Claim, Blocker | None] = {}
         self._tolerant: dict[Claim, Blocker | None] = {}
 
@@ -91,6 +98,9 @@ class Facts:
 
     def context(self, op: Op) -> Context:
         """The view that a rule gets of an operation."""
+        self.visits += 1
+        if op.name not in RULES and op.name not in OPAQUE:
+            self.unknown[op.index] = op
         return Context(self.graph, op, self.uniform)
 
     def _why_uniform(self, claim: Claim) -> Blocker | Iterable[Claim]:
@@ -104,14 +114,21 @@ class Facts:
         if made is None:
             return Blocker(None, "an input may vary along the mean")
         op, position = made
-        rule = rule_for(op.name)
+        rule, ctx = rule_for(op.name), self.context(op)
         if rule.elementwise:
             shapes = (self.graph.shape(v) for v in op.inputs)
             return [(v, project(along, s)) for v, s in zip(op.inputs, shapes, strict=True)]
-        pulled = rule.pull(self.context(op), position, along)
+        assumed: list[Claim] = []
+
+        def assume(operand: int, other: AxisSet) -> bool:
+            """What a rule asks about another operand is one more thing to rest on."""
+            assumed.append((operand, other))
+            return True
+
+        pulled = rule.pull(replace(ctx, is_uniform=assume), position, along)
         if isinstance(pulled, Opaque) or not pulled.exact:
             return Blocker(op, "may vary along the mean")
-        return [(op.inputs[i], s) for i, s in pulled.needs]
+        return [*assumed, *((op.inputs[i], s) for i, s in pulled.needs)]
 
     def _why_tolerant(self, claim: Claim) -> Blocker | Iterable[Claim]:
         value, along = claim

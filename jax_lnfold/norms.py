@@ -14,9 +14,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from .axes import AxisSet
+from .axes import ALL, AxisSet
 from .facts import Claim, Facts
 from .graph import Graph, Op
+from .primitives import MOVES
+from .rules import Context, Opaque, rule_for
+from .rules.elementwise import project
 from .tracking import Tracker
 
 _CASTS = frozenset({"convert_element_type", "copy", "stop_gradient", "name", "reduce_precision"})
@@ -26,6 +29,7 @@ _SCALING = _CASTS | frozenset(
     "optimization_barrier".split()
 )
 _CARRIES = _SCALING | frozenset("add sub max min clamp pow sqrt rsqrt integer_pow select_n".split())
+Sum = tuple[Op, list[Claim]]
 _ROOTS = frozenset({"rsqrt", "sqrt", "pow"})
 
 
@@ -57,10 +61,11 @@ class Norms:
 def find_norms(facts: Facts) -> Norms:
     """Every LayerNorm of the program, foldable or not."""
     graph = facts.graph
+    every_sum = _sums(graph)
     found: dict[int, LayerNorm] = {}
     centered: dict[int, AxisSet] = {}
     source: dict[Claim, LayerNorm] = {}  # what a centered value is centered from
-    for x, along in _candidates(graph):
+    for x, along in _candidates(graph, every_sum):
         for keep_products in (False, True):
             tracker = Tracker(graph, x, along, facts.context, keep_products, stop_early=False)
             tracker.run()
@@ -78,7 +83,7 @@ def find_norms(facts: Facts) -> Norms:
                     centered[c.value] = AxisSet.over(graph.shape(x), c.centered)
                 if c.centered == whole:
                     source[c.value, along] = replace(norm, sums=_in_order(sums))
-            for root in _normalising_roots(graph, tracker, along, {x} if origin else set()):
+            for root in _normalising_roots(graph, tracker, every_sum, {x} if origin else set()):
                 if (known := found.get(root.index)) is not None:
                     sums |= {op.index: op for op in known.sums}
                 found[root.index] = replace(norm, sums=_in_order(sums), module=root.module)
@@ -89,20 +94,65 @@ def _in_order(ops: dict[int, Op]) -> tuple[Op, ...]:
     return tuple(ops[i] for i in sorted(ops))
 
 
-def _candidates(graph: Graph) -> Iterable[Claim]:
-    """Inputs of sums, seen through casts and constant factors: (value, axes summed over)."""
-    seen: dict[Claim, None] = {}
+def _sums(graph: Graph) -> list[Sum]:
+    """Every sum, with what it is a sum of: (value, axes summed over), the nearest one first.
+
+    A sum is seen through casts, constant factors, moved axes and sums over other axes, such as
+    the local sums of a feature that is spread over devices.
+    """
+    found = []
     for op in graph.ops:
         if op.name != "reduce_sum":
             continue
-        x: int | None = op.inputs[0]
-        while x is not None and jnp.issubdtype(graph.avals[x].dtype, jnp.floating):
+        claims: list[Claim] = []
+        here: Claim | None = _summed(graph, op)
+        while here is not None and jnp.issubdtype(graph.avals[here[0]].dtype, jnp.floating):
+            claims.append(here)
+            here = _before(graph, *here)
+        found.append((op, claims))
+    return found
+
+
+def _summed(graph: Graph, op: Op, along: AxisSet | None = None) -> Claim:
+    """What a sum is a sum of; `along` what its result is summed over later."""
+    x, axes = op.inputs[0], set(op.params["axes"])
+    later = iter(range(len(graph.shape(op.outputs[0]))))
+    kept = {d: next(later) for d in range(len(graph.shape(x))) if d not in axes}
+    more = {d for d, o in kept.items() if along is not None and along.entries[o] == ALL}
+    return x, AxisSet.over(graph.shape(x), axes | more)
+
+
+def _before(graph: Graph, value: int, along: AxisSet) -> Claim | None:
+    """The operand that sums of `value` are sums of, up to a constant factor."""
+    moved = False
+    while (made := graph.producer[value]) is not None:
+        op, x = made[0], _unscaled(graph, made[0])
+        if op.name == "reduce_sum":
+            return _summed(graph, op, along)
+        if x is not None:
+            value, along = x, project(along, graph.shape(x))
+            if not moved:
+                return value, along
+        elif op.name in MOVES:
+            moved = True
+            pulled = rule_for(op.name).pull(Context(graph, op, lambda *_: False), 0, along)
+            if isinstance(pulled, Opaque):
+                return None
+            ((_, along),) = pulled.needs
+            value = op.inputs[0]
+        else:
+            return None
+    return None
+
+
+def _candidates(graph: Graph, sums: Iterable[Sum]) -> Iterable[Claim]:
+    """Inputs of sums that may be those of a LayerNorm: (value, axes summed over)."""
+    seen: dict[Claim, None] = {}
+    for _, claims in sums:
+        for x, along in claims:
             made = graph.producer[x]
-            if made is None or made[0].name not in _CASTS:
-                along = AxisSet.over(graph.shape(x), op.params["axes"])
-                if not along.trivial:
-                    seen[x, along] = None
-            x = _unscaled(graph, made[0]) if made else None
+            if not (along.trivial or (made and made[0].name in _CASTS)):
+                seen[x, along] = None
     return seen
 
 
@@ -116,11 +166,14 @@ def _unscaled(graph: Graph, op: Op) -> int | None:
     return None
 
 
-def _normalising_roots(graph: Graph, tracker: Tracker, along: AxisSet, known: set[int]) -> list[Op]:
+def _normalising_roots(
+    graph: Graph, tracker: Tracker, sums: Iterable[Sum], known: set[int]
+) -> list[Op]:
     """Roots of a variance by which a value without a mean (`known` ones included) is scaled."""
+    along = tracker.along
     centered = {c.value for c in tracker.cancelled if c.centered == frozenset(along.axes)}
     variances = {c.value for c in tracker.cancelled if c.quadratic}
-    variances |= _mean_squares(graph, centered, along)
+    variances |= _mean_squares(graph, sums, centered, along)
     if not variances:
         return []
     numerators = _reach(graph, centered | known, through=_SCALING)
@@ -146,7 +199,9 @@ def _joins(op: Op, scale: int, numerators: set[int], scales: set[int]) -> bool:
     return other in numerators and other not in scales
 
 
-def _mean_squares(graph: Graph, centered: set[int], along: AxisSet) -> set[int]:
+def _mean_squares(
+    graph: Graph, sums: Iterable[Sum], centered: set[int], along: AxisSet
+) -> set[int]:
     """Sums over S of squares of centered values: the two-pass variance."""
     squares = set()
     for v in _reach(graph, centered, through=_CASTS):
@@ -155,12 +210,11 @@ def _mean_squares(graph: Graph, centered: set[int], along: AxisSet) -> set[int]:
             if op.name == "square" or power or (op.name == "mul" and len(set(op.inputs)) == 1):
                 squares.add(op.outputs[0])
     axes = set(along.axes)
-    sums = set()
-    for v in _reach(graph, squares, through=_CASTS):
-        for op, _ in graph.uses[v]:
-            if op.name == "reduce_sum" and axes <= set(op.params["axes"]):
-                sums.add(op.outputs[0])
-    return sums
+    return {
+        op.outputs[0]
+        for op, claims in sums
+        if any(v in squares and axes <= {*summed.axes} for v, summed in claims)
+    }
 
 
 def _reach(

@@ -13,7 +13,7 @@ from fractions import Fraction
 
 from .axes import AxisSet
 from .facts import Blocker, Claim, Facts, solve
-from .graph import Graph
+from .graph import Graph, Op
 from .mincut import MinCut
 from .norms import LayerNorm, find_norms
 from .scales import ScaleMerge, find_merges
@@ -25,6 +25,7 @@ class Placement:
     """The centerings of one program, and what they make of each LayerNorm.
 
     Leaves and values are numbers of the graph. `left` maps positions in `norms` to reasons.
+    `unknown` are operations met without a rule, `visits` counts the equations looked at.
     """
 
     graph: Graph
@@ -35,6 +36,8 @@ class Placement:
     merges: tuple[ScaleMerge, ...]
     explicit: dict[int, tuple[AxisSet, ...]]
     constants: dict[int, tuple[AxisSet, ...]]
+    unknown: tuple[Op, ...]
+    visits: int
 
 
 def place(graph: Graph, explicit_cost: float = 2.0) -> Placement:
@@ -87,6 +90,8 @@ def place_within(
         merges=tuple(merges.values()),
         explicit=explicit,
         constants={v: sets for v, sets in edits.items() if v not in graph.leaves},
+        unknown=tuple(facts.unknown[i] for i in sorted(facts.unknown)),
+        visits=facts.visits,
     )
 
 
@@ -162,27 +167,38 @@ def _prove(
 def _explain(search: ZeroMeanGraph, root: Claim, zero: Container[Claim]) -> str:
     """Why a LayerNorm keeps its mean: the nearest thing that cannot be made zero-mean for free."""
     start = search.resolve(root)
-    queue, seen = deque([start]), {start}
+    queue, reached_from = deque([start]), {start: start}
     while queue:
         claim = queue.popleft()
         node = search.nodes[claim]
         if node.is_zero or claim in zero or node.edit:
             continue
         if node.needs is None and node.obstacle is not None:
-            return _sentence(search, start, claim, node.obstacle)
+            return _sentence(search, reached_from, claim, node.obstacle)
         for needed in map(search.resolve, node.needs or ()):
-            if needed not in seen:
-                seen.add(needed)
+            if needed not in reached_from:
+                reached_from[needed] = claim
                 queue.append(needed)
     return "an explicit centering would cost more than it saves"
 
 
-def _sentence(search: ZeroMeanGraph, root: Claim, claim: Claim, obstacle: Blocker) -> str:
-    if claim[0] in search.facts.graph.leaves:
-        return f"a parameter that feeds it cannot be centered: {obstacle}"
+def _sentence(
+    search: ZeroMeanGraph, reached_from: Mapping[Claim, Claim], claim: Claim, obstacle: Blocker
+) -> str:
+    graph, root, carry = search.facts.graph, claim, ""
+    while True:
+        made = graph.producer[root[0]]
+        if made is not None and made[0].carry is not None and not carry:
+            carry = f"carry {made[0].carry} of {made[0].describe()}"
+        if reached_from[root] == root:
+            break
+        root = reached_from[root]
+    if claim[0] in graph.leaves:
+        return f"a parameter that feeds {carry or 'it'} cannot be centered: {obstacle}"
     noticed = search.nodes[root].intolerant
     if noticed is None:
         remedy = "an explicit centering would cost more than it saves"
     else:
         remedy = f"an explicit centering would change the result: {noticed}"
-    return f"its input is not zero-mean: {obstacle}; {remedy}"
+    spoilt = f"{carry} cannot be kept so: " if carry else ""
+    return f"its input is not zero-mean: {spoilt}{obstacle}; {remedy}"

@@ -16,7 +16,7 @@ from .axes import ALL, FREE, AxisSet, Labels
 from .center import edit_leaf
 from .errors import PlanFormatError, TreeError
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +46,10 @@ class CenterEdit:
 
 @dataclass(frozen=True, slots=True)
 class ScaleEdit:
-    """Multiply `targets` (key path, axis) by the scale at `key_path`, then set that to one."""
+    """Multiply `targets` (key path, axes) by the scale at `key_path`, then set that to one."""
 
     key_path: str
-    targets: tuple[tuple[str, int], ...]
+    targets: tuple[tuple[str, tuple[int, ...]], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,16 +83,16 @@ class FoldPlan:
             i = position[edit.key_path]
             edits[i] = (*edits.get(i, ()), edit.along)
         scaled = {
-            position[path]: (leaves[position[scale.key_path]], axis)
+            position[path]: (leaves[position[scale.key_path]], axes)
             for scale in self.scales
-            for path, axis in scale.targets
+            for path, axes in scale.targets
         }
         changed = dict(enumerate(leaves))
         for i in sorted({*edits, *scaled}):
-            factor, axis = scaled.get(i, (None, 0))
-            changed[i] = edit_leaf(leaves[i], factor, axis, edits.get(i, ()), donate)
+            factor, axes = scaled.get(i, (None, ()))
+            changed[i] = edit_leaf(leaves[i], factor, axes, edits.get(i, ()), donate)
         for i in (position[scale.key_path] for scale in self.scales):
-            changed[i] = edit_leaf(leaves[i], None, 0, None, donate)
+            changed[i] = edit_leaf(leaves[i], None, (), None, donate)
         return treedef.unflatten(changed.values())
 
     def check(self, params: Any) -> None:
@@ -138,7 +138,9 @@ class FoldPlan:
                 tuple(LeafSpec(leaf["key_path"], tuple(leaf["shape"])) for leaf in data["leaves"]),
                 tuple(CenterEdit(e["key_path"], _axis_set(e["along"])) for e in data["edits"]),
                 tuple(
-                    ScaleEdit(s["key_path"], tuple((path, axis) for path, axis in s["targets"]))
+                    ScaleEdit(
+                        s["key_path"], tuple((path, tuple(axes)) for path, axes in s["targets"])
+                    )
                     for s in data["scales"]
                 ),
             )

@@ -12,6 +12,7 @@ import numpy as np
 
 from ._compat import ClosedJaxpr, consts_of, is_tracer
 from .errors import TraceError, TreeError
+from .flatten import flatten
 from .graph import Graph
 from .plan import leaf_paths
 
@@ -26,7 +27,7 @@ class Traced:
 
     def graph(self) -> Graph:
         """The flat graph of the program."""
-        return Graph(self.closed, self.n_leaves)
+        return flatten(self.closed, self.n_leaves)
 
     @property
     def reusable(self) -> bool:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from dataclasses import dataclass
 
 from .axes import AxisSet
+from .graph import Graph
+from .norms import LayerNorm
 from .placement import Placement
 from .plan import CenterEdit, ScaleEdit
 
@@ -14,8 +17,9 @@ from .plan import CenterEdit, ScaleEdit
 class Norm:
     """One LayerNorm: module path, axes averaged over, input shape, and what became of it.
 
-    `count` is how often it runs in one call. `reason` is empty when `folded`, and otherwise names
-    the operation in the way with its module path and source line.
+    Inside of a `shard_map` the shape is that of one shard, and `mesh_axes` are the mesh axes that
+    the mean spans besides. `count` is how often it runs in one call. `reason` is empty when
+    `folded`, and otherwise names the operation in the way with its module path and source line.
     """
 
     path: str
@@ -24,6 +28,7 @@ class Norm:
     count: int
     folded: bool
     reason: str
+    mesh_axes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +41,18 @@ class Insertion:
 
 @dataclass(frozen=True)
 class Report:
-    """The outcome of a fold; `print` shows it as a table."""
+    """The outcome of a fold; `print` shows it as a table.
+
+    `opaque` counts, by primitive, the operations met of which nothing is known; LayerNorms before
+    or behind them stay as they are. `visits` is how often the analysis looked at an equation.
+    """
 
     norms: tuple[Norm, ...]
     insertions: tuple[Insertion, ...]
     edits: tuple[CenterEdit, ...]
     scales: tuple[ScaleEdit, ...]
+    opaque: dict[str, int]
+    visits: int
 
     @property
     def n_folded(self) -> int:
@@ -66,21 +77,32 @@ def make_report(
     norms = tuple(
         Norm(
             path=norm.module or "(top level)",
-            axes=norm.along.axes,
-            shape=graph.shape(norm.x),
+            axes=tuple(d for d in norm.along.axes if d < _local_rank(graph, norm.x)),
+            shape=graph.shape(norm.x)[: _local_rank(graph, norm.x)],
             count=norm.count,
             folded=folded,
             reason=placement.left.get(i, ""),
+            mesh_axes=_mesh_axes(graph, norm),
         )
         for i, (norm, folded) in enumerate(zip(placement.norms, placement.folded, strict=True))
     )
     insertions = tuple(
-        Insertion(_origin(placement, value), along)
+        Insertion(_origin(placement, value), graph.on_one_device(value, along) or along)
         for value, sets in sorted(placement.explicit.items())
         for along in sets
         if not along.trivial
     )
-    return Report(norms, insertions, edits, scales)
+    opaque = Counter(op.eqn.primitive.name for op in placement.unknown)
+    return Report(norms, insertions, edits, scales, dict(opaque), placement.visits)
+
+
+def _local_rank(graph: Graph, value: int) -> int:
+    return len(graph.shape(value)) - len(graph.lanes_of(value))
+
+
+def _mesh_axes(graph: Graph, norm: LayerNorm) -> tuple[str, ...]:
+    start = _local_rank(graph, norm.x)
+    return tuple(graph.lanes_of(norm.x)[d - start][0] for d in norm.along.axes if d >= start)
 
 
 def _origin(placement: Placement, value: int) -> str:
@@ -102,7 +124,7 @@ def render(report: Report, width: int = 110) -> str:
             outcome = "folded" if norm.folded else f"left: {norm.reason}"
             repeated = f" x{norm.count}" if norm.count > 1 else ""
             table.add_row(
-                _plain(norm.path + repeated), _shape(norm.shape), _axes(norm.axes), _plain(outcome)
+                _plain(norm.path + repeated), _shape(norm.shape), _axes(norm), _plain(outcome)
             )
         console.print(table)
     console.print(_plain(summary(report)), soft_wrap=True)
@@ -121,6 +143,9 @@ def summary(report: Report) -> str:
         f"{_count(report.n_inserted, 'explicit centering')} inserted."
     ]
     lines += [f"Inserted after {i.after}, along {i.along}." for i in report.insertions]
+    if report.opaque:
+        met = ", ".join(f"{name} ({n})" for name, n in report.opaque.items())
+        lines.append(f"Opaque operations met: {met}.")
     return "\n".join(lines)
 
 
@@ -128,8 +153,8 @@ def _count(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
-def _axes(axes: tuple[int, ...]) -> str:
-    return ", ".join(map(str, axes))
+def _axes(norm: Norm) -> str:
+    return ", ".join(map(str, (*norm.axes, *norm.mesh_axes)))
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -19,13 +19,14 @@ from ._compat import (
     Control,
     Jaxpr,
     JaxprEqn,
-    Literal,
     Var,
     call_jaxpr,
     close,
     consts_of,
     control_flow,
     open_jaxpr,
+    trace_like,
+    varying_axes,
     with_bodies,
     with_call_jaxpr,
 )
@@ -42,12 +43,17 @@ _KEEPS_ZERO = frozenset(
 
 def rewrite(closed: ClosedJaxpr, placement: Placement) -> ClosedJaxpr:
     """The program of `closed` with the placement carried out."""
-    return _Rewriter(placement).closed(closed, (), set())[0]
+    rewriter = _Rewriter(placement)
+    rewritten, _ = rewriter.closed(closed, (), set())
+    if rewriter.centered != placement.explicit.keys():
+        raise AssertionError("a centering found no place in the program, please report this")
+    return rewritten
 
 
 class _Rewriter:
     def __init__(self, placement: Placement) -> None:
         self.placement, self.graph = placement, placement.graph
+        self.centered: set[int] = set()
         self.zero_sums = {
             op.index
             for norm, folded in zip(placement.norms, placement.folded, strict=True)
@@ -90,12 +96,15 @@ class _Rewriter:
         def center(var: Var) -> None:
             """Center a value right where it appears, for all its readers."""
             value = env.get(var)
-            if value is None or self.graph.home[value] != path:
+            if value is None or self.graph.home[value] != path or value in self.centered:
                 return
-            for along in self.placement.explicit.get(value, ()):
+            for spread in self.placement.explicit.get(value, ()):
+                self.centered.add(value)
+                along = self.graph.on_one_device(value, spread)
+                assert along is not None
                 centered = Var(var.aval)
                 if along.trivial:
-                    eqns.append(_zero(centered))
+                    eqns.extend(_zero(centered))
                     zeros.add(centered)
                 else:
                     eqns.append(_centering(read(var), along, centered))
@@ -104,45 +113,35 @@ class _Rewriter:
         for var in (*jaxpr.constvars, *jaxpr.invars):
             center(var)
         for index, eqn in enumerate(jaxpr.eqns):
-            invars = [read(a) for a in eqn.invars]
-            inner, control = call_jaxpr(eqn), control_flow(eqn)
-            if control is not None:
-                eqns.append(self._control(eqn, control, (*path, index), invars))
-                for var in eqn.outvars:
-                    center(var)
-                continue
-            if inner is not None:
-                zero_in = {i for i, a in enumerate(invars) if isinstance(a, Var) and a in zeros}
-                new, zero_out = self._call(eqn, inner, (*path, index), invars, zero_in)
+            invars, site = [read(a) for a in eqn.invars], (*path, index)
+            if site in self.graph.op_at or site in self.graph.stand_ins:
+                if self._is_zero(eqn, site, invars, zeros):
+                    zeros.add(eqn.outvars[0])
+                    eqns += _zero(eqn.outvars[0]) or [_reading(eqn, invars)]
+                elif (keep := self._survivor(eqn, invars, zeros)) is not None:
+                    renamed[eqn.outvars[0]] = keep
+                else:
+                    eqns.append(_reading(eqn, invars))
+            elif (control := control_flow(eqn)) is not None:
+                eqns.append(self._control(eqn, control, site, invars))
+            else:
+                new, zero_out = self._call(eqn, site, invars, zeros)
                 eqns.append(new)
                 zeros.update(eqn.outvars[i] for i in zero_out)
-                continue
-            op = self.graph.op_at[path, index]
-            keep = self._survivor(eqn, invars, zeros)
-            if op.index in self.zero_sums or self._stays_zero(eqn, invars, zeros):
-                zeros.add(eqn.outvars[0])
-                eqns.append(_zero(eqn.outvars[0]))
-            elif keep is not None:
-                renamed[eqn.outvars[0]] = keep
-            else:
-                eqns.append(_reading(eqn, invars))
             for var in eqn.outvars:
                 center(var)
         outvars = [read(a) for a in jaxpr.outvars]
-        zero_out = {i for i, a in enumerate(outvars) if isinstance(a, Var) and a in zeros}
+        zero_out = _positions(outvars, zeros)
         if _same(eqns, jaxpr.eqns) and _same(outvars, jaxpr.outvars):
             return jaxpr, zero_out
         return jaxpr.replace(eqns=_live(eqns, outvars), outvars=outvars), zero_out
 
     def _call(
-        self,
-        eqn: JaxprEqn,
-        inner: ClosedJaxpr | Jaxpr,
-        path: CallPath,
-        invars: list[Any],
-        zero_in: set[int],
+        self, eqn: JaxprEqn, site: CallPath, invars: list[Any], zeros: set[Var]
     ) -> tuple[JaxprEqn, set[int]]:
-        body, zero_out = self.closed(inner, path, zero_in)
+        inner = call_jaxpr(eqn)
+        assert inner is not None
+        body, zero_out = self.closed(inner, site, _positions(invars, zeros))
         if body is inner:
             return _reading(eqn, invars), zero_out
         return eqn.replace(params=with_call_jaxpr(eqn, body), invars=invars), zero_out
@@ -159,19 +158,31 @@ class _Rewriter:
             return _reading(eqn, invars)
         return eqn.replace(params=with_bodies(eqn, bodies), invars=invars)
 
-    def _stays_zero(self, eqn: JaxprEqn, invars: list[Any], zeros: set[Var]) -> bool:
+    def _is_zero(self, eqn: JaxprEqn, site: CallPath, invars: list[Any], zeros: set[Var]) -> bool:
+        """Whether the result is proved zero, or made of what is."""
         hit = [isinstance(a, Var) and a in zeros for a in invars]
-        name = eqn.primitive.name
+        if (stand_in := self.graph.stand_ins.get(site)) is not None:
+            arrays = [h for h, a in zip(hit, eqn.invars, strict=True) if isinstance(a, Var)]
+            _, zero_out = self.closed(stand_in, site, {i for i, h in enumerate(arrays) if h})
+            return len(zero_out) == len(eqn.outvars) == 1
+        op, name = self.graph.op_at[site], eqn.primitive.name
+        if op.index in self.zero_sums:
+            return True
         if name == "div":
-            return hit[0] and _is_finite(invars[1]) and invars[1].val != 0
+            return hit[0] and self._is_finite(op.inputs[1]) and self.graph.scalar(op.inputs[1]) != 0
         if name in ("add", "sub"):
             return all(hit)
         if name == "mul":
             # 0 * c needs a finite c: another zero or a number in the program.
-            return any(hit) and all(h or _is_finite(a) for h, a in zip(hit, invars, strict=True))
+            pairs = zip(hit, op.inputs, strict=True)
+            return any(hit) and all(h or self._is_finite(v) for h, v in pairs)
         if name == "integer_pow" and eqn.params["y"] <= 0:
             return False
         return name in _KEEPS_ZERO and any(hit)
+
+    def _is_finite(self, value: int) -> bool:
+        number = self.graph.scalar(value)
+        return number is not None and bool(np.isfinite(number))
 
     def _survivor(self, eqn: JaxprEqn, invars: list[Any], zeros: set[Var]) -> Any:
         """The operand that a sum with a zero comes down to, None if there is no such thing."""
@@ -188,8 +199,8 @@ class _Rewriter:
         return keep if isinstance(keep, Var) and keep.aval == eqn.outvars[0].aval else None
 
 
-def _is_finite(atom: Any) -> bool:
-    return isinstance(atom, Literal) and bool(np.all(np.isfinite(atom.val)))
+def _positions(atoms: Sequence[Any], zeros: set[Var]) -> set[int]:
+    return {i for i, a in enumerate(atoms) if isinstance(a, Var) and a in zeros}
 
 
 def _same(new: Sequence[Any], old: Sequence[Any]) -> bool:
@@ -211,20 +222,21 @@ def _centering(var: Var, along: AxisSet, result: Var) -> JaxprEqn:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         return (wide - group_means(wide, along, jnp)).astype(x.dtype)
 
-    aval: Any = var.aval
-    like = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
-    (eqn,) = open_jaxpr(jax.make_jaxpr(jax.jit(explicit_centering))(like)).eqns
+    (eqn,) = trace_like(jax.jit(explicit_centering), var.aval).eqns
     return eqn.replace(invars=[var], outvars=[result])
 
 
-def _zero(var: Var) -> JaxprEqn:
-    """An equation that sets `var` to zero."""
+def _zero(var: Var) -> list[JaxprEqn]:
+    """Equations that set `var` to zero; none for a scalar that varies over devices."""
     aval: Any = var.aval
-    zeros = jax.jit(lambda: jnp.zeros(aval.shape, aval.dtype))
-    (eqn,) = open_jaxpr(jax.make_jaxpr(zeros)()).eqns
     if aval.shape:
-        (eqn,) = open_jaxpr(eqn.params["jaxpr"]).eqns
-    return eqn.replace(outvars=[var])
+        (*before, last) = trace_like(jnp.zeros_like, aval).eqns
+    elif varying_axes(aval):
+        return []
+    else:
+        zero = jax.jit(lambda: jnp.zeros((), aval.dtype))
+        (*before, last) = open_jaxpr(jax.make_jaxpr(zero)()).eqns
+    return [*before, last.replace(outvars=[var])]
 
 
 def _live(eqns: list[JaxprEqn], outvars: list[Any]) -> list[JaxprEqn]:

@@ -2,29 +2,34 @@
 
 ``(h W + b) * g = h (W * g) + b * g``. With ``g`` then set to one, a centering passes the product.
 A scale can be merged when every use of it multiplies a value whose every contribution ends in
-parameters that are used for nothing else.
+parameters that are used for nothing else. Scales stacked over the layers of a loop are merged
+into parameters stacked in the same way.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from .graph import Graph, Op
+from .graph import CallPath, Graph, Op
+from .primitives import IDENTITIES
 from .rules.contraction import output_axes
-from .rules.elementwise import IDENTITIES
+
+Places = tuple[int | CallPath, ...]
+"""Where the axes of a scale are in a value: an axis, or the loop that takes it row by row."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScaleMerge:
     """Multiply `targets` by the scale, then set the scale to one. Leaves are given by position.
 
-    Each target is (leaf, axis): the scale runs along that axis.
+    Each target is (leaf, axes): the axes of the scale with more than one element run along those.
     """
 
     scale: int
-    targets: tuple[tuple[int, int], ...]
+    targets: tuple[tuple[int, tuple[int, ...]], ...]
 
 
 class _CannotAbsorb(Exception):
@@ -37,13 +42,13 @@ def find_merges(graph: Graph) -> dict[int, ScaleMerge]:
     taken: set[int] = set()
     for value, leaf in graph.leaves.items():
         aval = graph.avals[value]
-        if not jnp.issubdtype(aval.dtype, jnp.floating) or sum(n != 1 for n in aval.shape) != 1:
+        if not jnp.issubdtype(aval.dtype, jnp.floating) or all(n == 1 for n in aval.shape):
             continue
         try:
             absorbed = _Absorber(graph, value).run()
         except _CannotAbsorb:
             continue
-        targets = tuple(sorted((graph.leaves[v], d) for v, d in absorbed.items()))
+        targets = tuple(sorted((graph.leaves[v], axes) for v, axes in absorbed.items()))
         if targets and not any(t in taken or t == leaf for t, _ in targets) and leaf not in taken:
             merges[value] = ScaleMerge(leaf, targets)
             taken.update(t for t, _ in targets)
@@ -56,95 +61,125 @@ class _Absorber:
 
     def __init__(self, graph: Graph, scale: int) -> None:
         self.graph, self.scale = graph, scale
-        shape = graph.shape(scale)
-        self.axis = next(d for d, n in enumerate(shape) if n != 1)
-        self.size = shape[self.axis]
-        self.absorbed: dict[int, int] = {}  # leaf value -> axis
+        self.axes = tuple(d for d, n in enumerate(graph.shape(scale)) if n != 1)
+        self.absorbed: dict[int, tuple[int, ...]] = {}  # leaf value -> axes
         self.followed: set[tuple[int, int]] = set()  # uses of leaves that end in a product
 
-    def run(self) -> dict[int, int]:
-        self._follow(self.scale, self.axis)
+    def run(self) -> dict[int, tuple[int, ...]]:
+        self._follow(self.scale, self.axes)
         for leaf in self.absorbed:
             if any((op.index, i) not in self.followed for op, i in self.graph.uses[leaf]):
                 raise _CannotAbsorb  # something else reads the unscaled parameter
         return self.absorbed
 
-    def _follow(self, value: int, axis: int) -> None:
-        """Find the products of the scale, through reshapes and casts of it."""
+    def _fits(self, value: int, places: Places) -> bool:
+        """Whether the value has the axes of the scale, at least one of them outside of loops."""
+        shape, sizes = self.graph.shape(value), self.graph.shape(self.scale)
+        axes = [(p, sizes[d]) for p, d in zip(places, self.axes, strict=True) if isinstance(p, int)]
+        return bool(axes) and all(p < len(shape) and shape[p] == n for p, n in axes)
+
+    def _follow(self, value: int, places: Places) -> None:
+        """Find the products of the scale, through reshapes, casts and rows of it."""
         if value in self.graph.outputs:
             raise _CannotAbsorb
         for op, position in self.graph.uses[value]:
-            shape = self.graph.shape(op.outputs[0])
+            result = op.outputs[0] if op.outputs else value
             if op.name == "mul" and op.inputs[0] != op.inputs[1]:
-                other = 1 - position
-                if shape[axis] != self.size:
+                if not self._fits(result, places):
                     raise _CannotAbsorb
-                self._absorb(op, other, axis)
+                self._absorb(op, 1 - position, places)
             elif op.name == "broadcast_in_dim":
-                self._follow(op.outputs[0], op.params["broadcast_dimensions"][axis])
+                self._follow(result, _renumbered(places, op.params["broadcast_dimensions"]))
             elif op.name in ("reshape", "squeeze", "expand_dims"):
-                kept = [d for d, n in enumerate(shape) if n != 1]
-                if len(kept) != 1:
-                    raise _CannotAbsorb
-                self._follow(op.outputs[0], kept[0])
+                self._follow(result, _renumbered(places, self._kept_axes(value, result)))
             elif op.name == "convert_element_type":
-                self._follow(op.outputs[0], axis)
+                self._follow(result, places)
+            elif op.name == "loop_slice":
+                rows = (op.path if p == 0 else p - 1 if isinstance(p, int) else p for p in places)
+                self._follow(result, tuple(rows))
             else:
                 raise _CannotAbsorb
 
-    def _absorb(self, user: Op, position: int, axis: int) -> None:
-        """Scale operand `position` of `user` along `axis`, by scaling what it is made of."""
+    def _kept_axes(self, before: int, after: int) -> dict[int, int]:
+        """Axis before -> axis after a reshape that only adds or drops axes of size 1."""
+        shapes = [self.graph.shape(v) for v in (before, after)]
+        old, new = ([d for d, n in enumerate(shape) if n != 1] for shape in shapes)
+        if [shapes[0][d] for d in old] != [shapes[1][d] for d in new]:
+            raise _CannotAbsorb
+        return dict(zip(old, new, strict=True))
+
+    def _absorb(self, user: Op, position: int, places: Places) -> None:
+        """Scale operand `position` of `user`, by scaling what it is made of."""
         graph, value = self.graph, user.inputs[position]
         number = graph.scalar(value)
         if number is not None and number == 0:
             return
-        shape = graph.shape(value)
-        floating = jnp.issubdtype(graph.avals[value].dtype, jnp.floating)
-        if not floating or len(shape) <= axis or shape[axis] != self.size:
+        if not jnp.issubdtype(graph.avals[value].dtype, jnp.floating):
+            raise _CannotAbsorb
+        if not self._fits(value, places):
             raise _CannotAbsorb
         if value in graph.leaves:
+            axes = tuple(p for p in places if isinstance(p, int))
             use = (user.index, position)
-            if use in self.followed or self.absorbed.setdefault(value, axis) != axis:
-                raise _CannotAbsorb  # scaled twice over, or along two axes
+            known = self.absorbed.setdefault(value, axes)
+            if use in self.followed or known != axes or len(axes) != len(places):
+                raise _CannotAbsorb  # scaled twice over, along other axes, or not layer by layer
             self.followed.add(use)
             return
         made = graph.producer[value]
         if made is None or len(graph.uses[value]) != 1 or value in graph.outputs:
             raise _CannotAbsorb
-        for operand, before in self._sources(made[0], axis):
+        for operand, before in self._sources(made[0], places):
             self._absorb(made[0], operand, before)
 
-    def _sources(self, op: Op, axis: int) -> list[tuple[int, int]]:
-        """Operands of `op`, with axes, that scaling its output along `axis` comes down to."""
-        shape, params = self.graph.shape, op.params
+    def _sources(self, op: Op, places: Places) -> list[tuple[int, Places]]:
+        """Operands of `op`, with places, that scaling its output comes down to."""
         if op.name == "neg" or op.name in IDENTITIES:
-            return [(0, axis)]
+            return [(0, places)]
         if op.name in ("add", "sub", "add_any", "select_n"):
             terms = range(1 if op.name == "select_n" else 0, len(op.inputs))
-            return [(i, axis) for i in terms]
+            return [(i, places) for i in terms]
         if op.name in ("mul", "div"):
             free = [self.graph.data_free[v] for v in op.inputs]
-            return [(1 if op.name == "mul" and free[0] and not free[1] else 0, axis)]
+            return [(1 if op.name == "mul" and free[0] and not free[1] else 0, places)]
+        if op.name == "loop_slice":
+            rows = (0 if p == op.path else p + 1 if isinstance(p, int) else p for p in places)
+            return [(0, tuple(rows))]
+        found = [self._source(op, p) for p in places if isinstance(p, int)]
+        (operand, _), *rest = found
+        if any(other != operand for other, _ in rest):
+            raise _CannotAbsorb
+        axes = iter(axis for _, axis in found)
+        return [(operand, tuple(next(axes) if isinstance(p, int) else p for p in places))]
+
+    def _source(self, op: Op, axis: int) -> tuple[int, int]:
+        """The operand of `op`, with its axis, that axis `axis` of the output stems from."""
+        shape, params = self.graph.shape, op.params
         if op.name == "dot_general":
             ranks = [len(shape(v)) for v in op.inputs]
             for operand in (0, 1):
                 axes = output_axes(params["dimension_numbers"], ranks, operand)
-                found = [(operand, d) for d, o in axes.items() if o == axis]
-                if found:
-                    return found
+                for d, o in axes.items():
+                    if o == axis:
+                        return operand, d
         if op.name == "conv_general_dilated":
             numbers = params["dimension_numbers"]
             if axis == numbers.out_spec[1] and params["batch_group_count"] == 1:
-                return [(1, numbers.rhs_spec[0])]
+                return 1, numbers.rhs_spec[0]
+        if op.name == "reduce_sum":
+            kept = [d for d in range(len(shape(op.inputs[0]))) if d not in params["axes"]]
+            return 0, kept[axis]
         if op.name == "transpose":
-            return [(0, params["permutation"][axis])]
+            return 0, params["permutation"][axis]
         if op.name == "broadcast_in_dim" and axis in params["broadcast_dimensions"]:
-            return [(0, params["broadcast_dimensions"].index(axis))]
+            return 0, params["broadcast_dimensions"].index(axis)
         if op.name in ("reshape", "squeeze", "expand_dims"):
             before, after = shape(op.inputs[0]), shape(op.outputs[0])
-            old, new = ([d for d, n in enumerate(sizes) if n != 1] for sizes in (before, after))
-            if [before[d] for d in old] == [after[d] for d in new]:
-                return [(0, old[new.index(axis)])]
-            if before[-1] == after[-1] and axis == len(after) - 1:
-                return [(0, len(before) - 1)]
+            if before[-1:] == after[-1:] and axis == len(after) - 1:
+                return 0, len(before) - 1
+            return 0, self._kept_axes(op.outputs[0], op.inputs[0])[axis]
         raise _CannotAbsorb
+
+
+def _renumbered(places: Places, axes: Sequence[int] | Mapping[int, int]) -> Places:
+    return tuple(axes[p] if isinstance(p, int) else p for p in places)

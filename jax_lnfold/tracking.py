@@ -20,6 +20,7 @@ import numpy as np
 
 from .axes import ALL, FREE, AxisSet
 from .graph import JOINS, Graph, Op
+from .primitives import IDENTITIES, IDENTITIES_OF_EACH, MOVES
 from .response import (
     Refused,
     Tracked,
@@ -32,9 +33,7 @@ from .response import (
     total,
 )
 from .rules import Context, Opaque, rule_for
-from .rules.elementwise import IDENTITIES, IDENTITIES_OF_EACH
 
-_MOVES = frozenset({"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose"})
 _EXTREMA = frozenset({"reduce_max", "reduce_min"})
 
 
@@ -115,13 +114,18 @@ class Tracker:
         hit = [i for i, t in enumerate(operands) if t is not None]
         if op.name in IDENTITIES or op.name in IDENTITIES_OF_EACH:
             return self._same(op, operands, hit)
-        refusal = "notices a shift of its operand"
-        if not self._prefers_exact(op, operands, hit):
+        exact, refusal = self._prefers_exact(op, operands, hit), "notices a shift of its operand"
+        if not exact:
             handed = self._hand_on(op, operands, hit)
             if handed is None:
                 return []
             refusal = handed
-        result = self._exact(op, operands, refusal)
+        try:
+            result = self._exact(op, operands, refusal)
+        except Refused:
+            if exact and self._hand_on(op, operands, hit) is None:
+                return []
+            raise
         if result is None:
             return []
         if not result.response:
@@ -140,7 +144,7 @@ class Tracker:
         if op.name in ("mul", "div"):
             by_number = self.graph.scalar(op.inputs[1 - hit[0]]) is not None
             return by_number or self._keep or not self._follows_root(first)
-        return op.name == "neg" or (op.name in _MOVES and not self._follows_root(first))
+        return op.name == "neg" or (op.name in MOVES and not self._follows_root(first))
 
     @staticmethod
     def _follows_root(t: Tracked | None) -> bool:
@@ -189,7 +193,7 @@ class Tracker:
         if name in ("argmax", "argmin") and first and self._pure(first):
             self._check_uniform(first, op.params["axes"])
             return None
-        if name in _MOVES and first:
+        if name in MOVES and first:
             return self._move(op, first)
         if name == "reduce_sum" and first:
             return self._sum(op, first)
@@ -258,8 +262,11 @@ class Tracker:
             raise Refused("sums repeated values")
         self._counts.add(n)
         result = summed(t, real, n)
-        if t.form is not None and set(t.form) == {X} and real:
-            self.sums.append((op, real))
+        if real and result.form is not None and len(result.form) == 1:
+            (summed_over,) = result.form
+            if isinstance(summed_over, tuple):
+                self.sums.append((op, frozenset(summed_over)))
+                self._counts.add(prod(self.along.shape[d] for d in summed_over))
         dims = tuple(d for k, d in enumerate(t.dims) if k not in axes)
         return replace(result, dims=dims)
 

@@ -111,7 +111,8 @@ class ZeroMeanGraph:
             node.edit = intolerant is None and graph.is_editable_constant(value)
             node.obstacle = intolerant or Blocker(None, "a constant is added along the mean")
             return node
-        if intolerant is None and not graph.in_custom_rule(value):
+        reachable = not graph.is_sealed(value) and graph.on_one_device(value, along) is not None
+        if intolerant is None and reachable:
             # What depends on constants only is computed once, by the compiler, so a thousandth of
             # the price. A value computed from parameters is computed in every call: full price.
             cost = self._insertion_cost(along) * graph.trips[graph.home[value]]

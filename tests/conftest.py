@@ -1,8 +1,14 @@
-"""Run every test in double precision, so that contracts can be checked to 1e-12."""
+"""Run every test in double precision, so that contracts can be checked to 1e-12.
+
+Eight simulated devices stand in for a real mesh.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import jax
 import pytest

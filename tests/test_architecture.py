@@ -13,9 +13,10 @@ PACKAGE = Path(jax_lnfold.__file__).parent
 
 # Modules may import from floors below their own, and rules and facts from their own floor.
 FLOORS = [
-    {"_compat", "errors", "axes", "mincut", "response"},
-    {"graph", "center"},
-    {"rules", "plan"},
+    {"_compat", "errors", "axes", "mincut", "primitives", "response"},
+    {"center", "lanes"},
+    {"graph"},
+    {"flatten", "rules", "plan"},
     {"tracking"},
     {"facts"},
     {"norms", "scales"},

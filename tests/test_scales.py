@@ -12,6 +12,8 @@ import pytest
 from contracts import fold_checked
 from flax import linen as nn
 
+import jax_lnfold
+
 Params = dict[str, jax.Array]
 Model = Callable[[Params, jax.Array], Any]
 
@@ -53,6 +55,10 @@ def module_twice(p: Params, x: jax.Array) -> jax.Array:
     return head(p, sum(branches, x @ p["u"]))
 
 
+def summed_over_tokens(p: Params, x: jax.Array) -> jax.Array:
+    return head(p, (x @ p["w"]).sum(1) * p["g"])
+
+
 def two_scales(p: Params, x: jax.Array) -> jax.Array:
     return head(p, (x @ p["w"]) * p["g"] + (x @ p["u"]) * p["h"])
 
@@ -63,6 +69,7 @@ FOLDS: dict[str, tuple[Model, int]] = {
     "on a branch": (on_a_branch, 1),
     "masked": (masked, 1),
     "module applied twice": (module_twice, 1),
+    "summed over tokens": (summed_over_tokens, 1),
     "two scales": (two_scales, 2),
 }
 
@@ -153,3 +160,103 @@ def test_per_head_kernel_keeps_its_scale() -> None:
     """A scale over merged heads has no single axis on the kernel: sound, left alone."""
     folded = fold_checked(per_head, PARAMS, INPUT)
     assert folded.report.scales == ()
+
+
+LAYERS = {
+    "embed": (7, 12),
+    "up": (4, 12, 5),
+    "down": (4, 5, 12),
+    "bias": (4, 12),
+    "gamma": (4, 12),
+    "v": (12, 3),
+}
+STACKED = {name: jnp.asarray(RNG.standard_normal(shape) + 0.3) for name, shape in LAYERS.items()}
+
+
+def scanned(p: Params, x: jax.Array, shared: tuple[str, ...] = ()) -> jax.Array:
+    """Residual branches with a LayerScale each; `shared` parameters are the same in all layers."""
+
+    def layer(s: jax.Array, w: Params) -> tuple[jax.Array, None]:
+        w = w | {k: p[k] for k in shared}
+        y = nn.gelu(nn.standardize(s) @ w["up"]) @ w["down"] + w["bias"]
+        return s + w["gamma"] * y, None
+
+    stacks = {k: p[k] for k in ("up", "down", "bias", "gamma") if k not in shared}
+    return head(p, jax.lax.scan(layer, x @ p["embed"], stacks)[0])
+
+
+def nested(p: Params, x: jax.Array) -> jax.Array:
+    """Two groups of two layers."""
+
+    def layer(s: jax.Array, w: Params) -> tuple[jax.Array, None]:
+        y = nn.gelu(nn.standardize(s) @ w["up"]) @ w["down"]
+        return s + w["gamma"] * (y + w["bias"]), None
+
+    def group(s: jax.Array, w: Params) -> tuple[jax.Array, None]:
+        return jax.lax.scan(layer, s, w)
+
+    stacks = {k: p[k] for k in ("up", "down", "bias", "gamma")}
+    return head(p, jax.lax.scan(group, x @ p["embed"], stacks)[0])
+
+
+def per_head_scale(p: Params, x: jax.Array) -> jax.Array:
+    """One scale per head and feature, before the heads are joined."""
+
+    def layer(s: jax.Array, w: Params) -> tuple[jax.Array, None]:
+        y = jnp.einsum("bnh,hke->bnke", nn.gelu(nn.standardize(s) @ w["up"]), w["down"])
+        return s + (w["gamma"] * (y + w["bias"])).reshape(s.shape), None
+
+    stacks = {k: p[k] for k in ("up", "down", "bias", "gamma")}
+    return head(p, jax.lax.scan(layer, x @ p["embed"], stacks)[0])
+
+
+def group_layers(p: Params) -> Params:
+    per_layer = ("up", "down", "bias", "gamma")
+    return p | {k: p[k].reshape(2, 2, *p[k].shape[1:]) for k in per_layer}
+
+
+def split_heads(p: Params) -> Params:
+    ends = ("down", "bias", "gamma")
+    return p | {k: p[k].reshape(*p[k].shape[:-1], 3, 4) for k in ends}
+
+
+SCANS: dict[str, tuple[Model, Params, tuple[int, ...], tuple[int, ...]]] = {
+    "stacked": (scanned, STACKED, (0, 1), (0, 2)),
+    "nested": (nested, group_layers(STACKED), (0, 1, 2), (0, 1, 3)),
+    "per head": (per_head_scale, split_heads(STACKED), (0, 1, 2), (0, 2, 3)),
+}
+
+
+@pytest.mark.parametrize("name", SCANS)
+def test_stacked_scales_are_merged_layer_by_layer(name: str) -> None:
+    apply, params, bias_axes, kernel_axes = SCANS[name]
+    folded = fold_checked(apply, params, INPUT)
+    assert (folded.report.n_folded, folded.report.n_inserted) == (2, 0)
+    (scale,) = folded.report.scales
+    assert scale.key_path == "gamma"
+    assert dict(scale.targets) == {"bias": bias_axes, "down": kernel_axes}
+    np.testing.assert_array_equal(folded.params["gamma"], 1)
+    again = jax_lnfold.FoldPlan.from_json(folded.plan.to_json()).center(params)
+    np.testing.assert_array_equal(again["down"], folded.params["down"])
+
+
+def test_a_shared_scale_goes_into_every_layer() -> None:
+    params = STACKED | {"gamma": STACKED["gamma"][0]}
+    folded = fold_checked(lambda p, x: scanned(p, x, ("gamma",)), params, INPUT)
+    assert folded.report.n_folded == 2
+    assert dict(folded.report.scales[0].targets) == {"bias": (1,), "down": (2,)}
+
+
+@pytest.mark.parametrize("shared", ["bias", "down"])
+def test_a_stacked_scale_cannot_go_into_a_shared_parameter(shared: str) -> None:
+    params = STACKED | {shared: STACKED[shared][0]}
+    folded = fold_checked(lambda p, x: scanned(p, x, (shared,)), params, INPUT)
+    assert (folded.report.n_folded, folded.report.scales) == (0, ())
+
+
+def test_a_stacked_scale_that_is_read_elsewhere_stays() -> None:
+    def apply(p: Params, x: jax.Array) -> Any:
+        return scanned(p, x), p["gamma"][2]
+
+    folded = fold_checked(apply, STACKED, INPUT)
+    assert (folded.report.n_folded, folded.report.scales) == (0, ())

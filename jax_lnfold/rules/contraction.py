@@ -24,6 +24,21 @@ def _axes_of_output(ctx: Context, operand: int) -> dict[int, int]:
     return output_axes(ctx.params["dimension_numbers"], ranks, operand)
 
 
+def _repeated_batches(ctx: Context, operand: int, entries: Sequence[Entry]) -> dict[int, int]:
+    """Batch axis of an operand -> axis of the output, where the other operand does not vary.
+
+    ``entries`` says along what, per batch axis. Such an axis is as good as a free one.
+    """
+    own, other = (ctx.params["dimension_numbers"][1][i] for i in (operand, 1 - operand))
+    shape = ctx.in_shape(1 - operand)
+    found = {}
+    for o, (d, e) in enumerate(zip(own, other, strict=True)):
+        along = (entries[o] if k == e else FREE for k in range(len(shape)))
+        if entries[o] != FREE and ctx.uniform(1 - operand, AxisSet.of(shape, along)):
+            found[d] = o
+    return found
+
+
 def _pull_dot(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
     """``C_S (h W) = h (C_S' W)`` with S' on the free axes of one operand.
 
@@ -32,7 +47,7 @@ def _pull_dot(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
     """
     candidates = []
     for operand in (0, 1):
-        axes = _axes_of_output(ctx, operand)
+        axes = _axes_of_output(ctx, operand) | _repeated_batches(ctx, operand, along.entries)
         entries: list[Entry] = [FREE] * len(ctx.in_shape(operand))
         for d, o in axes.items():
             entries[d] = along.entries[o]
@@ -49,7 +64,9 @@ def _pull_dot(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
 def _push_dot(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
     """``h (W + u) = h W + h u``, and ``h u`` is uniform along the free axes that u is."""
     entries: list[Entry] = [FREE] * len(ctx.out_shape())
-    for d, o in _axes_of_output(ctx, operand).items():
+    batch = [along.entries[d] for d in ctx.params["dimension_numbers"][1][operand]]
+    axes = _axes_of_output(ctx, operand) | _repeated_batches(ctx, operand, batch)
+    for d, o in axes.items():
         entries[o] = along.entries[d]
     return ((0, AxisSet.of(ctx.out_shape(), entries)),)
 

@@ -12,15 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from ..axes import ALL, FREE, AxisSet
+from ..primitives import IDENTITIES, IDENTITIES_OF_EACH, NONLINEAR
 from .registry import Context, Opaque, Pull, Push, Rule, register
-
-IDENTITIES = frozenset(
-    "convert_element_type copy copy_p stop_gradient name reduce_precision sharding_constraint "
-    "pvary".split()
-)
-"""Primitives of one operand whose output is that operand, up to rounding."""
-IDENTITIES_OF_EACH = frozenset({"optimization_barrier", "device_put"})
-"""Primitives whose outputs are their operands, one by one."""
 
 
 def project(along: AxisSet, shape: Sequence[Any]) -> AxisSet:
@@ -123,11 +116,5 @@ register(IDENTITIES_OF_EACH, Rule(_pull_each, _push_each))
 register("mul div", Rule(_pull_mul, _push_mul, elementwise=True))
 register("select_n", Rule(_pull_select, _push_select, elementwise=True))
 
-# Nonlinear, so opaque to means and shifts, but uniform where all operands are.
-register(
-    "abs acos acosh and asin asinh atan atan2 atanh cbrt ceil clamp cos cosh digamma eq erf "
-    "erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma log log1p logistic "
-    "lt max min ne nextafter not or pow rem round rsqrt shift_left shift_right_arithmetic "
-    "shift_right_logical sign sin sinh sqrt square tan tanh xor",
-    Rule(elementwise=True),
-)
+# Opaque to means and shifts, but uniform where all operands are.
+register(NONLINEAR, Rule(elementwise=True))

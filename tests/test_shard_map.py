@@ -1,0 +1,377 @@
+"""Programs written per device: collectives, feature-sharded LayerNorms, tensor parallel models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from contracts import check_contracts, count_equations, fold_checked, relative_difference
+from jax.extend.core import Literal, jaxpr_as_fun
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import jax_lnfold
+from jax_lnfold.lanes import collect, per_lane, spread
+
+AXES = ("data", "model")
+LANES = (("data", 2), ("model", 4))
+MESH = jax.make_mesh((2, 4), AXES, axis_types=(AxisType.Auto,) * 2)
+RNG = np.random.default_rng(0)
+
+
+def draw(*shape: int) -> jax.Array:
+    return jnp.asarray(RNG.standard_normal(shape) / 2 + 0.1)
+
+
+Body = Callable[..., Any]
+GRID = draw(6, 24)
+
+# name: (what a device does, layout of the operand, layout of the result)
+PER_DEVICE: dict[str, tuple[Body, Any, Any]] = {
+    "psum": (lambda x: jax.lax.psum(x, "model"), P("data", "model"), P("data", None)),
+    "psum of all": (lambda x: jax.lax.psum(x, AXES) * 2, P("data", "model"), P()),
+    "pmean": (lambda x: jax.lax.pmean(x, "data"), P("data", "model"), P(None, "model")),
+    "pmax": (lambda x: jax.lax.pmax(x, "model"), P("data", "model"), P("data", None)),
+    "all_gather": (
+        lambda x: jax.lax.all_gather(x, "data", axis=1).sum(0),
+        P("data", "model"),
+        P("data", "model"),
+    ),
+    "all_gather tiled": (
+        lambda x: jax.lax.all_gather(x, ("model", "data"), axis=0, tiled=True).sum(0),
+        P("data", "model"),
+        P(("data", "model")),
+    ),
+    "psum_scatter": (
+        lambda x: jax.lax.psum_scatter(x.reshape(3, 4, 6), "model", scatter_dimension=1),
+        P("data", None),
+        P("data", "model"),
+    ),
+    "psum_scatter tiled": (
+        lambda x: jax.lax.psum_scatter(x, ("model", "data"), scatter_dimension=1, tiled=True),
+        P(None, None),
+        P(None, ("model", "data")),
+    ),
+    "ppermute": (
+        lambda x: jax.lax.ppermute(x, "model", [(0, 1), (1, 2), (2, 3), (3, 0)]),
+        P("data", "model"),
+        P("data", "model"),
+    ),
+    "all_to_all": (
+        lambda x: jax.lax.all_to_all(x, "data", 1, 0, tiled=True),
+        P("data", "model"),
+        P("data", "model"),
+    ),
+    "axis_index": (
+        lambda x: x.T + jax.lax.axis_index("model"),
+        P("data", "model"),
+        P("model", "data"),
+    ),
+    "local": (
+        lambda x: jnp.where(x > 0, x @ x.T @ x, 1.0)[:, None].sum(1) - jnp.float64(2),
+        P("data", "model"),
+        P("data", "model"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PER_DEVICE)
+def test_lanes_are_the_devices(name: str) -> None:
+    """Every operation on all lanes at once computes what the devices do."""
+    body, before, after = PER_DEVICE[name]
+    run = jax.shard_map(body, mesh=MESH, in_specs=(before,), out_specs=after)
+    (eqn,) = jax.make_jaxpr(run)(GRID).eqns
+    inner = eqn.params["jaxpr"]
+    values = dict(
+        zip(inner.invars, jaxpr_as_fun(spread(jax.typeof(GRID), before, LANES))(GRID), strict=True)
+    )
+    for e in inner.eqns:
+        closed = per_lane(e, LANES)
+        assert closed is not None, e.primitive
+        operands = [values[a] for a in e.invars if not isinstance(a, Literal)]
+        values.update(zip(e.outvars, jaxpr_as_fun(closed)(*operands), strict=True))
+    shards = values[inner.outvars[0]]
+    closed, rows = collect(jax.typeof(shards), after, LANES)
+    (whole,) = jaxpr_as_fun(closed)(shards)
+    want = np.asarray(run(GRID))
+    for row in np.asarray(whole).reshape(-1, *want.shape):
+        np.testing.assert_allclose(row, want, rtol=1e-12)
+    assert whole.ndim == want.ndim + rows
+
+
+D, H = 12, 8
+PARAMS = {
+    "embed": draw(5, D),
+    "bias": draw(D),
+    "scale": draw(2, D),
+    "up": draw(2, D, H),
+    "down": draw(2, H, D),
+}
+INPUT = draw(6, 3, 5)
+
+
+def one_pass(x: jax.Array, axes: Any = "model") -> jax.Array:
+    """LayerNorm over a feature axis spread over devices: local sums, then a `psum`."""
+    count = x.shape[-1] * (4 if axes == "model" else 2)
+    total, squares = jax.lax.psum((x.sum(-1), (x * x).sum(-1)), axes)
+    mean = total / count
+    root = jax.lax.rsqrt(squares / count - mean * mean + 1e-6)
+    return (x - mean[..., None]) * root[..., None]
+
+
+def two_pass(x: jax.Array, axes: Any = "model") -> jax.Array:
+    centered = x - jax.lax.pmean(x.mean(-1, keepdims=True), axes)
+    variance = jax.lax.pmean((centered**2).mean(-1, keepdims=True), axes)
+    return centered / jnp.sqrt(variance + 1e-6)
+
+
+BATCH = P("data")
+
+
+def sharded(body: Body, specs: Any, out: Any, x: Any = BATCH, **options: Any) -> Body:
+    """The jitted function of (params, x) that runs `body` on every device."""
+    return jax.jit(jax.shard_map(body, mesh=MESH, in_specs=(specs, x), out_specs=out, **options))
+
+
+# The stream's features are spread over the mesh axis `model`, and so is every writer's output.
+FEATURES = {
+    "embed": P(None, "model"),
+    "bias": P("model"),
+    "scale": P(None, "model"),
+    "up": P(None, "model", None),
+    "down": P(None, None, "model"),
+}
+
+
+def feature_sharded(norm: Body, **options: Any) -> Body:
+    def body(p: Any, x: jax.Array) -> jax.Array:
+        s = x @ p["embed"] + p["bias"]
+        for i in range(2):
+            hidden = jax.lax.psum((norm(s) * p["scale"][i]) @ p["up"][i], "model")
+            s = s + jax.nn.gelu(hidden) @ p["down"][i]
+        return norm(s)
+
+    return sharded(body, FEATURES, P("data", None, "model"), **options)
+
+
+def count_psums(fn: Body, *args: Any) -> int:
+    return sum(count_equations(name, fn, *args) for name in ("psum", "psum_invariant"))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("norm", [one_pass, two_pass])
+def test_a_feature_sharded_norm_loses_its_psum(norm: Body, check_vma: bool) -> None:
+    apply = feature_sharded(norm, check_vma=check_vma)
+    folded = fold_checked(apply, PARAMS, INPUT)
+    report = folded.report
+    assert (len(report.norms), report.n_folded, report.n_inserted) == (3, 3, 0)
+    assert {(n.shape, n.axes, n.mesh_axes) for n in report.norms} == {((3, 3, 3), (2,), ("model",))}
+    assert "2, model" in str(report)
+    assert {str(e) for e in report.edits} == {
+        "embed centered along axis 1",
+        "bias centered along axis 0",
+        "down centered along axis 2",
+    }
+    for x in (INPUT, draw(2, 7, 5)):
+        check_contracts(apply, PARAMS, folded, x)
+        removed = count_psums(apply, PARAMS, x) - count_psums(folded.apply, folded.params, x)
+        assert removed == 3
+
+
+def test_gradients_of_a_feature_sharded_model() -> None:
+    apply = feature_sharded(one_pass)
+    folded = jax_lnfold.fold(apply, PARAMS, INPUT)
+    want, got = (
+        jax.jit(jax.grad(lambda x, f=f, p=p: jnp.sum(jnp.sin(f(p, x)))))(INPUT)
+        for f, p in ((apply, PARAMS), (folded.apply, folded.params))
+    )
+    assert relative_difference(got, want) < 1e-11
+
+
+def test_a_scanned_feature_sharded_model() -> None:
+    def body(p: Any, x: jax.Array) -> jax.Array:
+        def layer(s: jax.Array, w: Any) -> Any:
+            hidden = jax.lax.psum((one_pass(s) * w["scale"]) @ w["up"], "model")
+            return s + jax.nn.gelu(hidden) @ w["down"], None
+
+        layers = {k: p[k] for k in ("scale", "up", "down")}
+        s, _ = jax.lax.scan(layer, x @ p["embed"] + p["bias"], layers)
+        return one_pass(s)
+
+    apply = sharded(body, FEATURES, P("data", None, "model"))
+    folded = fold_checked(apply, PARAMS, INPUT)
+    assert [(n.count, n.folded) for n in folded.report.norms] == [(2, True), (1, True)]
+    removed = count_psums(apply, PARAMS, INPUT) - count_psums(folded.apply, folded.params, INPUT)
+    assert removed == 2
+
+
+def test_a_stream_written_by_psum_scatter() -> None:
+    """Two-dimensional weight-stationary layout: writers are summed over one axis and cut."""
+    specs = {**FEATURES, "embed": P("data", None), "down": P(None, "model", None)}
+
+    def body(p: Any, x: jax.Array) -> jax.Array:
+        whole = jax.lax.psum(x, "model") / 4 @ p["embed"]
+        s = jax.lax.psum_scatter(whole, "model", scatter_dimension=2, tiled=True)
+        hidden = jax.lax.psum(one_pass(s) @ p["up"][0], "model")
+        mine = jax.lax.dynamic_slice_in_dim(hidden, 2 * jax.lax.axis_index("model"), 2, 2)
+        wrote = jax.nn.gelu(mine) @ p["down"][0]
+        s = s + jax.lax.psum_scatter(wrote, "model", scatter_dimension=2, tiled=True)
+        return one_pass(s)
+
+    apply = sharded(body, {**specs, "embed": P()}, P("data", None, "model"))
+    report = fold_checked(apply, PARAMS, INPUT).report
+    assert (len(report.norms), report.n_folded, report.n_inserted) == (2, 2, 0)
+
+
+# Megatron: the stream is the same on all devices of a row, heads and hidden units are spread.
+MEGATRON = {
+    "embed": P(),
+    "bias": P(),
+    "scale": P(),
+    "up": P(None, None, "model"),
+    "down": P(None, "model", None),
+}
+
+
+def standardize(x: jax.Array) -> jax.Array:
+    return jax.nn.standardize(x, epsilon=1e-6)
+
+
+def megatron(p: Any, x: jax.Array) -> jax.Array:
+    s = x @ p["embed"] + p["bias"]
+    for i in range(2):
+        hidden = jax.nn.gelu((standardize(s) * p["scale"][i]) @ p["up"][i])
+        s = s + jax.lax.psum(hidden @ p["down"][i], "model")
+    return s
+
+
+def test_tensor_parallel_model() -> None:
+    apply = sharded(lambda p, x: standardize(megatron(p, x)), MEGATRON, P("data"))
+    report = fold_checked(apply, PARAMS, INPUT).report
+    assert (len(report.norms), report.n_folded, report.n_inserted) == (3, 3, 0)
+    assert {n.mesh_axes for n in report.norms} == {()}
+
+
+def test_a_scale_after_the_psum_goes_into_the_layer_before_it() -> None:
+    def body(p: Any, x: jax.Array) -> jax.Array:
+        s = x @ p["embed"] + p["bias"]
+        hidden = jax.nn.gelu(standardize(s) @ p["up"][0])
+        s = s + jax.lax.psum(hidden @ p["down"], "model") * p["gamma"]
+        return standardize(s)
+
+    params = PARAMS | {"down": PARAMS["down"][0], "gamma": draw(D)}
+    specs = MEGATRON | {"down": P("model", None), "gamma": P()}
+    folded = fold_checked(sharded(body, specs, P("data")), params, INPUT)
+    assert (folded.report.n_folded, folded.report.n_inserted) == (2, 0)
+    assert [(s.key_path, s.targets) for s in folded.report.scales] == [("gamma", (("down", (1,)),))]
+
+
+def test_only_some_mesh_axes_are_manual() -> None:
+    apply = sharded(
+        lambda p, x: standardize(megatron(p, x)), MEGATRON, P(), P(), axis_names={"model"}
+    )
+    report = fold_checked(apply, PARAMS, INPUT).report
+    assert (len(report.norms), report.n_folded) == (3, 3)
+
+
+def test_the_norm_after_the_shard_map() -> None:
+    inner = sharded(megatron, MEGATRON, P("data"))
+    report = fold_checked(lambda p, x: standardize(inner(p, x)), PARAMS, INPUT).report
+    assert (len(report.norms), report.n_folded, report.n_inserted) == (3, 3, 0)
+
+
+def test_a_norm_of_every_shard_centers_groups_of_columns() -> None:
+    """Without a `psum` each device normalises its own features: four groups."""
+
+    def body(p: Any, x: jax.Array) -> jax.Array:
+        return standardize(x @ p["embed"] + p["bias"])
+
+    specs = {k: FEATURES[k] for k in ("embed", "bias")}
+    params = {k: PARAMS[k] for k in specs}
+    folded = fold_checked(sharded(body, specs, P("data", None, "model")), params, INPUT)
+    assert {str(e) for e in folded.report.edits} == {
+        "embed centered along axis 1 in 4 groups",
+        "bias centered along axis 0 in 4 groups",
+    }
+    sums = np.asarray(folded.params["embed"]).reshape(5, 4, 3).sum(-1)
+    np.testing.assert_allclose(sums, 0, atol=1e-13)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_a_tied_table_is_centered_after_the_look_up(check_vma: bool) -> None:
+    specs = {"table": P(), "up": P(None, None, "model"), "down": P(None, "model", None)}
+    params = {"table": draw(11, D), "up": PARAMS["up"], "down": PARAMS["down"]}
+
+    def body(p: Any, ids: jax.Array) -> jax.Array:
+        s = p["table"][ids]
+        for i in range(2):
+            hidden = jax.nn.gelu(standardize(s) @ p["up"][i])
+            s = s + jax.lax.psum(hidden @ p["down"][i], "model")
+        return standardize(s) @ p["table"].T
+
+    apply = sharded(body, specs, P("data"), check_vma=check_vma)
+    ids = jnp.arange(24).reshape(8, 3) % 11
+    folded = fold_checked(apply, params, ids)
+    report = folded.report
+    assert (len(report.norms), report.n_folded, report.n_inserted) == (3, 3, 1)
+    assert report.insertions[0].after.startswith("`gather` (test_shard_map.py:")
+    assert [e.key_path for e in report.edits] == ["down"]
+    loss = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(folded.apply(folded.plan.center(p), ids)))))
+    want = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(apply(p, ids)))))(params)
+    assert relative_difference(loss(params), want) < 1e-11
+
+
+def stream_is_returned(p: Any, x: jax.Array) -> Any:
+    s = megatron(p, x)
+    return standardize(s), s
+
+
+def mean_over_the_batch_too(p: Any, x: jax.Array) -> jax.Array:
+    """The sum over the devices with other samples mixes the means of different tokens."""
+    s = megatron(p, x)
+    return (s - jax.lax.pmean(s.mean(-1, keepdims=True), "data")) / jnp.sqrt(
+        jax.lax.pmean(jnp.square(s).mean(-1, keepdims=True), "data") + 1e-6
+    )
+
+
+def nonlinear_collective(p: Any, x: jax.Array) -> jax.Array:
+    s = megatron(p, x)
+    return standardize(s) + jax.lax.pmax(s, "model")
+
+
+def branch_on_every_device(p: Any, x: jax.Array) -> jax.Array:
+    """Devices may take different branches: opaque."""
+    s = jax.lax.cond(x[0, 0, 0] > 0, lambda s: 2 * s, lambda s: s, megatron(p, x))
+    return standardize(s)
+
+
+@pytest.mark.parametrize(
+    ("body", "blocker"),
+    [
+        (stream_is_returned, "`shard_map`"),
+        (mean_over_the_batch_too, "(test_shard_map.py:"),
+        (nonlinear_collective, "`pmax` (test_shard_map.py:"),
+        (branch_on_every_device, "`cond` (test_shard_map.py:"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_is_left_alone(body: Body, blocker: str) -> None:
+    out = (P("data"), P("data")) if body is stream_is_returned else P("data")
+    report = fold_checked(sharded(body, MEGATRON, out, check_vma=False), PARAMS, INPUT).report
+    assert (report.n_folded, report.n_inserted) == (0, 0)
+    assert report.norms
+    assert all(blocker in n.reason for n in report.norms)
+
+
+def test_a_psum_over_the_wrong_axis_is_no_layer_norm() -> None:
+    def body(p: Any, x: jax.Array) -> jax.Array:
+        return one_pass(x @ p["embed"] + p["bias"], "data")
+
+    specs = {k: FEATURES[k] for k in ("embed", "bias")}
+    params = {k: PARAMS[k] for k in specs}
+    report = fold_checked(sharded(body, specs, P("data", None, "model")), params, INPUT).report
+    assert report.n_folded == 0
