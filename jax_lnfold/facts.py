@@ -87,6 +87,7 @@ class Facts:
 
     def uniform(self, value: int, along: AxisSet) -> bool:
         """Whether a value is constant on every group of `along`."""
+        along = along.widened()  # groups of one position say nothing
         return along.trivial or solve((value, along), self._why_uniform, self._uniform) is None
 
     def intolerant(self, value: int, along: AxisSet) -> Blocker | None:
@@ -105,7 +106,7 @@ class Facts:
 
     def _why_uniform(self, claim: Claim) -> Blocker | Iterable[Claim]:
         value, along = claim
-        if along.trivial or along.empty or value in self.ones:
+        if along.widened().trivial or along.empty or value in self.ones:
             return ()
         if (constant := self.graph.constants.get(value)) is not None:
             varies = Blocker(None, "a constant varies along the mean")

@@ -99,8 +99,10 @@ class _Walker:
                 if eqn.primitive.name in CUSTOM_RULES:
                     graph.sealed.add((*path, index))
                     graph.captured.update(operands[: eqn.params.get("num_consts", 0)])
-                within = here.inside(eqn, index)
+                within, start = here.inside(eqn, index), len(graph.ops)
                 results = self.walk(open_jaxpr(inner), consts_of(inner), operands, within)
+                if within.path in graph.sealed:
+                    self._settle_unread(results, start, within.path, path)
             elif frame.lanes and not has_effects(eqn) and (all_lanes := per_lane(eqn, frame.lanes)):
                 operands = [env[a] for a in eqn.invars if not isinstance(a, Literal)]
                 results = self._stand_in(all_lanes, operands, here.inside(eqn, index))
@@ -168,6 +170,15 @@ class _Walker:
         """Results of a stand-in are bound to variables of the jaxpr at `path`."""
         for value in values:
             if self.graph.home[value] == stand_in:
+                self.graph.home[value] = path
+
+    def _settle_unread(
+        self, values: Sequence[int], start: int, inside: CallPath, path: CallPath
+    ) -> None:
+        """Results of a sealed call can be centered after it if nothing inside reads them."""
+        read = {v for op in self.graph.ops[start:] for v in op.inputs}
+        for value in values:
+            if self.graph.home[value][: len(inside)] == inside and value not in read:
                 self.graph.home[value] = path
 
     def _devices(

@@ -6,6 +6,7 @@ A plan holds no arrays; it can be written to a file and applied to any tree of t
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -69,7 +70,8 @@ class FoldPlan:
 
         Traceable and differentiable. Leaves that the plan does not edit are returned as they are;
         edited ones keep shape, dtype and sharding. With `donate`, edited JAX arrays give up their
-        memory and are deleted; nothing else of the caller's is ever changed.
+        memory and are deleted, unless they stand at several key paths; nothing else of the
+        caller's is ever changed.
 
         Raises:
             TreeError: key paths or shapes differ from the plan's, or a leaf to edit is no
@@ -88,11 +90,14 @@ class FoldPlan:
             for path, axes in scale.targets
         }
         changed = dict(enumerate(leaves))
+        places = Counter(map(id, leaves))  # an array at two key paths keeps its memory
         for i in sorted({*edits, *scaled}):
             factor, axes = scaled.get(i, (None, ()))
-            changed[i] = edit_leaf(leaves[i], factor, axes, edits.get(i, ()), donate)
+            own = donate and places[id(leaves[i])] == 1
+            changed[i] = edit_leaf(leaves[i], factor, axes, edits.get(i, ()), own)
         for i in (position[scale.key_path] for scale in self.scales):
-            changed[i] = edit_leaf(leaves[i], None, (), None, donate)
+            own = donate and places[id(leaves[i])] == 1
+            changed[i] = edit_leaf(leaves[i], None, (), None, own)
         return treedef.unflatten(changed.values())
 
     def check(self, params: Any) -> None:

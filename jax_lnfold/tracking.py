@@ -69,6 +69,9 @@ class Tracker:
         self.refusal: tuple[Op, str] | None = None
         self.cancelled: list[Cancelled] = []
         self.sums: list[tuple[Op, frozenset[int]]] = []
+        # Products with other values that may still cancel, and what is computed from them.
+        self._scaled: dict[int, tuple[Op, str]] = {}
+        self._blame: dict[int, tuple[Op, str]] = {}
         self._context, self._keep, self._stop = context, keep_products, stop_early
         self._counts = {n for n in along.shape if isinstance(n, int)}
         whole = tuple(range(len(along.shape)))
@@ -85,15 +88,18 @@ class Tracker:
                 continue
             seen.add(index)
             op = self.graph.ops[index]
+            blame = next((self._blame[v] for v in op.inputs if v in self._blame), None)
             try:
                 made = self._step(op)
             except Refused as refused:
-                self.refusal = self.refusal or (op, str(refused))
+                self.refusal = self.refusal or blame or (op, str(refused))
                 if self._stop:
                     return
                 continue
             for value, tracked in made:
                 self._tracked[value] = tracked
+                if (blame := self._scaled.get(op.index) or blame) is not None:
+                    self._blame[value] = blame
                 if value in self.graph.outputs:
                     self.refusal = self.refusal or (op, "is returned as an output")
                 self._enqueue(value, queue)
@@ -106,7 +112,8 @@ class Tracker:
             elif (along := self._shifted(value, self._tracked[value])) is not None:
                 self.delegated.append((op.outputs[0], along))
             else:
-                self.refusal = self.refusal or (op, "carries on what depends on the mean")
+                reason = self._blame.get(value, (op, "carries on what depends on the mean"))
+                self.refusal = self.refusal or reason
 
     def _step(self, op: Op) -> list[tuple[int, Tracked]]:
         """Outputs of `op` that still respond and are not handed on."""
@@ -120,6 +127,8 @@ class Tracker:
             if handed is None:
                 return []
             refusal = handed
+            if op.name in ("mul", "div"):
+                self._scaled[op.index] = (op, handed)
         try:
             result = self._exact(op, operands, refusal)
         except Refused:

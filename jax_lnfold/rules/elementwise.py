@@ -82,16 +82,26 @@ def _pull_mul(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
 
 def _push_mul(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
     """``(x + u) * g = x * g + u * g``, and ``u * g`` is uniform wherever both are."""
-    other = 1 - operand
     if not jnp.issubdtype(ctx.dtype(0), jnp.inexact):
         return Opaque("computes with integers")
     if ctx.op.name == "div" and operand == 1:
         return Opaque("divides by the shifted value")
-    for broadcast in (ALL, FREE):
-        shifted = lift(along, ctx.out_shape(), broadcast)
-        if ctx.uniform(other, project(shifted, ctx.in_shape(other))):
-            return ((0, shifted),)
-    return Opaque("scales the positions along the mean unequally")
+    shifted = _uniform_too(ctx, 1 - operand, lift(along, ctx.out_shape()))
+    if shifted.trivial and not along.trivial:
+        return Opaque("scales the positions along the mean unequally")
+    return ((0, shifted),)
+
+
+def _uniform_too(ctx: Context, position: int, along: AxisSet) -> AxisSet:
+    """The finer set that leaves out the axes along which an operand varies."""
+    shape = ctx.in_shape(position)
+    if ctx.uniform(position, project(along, shape)):
+        return along
+    for d in along.axes:
+        single = along.free(o for o in along.axes if o != d)
+        if not ctx.uniform(position, project(single, shape)):
+            along = along.free([d])
+    return along
 
 
 def _pull_select(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
@@ -104,9 +114,10 @@ def _pull_select(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
 def _push_select(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
     if operand == 0:
         return Opaque("chooses by the shifted value")
-    if not ctx.uniform(0, project(along, ctx.in_shape(0))):
+    shifted = _uniform_too(ctx, 0, along)
+    if shifted.trivial and not along.trivial:
         return Opaque("chooses differently along the mean")
-    return ((0, along),)
+    return ((0, shifted),)
 
 
 register("add sub neg add_any", Rule(_pull_sum, _push_sum, elementwise=True))
