@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -10,8 +10,17 @@ from typing import Any
 
 import jax
 from jax.core import Tracer
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
-from jax.sharding import AxisType, PartitionSpec
+from jax.extend.core import (
+    ClosedJaxpr,
+    Jaxpr,
+    JaxprEqn,
+    Literal,
+    Primitive,
+    Var,
+    jaxpr_as_fun,
+    primitives,
+)
+from jax.sharding import AxisType, PartitionSpec, use_abstract_mesh
 
 __all__ = [
     "CUSTOM_RULES",
@@ -28,12 +37,14 @@ __all__ = [
     "consts_of",
     "control_flow",
     "has_effects",
+    "is_stranger",
     "is_tracer",
     "jaxpr_as_fun",
     "manual",
     "open_jaxpr",
     "source_line",
     "trace_like",
+    "trace_settings",
     "varying_axes",
     "with_bodies",
     "with_call_jaxpr",
@@ -181,6 +192,29 @@ def with_call_jaxpr(eqn: JaxprEqn, body: ClosedJaxpr) -> dict[str, Any]:
     return {**eqn.params, name: body if closed else open_jaxpr(body)}
 
 
+_SETTINGS = (
+    "jax_enable_x64",
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_numpy_dtype_promotion",
+    "jax_numpy_rank_promotion",
+    "jax_softmax_custom_jvp",
+    "jax_threefry_partitionable",
+)
+
+_PRIMITIVES = {
+    primitive.name: primitive
+    for module in (primitives, jax.lax)
+    for primitive in vars(module).values()
+    if isinstance(primitive, Primitive)
+}
+
+
+def is_stranger(eqn: JaxprEqn) -> bool:
+    """Whether somebody else's primitive goes by the name of one of jax's own."""
+    return _PRIMITIVES.get(eqn.primitive.name, eqn.primitive) is not eqn.primitive
+
+
 def has_effects(eqn: JaxprEqn) -> bool:
     """Whether the equation does more than compute its results; naming a mesh axis is no effect."""
     return any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects)
@@ -189,6 +223,14 @@ def has_effects(eqn: JaxprEqn) -> bool:
 def is_tracer(x: Any) -> bool:
     """Whether `x` stands for a value that is not known yet."""
     return isinstance(x, Tracer)
+
+
+def trace_settings() -> tuple[Hashable, ...]:
+    """The settings of jax that change what a function is traced to."""
+    return (
+        *(getattr(jax.config, name, None) for name in _SETTINGS),
+        jax.sharding.get_abstract_mesh(),
+    )
 
 
 def varying_axes(aval: Any) -> tuple[str, ...]:
@@ -202,7 +244,8 @@ def trace_like(fn: Callable[[jax.Array], jax.Array], aval: Any) -> Jaxpr:
     Inside of a `shard_map` types say along which mesh axes a value varies, and so must those of
     new equations.
     """
-    like = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    explicit = None if aval.sharding.mesh.empty else aval.sharding
+    like = jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=explicit)
     varying = varying_axes(aval)
     if not varying:
         return open_jaxpr(jax.make_jaxpr(fn)(like))
@@ -212,7 +255,8 @@ def trace_like(fn: Callable[[jax.Array], jax.Array], aval: Any) -> Jaxpr:
     spread = jax.ShapeDtypeStruct((devices * aval.shape[0], *aval.shape[1:]), aval.dtype)
     spec, names = PartitionSpec(varying), set(mesh.manual_axes)
     mapped = jax.shard_map(fn, mesh=outside, in_specs=spec, out_specs=spec, axis_names=names)
-    (eqn,) = open_jaxpr(jax.make_jaxpr(mapped)(spread)).eqns
+    with use_abstract_mesh(outside):
+        (eqn,) = open_jaxpr(jax.make_jaxpr(mapped)(spread)).eqns
     return open_jaxpr(eqn.params["jaxpr"])
 
 

@@ -152,7 +152,8 @@ class Folded:
         report = make_report(placement, plan.edits, plan.scales)
         program = _program(traced, placement)
         key = signature(params, inputs)
-        self._params = plan.center(params, donate=self._donate)
+        with jax.ensure_compile_time_eval():  # a first call may be traced: the edit is not
+            self._params = plan.center(params, donate=self._donate)
         self._plan, self._report, self._given = plan, report, None
         if traced.reusable:
             self._programs[key] = program

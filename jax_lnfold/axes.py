@@ -228,7 +228,11 @@ def intersect(entry: Entry, other: Entry, size: int) -> Entry:
 
 
 def _length(s: slice, size: Any) -> Any:
-    return size if s == slice(0, size, 1) else len(range(*s.indices(size)))
+    if s == slice(0, size, 1):
+        return size
+    if s.step == 1 and not all(isinstance(n, int) for n in (s.start, s.stop, size)):
+        return s.stop - s.start  # symbolic sizes
+    return len(range(*s.indices(size)))
 
 
 def _entry_refines(fine: Entry, coarse: Entry, size: Any) -> bool:

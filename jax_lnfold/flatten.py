@@ -25,6 +25,7 @@ from ._compat import (
     consts_of,
     control_flow,
     has_effects,
+    is_stranger,
     manual,
     open_jaxpr,
 )
@@ -87,8 +88,9 @@ class _Walker:
             names = "" if path in graph.stand_ins else str(eqn.source_info.name_stack)
             here = replace(frame, module="/".join(p for p in (frame.module, names) if p))
             inner, control, devices = call_jaxpr(eqn), control_flow(eqn), manual(eqn)
-            if frame.lanes and (devices or (control and eqn.primitive.name != "scan")):
-                # Devices may branch differently, so a result is no branch's: opaque.
+            branching = control is not None and eqn.primitive.name != "scan"
+            if is_stranger(eqn) or (frame.lanes and (devices or branching)):
+                # Devices may branch differently: a result need not be that of one branch.
                 results = self._operation(eqn, index, map(read, eqn.invars), here)
             elif control is not None:
                 results = self._control(eqn, index, control, [*map(read, eqn.invars)], here)
@@ -145,7 +147,8 @@ class _Walker:
         fixed = free and all(graph.fixed[v] for v in inputs)
         avals = (with_lanes(v.aval, frame.lanes) for v in eqn.outvars)
         results = [graph.new_value(aval, frame.path, free, fixed) for aval in avals]
-        op = self._add(eqn, frame, inputs, results, NO_RULE if frame.lanes else "")
+        opaque = is_stranger(eqn) or frame.lanes
+        op = self._add(eqn, frame, inputs, results, NO_RULE if opaque else "")
         graph.op_at[*frame.path, index] = op
         return results
 
@@ -224,7 +227,9 @@ class _Walker:
         for number, body in enumerate(control.bodies):
             jaxpr, within = open_jaxpr(body.jaxpr), frame.inside(eqn, index, number)
             around = replace(within, calls=frame.calls)
-            graph.trips[within.path] = graph.trips[frame.path] * control.length
+            # Symbolic sizes count once, here and in the sizes of values.
+            length = control.length if isinstance(control.length, int) else 1
+            graph.trips[within.path] = graph.trips[frame.path] * length
             taken = [operands[i] for i in body.operands]
             avals = (with_lanes(v.aval, frame.lanes) for v in jaxpr.invars[len(taken) :])
             own = [graph.new_value(aval, within.path, False, False) for aval in avals]

@@ -134,7 +134,7 @@ class Graph:
     def scalar(self, value: int) -> np.ndarray | None:
         """The number that every element of a value has, if the program fixes it."""
         while (made := self.producer[value]) is not None:
-            if made[0].name not in MOVES | {"convert_element_type"}:
+            if made[0].name not in MOVES | {"convert_element_type", "pvary"}:
                 return None
             value = made[0].inputs[0]
         constant = self.constants.get(value)

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ._compat import ClosedJaxpr, consts_of, is_tracer
+from ._compat import ClosedJaxpr, consts_of, is_tracer, trace_settings, varying_axes
 from .errors import TraceError, TreeError
 from .flatten import flatten
 from .graph import Graph
@@ -61,8 +60,7 @@ def trace(apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]) ->
 def signature(params: Any, inputs: tuple[Any, ...]) -> Hashable:
     """Two calls with the same signature have the same jaxpr."""
     leaves, tree = jax.tree.flatten((params, inputs))
-    context = (jnp.result_type(float), jax.sharding.get_abstract_mesh())
-    return tree, tuple(map(_type_of, leaves)), context
+    return tree, tuple(map(_type_of, leaves)), trace_settings()
 
 
 def check_params(params: Any, abstract: bool) -> None:
@@ -105,7 +103,7 @@ def _type_of(x: Any) -> Hashable:
     aval = jax.typeof(x)
     sharding = getattr(aval, "sharding", None)
     explicit = sharding if sharding is not None and not sharding.mesh.empty else None
-    return aval.shape, aval.dtype, aval.weak_type, explicit
+    return aval.shape, aval.dtype, aval.weak_type, explicit, varying_axes(aval)
 
 
 def _first_line(error: Exception) -> str:

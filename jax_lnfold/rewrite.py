@@ -118,7 +118,7 @@ class _Rewriter:
                 if self._is_zero(eqn, site, invars, zeros):
                     zeros.add(eqn.outvars[0])
                     eqns += _zero(eqn.outvars[0]) or [_reading(eqn, invars)]
-                elif (keep := self._survivor(eqn, invars, zeros)) is not None:
+                elif (keep := self._survivor(eqn, site, invars, zeros)) is not None:
                     renamed[eqn.outvars[0]] = keep
                 else:
                     eqns.append(_reading(eqn, invars))
@@ -165,7 +165,8 @@ class _Rewriter:
             arrays = [h for h, a in zip(hit, eqn.invars, strict=True) if isinstance(a, Var)]
             _, zero_out = self.closed(stand_in, site, {i for i, h in enumerate(arrays) if h})
             return len(zero_out) == len(eqn.outvars) == 1
-        op, name = self.graph.op_at[site], eqn.primitive.name
+        op = self.graph.op_at[site]
+        name = op.name
         if op.index in self.zero_sums:
             return True
         if name == "div":
@@ -184,14 +185,15 @@ class _Rewriter:
         number = self.graph.scalar(value)
         return number is not None and bool(np.isfinite(number))
 
-    def _survivor(self, eqn: JaxprEqn, invars: list[Any], zeros: set[Var]) -> Any:
+    def _survivor(self, eqn: JaxprEqn, site: CallPath, invars: list[Any], zeros: set[Var]) -> Any:
         """The operand that a sum with a zero comes down to, None if there is no such thing."""
-        if eqn.primitive.name not in ("add", "sub"):
+        op, name = self.graph.op_at.get(site), eqn.primitive.name
+        if name not in ("add", "sub") or (op is not None and op.name != name):
             return None
         hit = [isinstance(a, Var) and a in zeros for a in invars]
         if hit == [False, True]:
             keep = invars[0]
-        elif hit == [True, False] and eqn.primitive.name == "add":
+        elif hit == [True, False] and name == "add":
             keep = invars[1]
         else:
             return None

@@ -84,7 +84,12 @@ class _Absorber:
             raise _CannotAbsorb
         for op, position in self.graph.uses[value]:
             result = op.outputs[0] if op.outputs else value
-            if op.name == "mul" and op.inputs[0] != op.inputs[1]:
+            other = op.inputs[1 - position] if op.name in ("mul", "div") else value
+            if other != value and self.graph.scalar(other) is not None:
+                if op.name == "div" and position == 1:
+                    raise _CannotAbsorb
+                self._follow(result, places)
+            elif op.name == "mul" and other != value:
                 if not self._fits(result, places):
                     raise _CannotAbsorb
                 self._absorb(op, 1 - position, places)
@@ -182,4 +187,4 @@ class _Absorber:
 
 
 def _renumbered(places: Places, axes: Sequence[int] | Mapping[int, int]) -> Places:
-    return tuple(axes[p] if isinstance(p, int) else p for p in places)
+    return tuple(int(axes[p]) if isinstance(p, int) else p for p in places)

@@ -93,6 +93,11 @@ def check_form(found: AxisSet, shape: tuple[int, ...]) -> None:
         assert canonical(axis_labels(entry, size)) == entry
 
 
+def says_mean(along: AxisSet) -> bool:
+    """Whether some group has several positions: a mean, not just a zero."""
+    return not along.empty and not along.widened().trivial
+
+
 def check_pull(one: OneOp, out: int, along: AxisSet) -> bool:
     """Whether the rule has an answer for `out`; the answer must hold."""
     pulled = one.rule.pull(one.context, out, along)
@@ -110,7 +115,7 @@ def check_pull(one: OneOp, out: int, along: AxisSet) -> bool:
     if pulled.exact:
         result = one.evaluate(constant)[out]
         assert is_uniform(result, along, one.tolerance()), f"uniform: {along} from {pulled}"
-    return not along.empty and any(not s.trivial and not s.empty for _, s in pulled.needs)
+    return not along.empty and any(says_mean(s) for _, s in pulled.needs)
 
 
 def check_push(one: OneOp, operand: int, along: AxisSet) -> bool:
@@ -135,7 +140,7 @@ def check_push(one: OneOp, operand: int, along: AxisSet) -> bool:
         if found:
             check_form(found, x.shape)
             assert is_uniform(change, found, one.tolerance()), f"{along} does not become {found}"
-    return any(not s.trivial and not s.empty for s in after.values())
+    return any(says_mean(s) for s in after.values())
 
 
 def seen_by(along: AxisSet, shape: Sequence[int]) -> AxisSet:

@@ -74,10 +74,12 @@ def _pull_mul(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
     if not jnp.issubdtype(ctx.dtype(0), jnp.inexact):
         return Opaque("computes with integers")
     sets = [project(along, ctx.in_shape(i)) for i in (0, 1)]
-    for factor, other in ((1, 0), (0, 1)):
-        if ctx.uniform(factor, sets[factor]) and not (other and ctx.op.name == "div"):
-            return Pull(((other, sets[other]),))
-    return Opaque("scales the positions along the mean unequally")
+    ways = ((1, 0),) if ctx.op.name == "div" else ((1, 0), (0, 1))
+    carriers = [other for factor, other in ways if ctx.uniform(factor, sets[factor])]
+    if not carriers:
+        return Opaque("scales the positions along the mean unequally")
+    carrier = min(carriers, key=lambda i: sets[i].trivial)  # rather zero-mean than zero
+    return Pull(((carrier, sets[carrier]),))
 
 
 def _push_mul(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:

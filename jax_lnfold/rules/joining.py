@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import numpy as np
+from itertools import accumulate
 
 from ..axes import FREE, AxisSet
 from .registry import Context, Opaque, Pull, Push, Rule, register
@@ -14,10 +13,10 @@ from .structural import embed_or_free
 def _parts(ctx: Context, axis: int, sizes: Sequence[int]) -> list[list[slice]]:
     """The positions of each part along `axis`."""
     whole = [slice(0, n, 1) for n in (ctx.in_shape(0))]
-    starts = np.cumsum([0, *sizes])
+    starts = accumulate(sizes, initial=0)  # sums of symbolic sizes, too
     return [
-        [*whole[:axis], slice(int(a), int(a + n), 1), *whole[axis + 1 :]]
-        for a, n in zip(starts[:-1], sizes, strict=True)
+        [*whole[:axis], slice(a, a + n, 1), *whole[axis + 1 :]]
+        for a, n in zip(starts, sizes, strict=False)
     ]
 
 

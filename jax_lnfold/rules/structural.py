@@ -29,18 +29,26 @@ def _scatter(order: Sequence[int], entries: Sequence[Entry]) -> tuple[Entry, ...
 
 def _pull_reshape(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
     """Groups stay groups; they must still be a product over the axes of the operand."""
-    before = _reshaped(along, ctx.in_shape(0))
-    return Opaque("reshapes across the mean") if before is None else Pull(((0, before),))
+    before, exact = _reshaped(along, ctx.in_shape(0))
+    return Opaque("reshapes across the mean") if before is None else Pull(((0, before),), exact)
 
 
 def _push_reshape(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
-    after = _reshaped(along, ctx.out_shape())
+    after, _ = _reshaped(along, ctx.out_shape())
     return Opaque("reshapes across the mean") if after is None else ((0, after),)
 
 
-def _reshaped(along: AxisSet, shape: Sequence[Any]) -> AxisSet | None:
-    """The set after a reshape, with regions given up if they are no product of axes there."""
-    return along.reshape(shape) or along.widened().reshape(shape)
+def _reshaped(along: AxisSet, shape: Sequence[Any]) -> tuple[AxisSet | None, bool]:
+    """The set after a reshape, and whether it asks for no more than before.
+
+    Regions, or else single axes, are given up for a finer set if there is no product of axes.
+    """
+    wide = along.widened()
+    same = along.reshape(shape) or wide.reshape(shape)
+    if same is not None:
+        return same, True
+    finer = (wide.free([d]).reshape(shape) for d in wide.axes)
+    return next((s for s in finer if s is not None and not s.trivial), None), False
 
 
 def _pull_broadcast(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
