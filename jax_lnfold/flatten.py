@@ -150,6 +150,8 @@ class _Walker:
         opaque = is_stranger(eqn) or frame.lanes
         op = self._add(eqn, frame, inputs, results, NO_RULE if opaque else "")
         graph.op_at[*frame.path, index] = op
+        pairs = zip(inputs, eqn.invars, strict=True)
+        graph.literals.update(v for v, a in pairs if isinstance(a, Literal))
         return results
 
     def _stand_in(self, closed: ClosedJaxpr, operands: Sequence[int], frame: _Frame) -> list[int]:

@@ -90,6 +90,7 @@ class Graph:
         self.uses: list[list[tuple[Op, int]]] = []
         self.constants: dict[int, Any] = {}
         self.bound: set[int] = set()  # constants that the jaxpr binds to a variable
+        self.literals: set[int] = set()  # numbers that one equation reads
         self.captured: set[int] = set()  # closed over by a function with a derivative rule
         self.ops: list[Op] = []
         self.op_at: dict[CallPath, Op] = {}
@@ -124,12 +125,12 @@ class Graph:
         return AxisSet(along.shape[:rank], along.entries[:rank])
 
     def is_editable_constant(self, value: int) -> bool:
-        """Whether the program reads a constant from a variable, and nobody else reads it.
+        """Whether a constant of the program can be replaced, and nobody else reads it.
 
         A derivative rule reads the constants that its function closes over by itself.
         """
         hidden = value in self.captured or self.is_sealed(value)
-        return value in self.bound and not hidden
+        return (value in self.bound or value in self.literals) and not hidden
 
     def scalar(self, value: int) -> np.ndarray | None:
         """The number that every element of a value has, if the program fixes it."""

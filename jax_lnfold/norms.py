@@ -80,9 +80,9 @@ def find_norms(facts: Facts) -> Norms:
             norm = origin or LayerNorm(x, along, (), "", *_size(graph, x))
             for c in tracker.cancelled:
                 if c.centered:
-                    centered[c.value] = AxisSet.over(graph.shape(x), c.centered)
-                if c.centered == whole:
-                    source[c.value, along] = replace(norm, sums=_in_order(sums))
+                    own = centered[c.value] = AxisSet.over(graph.shape(c.value), c.centered)
+                    if c.whole:
+                        source[c.value, own] = replace(norm, sums=_in_order(sums))
             for root in _normalising_roots(graph, tracker, every_sum, {x} if origin else set()):
                 if (known := found.get(root.index)) is not None:
                     sums |= {op.index: op for op in known.sums}
@@ -170,10 +170,11 @@ def _normalising_roots(
     graph: Graph, tracker: Tracker, sums: Iterable[Sum], known: set[int]
 ) -> list[Op]:
     """Roots of a variance by which a value without a mean (`known` ones included) is scaled."""
-    along = tracker.along
-    centered = {c.value for c in tracker.cancelled if c.centered == frozenset(along.axes)}
+    centered = {c.value for c in tracker.cancelled if c.whole}
     variances = {c.value for c in tracker.cancelled if c.quadratic}
-    variances |= _mean_squares(graph, sums, centered, along)
+    for c in tracker.cancelled:
+        if c.whole and c.centered:
+            variances |= _mean_squares(graph, sums, c.value, c.centered)
     if not variances:
         return []
     numerators = _reach(graph, centered | known, through=_SCALING)
@@ -200,16 +201,15 @@ def _joins(op: Op, scale: int, numerators: set[int], scales: set[int]) -> bool:
 
 
 def _mean_squares(
-    graph: Graph, sums: Iterable[Sum], centered: set[int], along: AxisSet
+    graph: Graph, sums: Iterable[Sum], centered: int, axes: frozenset[int]
 ) -> set[int]:
-    """Sums over S of squares of centered values: the two-pass variance."""
+    """Sums over S of squares of a value centered along `axes`: the two-pass variance."""
     squares = set()
-    for v in _reach(graph, centered, through=_CASTS):
+    for v in _reach(graph, {centered}, through=_CASTS):
         for op, _ in graph.uses[v]:
             power = op.name == "integer_pow" and op.params["y"] == 2
             if op.name == "square" or power or (op.name == "mul" and len(set(op.inputs)) == 1):
                 squares.add(op.outputs[0])
-    axes = set(along.axes)
     return {
         op.outputs[0]
         for op, claims in sums

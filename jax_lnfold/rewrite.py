@@ -19,6 +19,7 @@ from ._compat import (
     Control,
     Jaxpr,
     JaxprEqn,
+    Literal,
     Var,
     call_jaxpr,
     close,
@@ -82,6 +83,11 @@ class _Rewriter:
             const = center_array(np.asarray(const), along)
         return const
 
+    def _literal(self, atom: Any, value: int) -> Any:
+        if not isinstance(atom, Literal) or value not in self.placement.constants:
+            return atom
+        return Literal(self._constant(value, atom.val), atom.aval)
+
     def _body(self, jaxpr: Jaxpr, path: CallPath, zero_inputs: set[int]) -> tuple[Jaxpr, set[int]]:
         env = self.graph.env[path]
         renamed: dict[Var, Any] = {}
@@ -114,6 +120,9 @@ class _Rewriter:
             center(var)
         for index, eqn in enumerate(jaxpr.eqns):
             invars, site = [read(a) for a in eqn.invars], (*path, index)
+            if site in self.graph.op_at:
+                pairs = zip(invars, self.graph.op_at[site].inputs, strict=True)
+                invars = [self._literal(a, v) for a, v in pairs]
             if site in self.graph.op_at or site in self.graph.stand_ins:
                 if self._is_zero(eqn, site, invars, zeros):
                     zeros.add(eqn.outvars[0])

@@ -39,10 +39,15 @@ _EXTREMA = frozenset({"reduce_max", "reduce_min"})
 
 @dataclass(frozen=True)
 class Cancelled:
-    """A value that stopped responding although its operands respond."""
+    """A value that stopped responding although its operands respond.
+
+    Where it is a multiple of ``x - mean(x)``, `centered` are its axes that the mean is over, and
+    `whole` tells whether these are all axes of the shift.
+    """
 
     value: int
-    centered: frozenset[int] | None  # axes, where it is a multiple of x - mean(x)
+    centered: frozenset[int] | None
+    whole: bool
     quadratic: bool
     factors: frozenset[str]
 
@@ -153,7 +158,9 @@ class Tracker:
         if op.name in ("mul", "div"):
             by_number = self.graph.scalar(op.inputs[1 - hit[0]]) is not None
             return by_number or self._keep or not self._follows_root(first)
-        return op.name == "neg" or (op.name in MOVES and not self._follows_root(first))
+        if op.name in ("neg", "transpose"):
+            return True
+        return op.name in MOVES and not self._follows_root(first)
 
     @staticmethod
     def _follows_root(t: Tracked | None) -> bool:
@@ -330,13 +337,15 @@ class Tracker:
 
     def _note_cancelled(self, op: Op, operands: list[Tracked | None], result: Tracked) -> None:
         hit = [t for t in operands if t is not None]
-        centered = None
-        in_place = result.dims == tuple(range(len(self.along.shape)))
-        if in_place and result.form is not None and len(result.form) == 2 and X in result.form:
+        centered, whole = None, False
+        in_order = sorted(d for d in result.dims if d is not None)
+        aligned = in_order == list(range(len(self.along.shape))) and None not in result.dims
+        if aligned and result.form is not None and len(result.form) == 2 and X in result.form:
             (axes,) = (f for f in result.form if isinstance(f, tuple))
             n = prod(self.along.shape[d] for d in axes)
             if result.form[axes] * n == -result.form[X]:
-                centered = frozenset(axes)
+                centered = frozenset(k for k, d in enumerate(result.dims) if d in axes)
+                whole = set(axes) == set(self.along.axes)
         quadratic = any(degree > 1 for t in hit for degree, _ in t.response)
         factors = frozenset().union(*(t.factors for t in hit))
-        self.cancelled.append(Cancelled(op.outputs[0], centered, quadratic, factors))
+        self.cancelled.append(Cancelled(op.outputs[0], centered, whole, quadratic, factors))

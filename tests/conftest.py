@@ -14,6 +14,7 @@ import jax
 import pytest
 
 jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_disable_most_optimizations", True)  # most of the time is compilation
 
 
 @pytest.fixture

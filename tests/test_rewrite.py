@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from contracts import count_equations, fold_checked, iter_equations
 from flax import linen as nn
 
@@ -92,3 +94,26 @@ def test_rewriting_twice_changes_nothing_more() -> None:
     twice = jax_lnfold.fold(once.apply, once.params, INPUT)
     assert twice.report.norms == ()
     assert names(twice.apply, twice.params, INPUT) == names(once.apply, once.params, INPUT)
+
+
+OFFSETS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "sum": lambda s, x: s + 2.0,
+    "difference": lambda s, x: 3.0 - s,
+    "choice per token": lambda s, x: jnp.where(x[..., :1] > 0, 2.0, s) - 1.5,
+}
+
+
+@pytest.mark.parametrize("name", OFFSETS)
+def test_a_number_added_to_the_stream_is_taken_out(name: str) -> None:
+    """It is uniform along the mean: the LayerNorm removed it, and so does the folded program."""
+
+    def apply(p: Any, x: jax.Array) -> jax.Array:
+        return jax.nn.standardize(OFFSETS[name](x @ p["a"], x))
+
+    def leaky(p: Any, x: jax.Array) -> Any:
+        s = OFFSETS[name](x @ p["a"], x)
+        return jax.nn.standardize(s), s
+
+    report = fold_checked(apply, PARAMS, INPUT).report
+    assert (report.n_folded, report.n_inserted) == (1, 0)
+    assert fold_checked(leaky, PARAMS, INPUT).report.n_folded == 0

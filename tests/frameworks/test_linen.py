@@ -840,7 +840,6 @@ NORMS: dict[str, tuple[Callable[..., nn.Module], str]] = {
         ACROSS_TOKENS,
     ),
     "LayerNorm over tokens": (partial(nn.LayerNorm, reduction_axes=1, feature_axes=-1), INPUT),
-    "GroupNorm per token": (partial(nn.GroupNorm, HEADS, reduction_axes=(-1,)), ""),
     "InstanceNorm": (nn.InstanceNorm, INPUT),
 }
 
