@@ -132,6 +132,25 @@ def recurrence(p: Any, x: jax.Array) -> jax.Array:
     return head(p, states)
 
 
+def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    return jax.nn.softmax(q @ jnp.swapaxes(k, -1, -2)) @ v
+
+
+kernel = jax.custom_vjp(attend)
+kernel.defvjp(lambda *qkv: jax.vjp(attend, *qkv), lambda pull, g: pull(g))
+
+
+def attention_with_a_rule(p: Any, x: jax.Array) -> jax.Array:
+    """Attention with its own derivative, as kernels have, writes values into the stream."""
+
+    def layer(s: jax.Array, w: Any) -> Any:
+        n = nn.standardize(s) * w["scale"]
+        values = n @ w["up"] @ w["down"] + w["bias"]
+        return s + kernel(n, jnp.tanh(n), values), None
+
+    return head(p, jax.lax.scan(layer, x @ p["embed"], layers(p))[0])
+
+
 # name: (function, LayerNorms in the program, how often the first one runs)
 FOLDS: dict[str, tuple[Callable[..., Any], int, int]] = {
     "scan": (scanned, 2, L),
@@ -146,6 +165,7 @@ FOLDS: dict[str, tuple[Callable[..., Any], int, int]] = {
     "shared layer": (shared, 2, 3),
     "stacked outputs": (stacked_readers, 2, L),
     "linear recurrence": (recurrence, 1, 1),
+    "attention with a derivative rule": (attention_with_a_rule, 2, L),
 }
 
 
@@ -163,11 +183,12 @@ def test_folds_through_the_loop(name: str) -> None:
     assert removed == norms
 
 
-def test_gradients_through_a_folded_scan() -> None:
-    folded = jax_lnfold.fold(scanned, PARAMS, INPUT)
+@pytest.mark.parametrize("apply", [scanned, attention_with_a_rule])
+def test_gradients_through_a_folded_scan(apply: Callable[..., Any]) -> None:
+    folded = jax_lnfold.fold(apply, PARAMS, INPUT)
     want, got = (
         jax.grad(lambda x, f=f, p=p: jnp.sum(jnp.sin(f(p, x))))(INPUT)
-        for f, p in ((scanned, PARAMS), (folded.apply, folded.params))
+        for f, p in ((apply, PARAMS), (folded.apply, folded.params))
     )
     assert relative_difference(got, want) < 1e-11
 

@@ -1,6 +1,8 @@
 """Models of packages that others maintain: KerasHub (on JAX), Equimo and esm2quinox (Equinox).
 
-Tiny random models, made from the packages' own constructors and run in float64.
+Tiny random models, made from the packages' own constructors and run in float64. Needs `.[test]`,
+``equimo==1.1.0 esm2quinox==0.2.0 kagglehub kagglesdk==0.1.28 tokenizers sentencepiece regex``, and
+``keras-hub==0.32.0`` installed with ``--no-deps``, which would bring TensorFlow.
 """
 
 from __future__ import annotations
