@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -377,3 +378,24 @@ def test_constant_that_a_derivative_rule_reads_is_left_alone(ruled: Callable[...
         for f, p in ((apply, params), (folded.apply, folded.params))
     )
     assert relative_difference(got, want) < 1e-12
+
+
+def test_opaque_operations_are_counted() -> None:
+    """Callbacks and primitives of others; those known to be nonlinear are no mystery."""
+    strange = jax.extend.core.Primitive("strange")
+    strange.def_impl(jnp.sin)
+    strange.def_abstract_eval(lambda s: s)
+
+    def host(s: jax.Array) -> jax.Array:
+        return jax.pure_callback(np.sin, jax.ShapeDtypeStruct(s.shape, s.dtype), s)
+
+    def apply(w: jax.Array, x: jax.Array) -> Any:
+        s = x @ w
+        known = jnp.sort(s).max() + jnp.argmax(jnp.tanh(s))
+        return jax.nn.standardize(strange.bind(strange.bind(s)) + host(s)) + known
+
+    w, x = jnp.ones((7, 12)), jnp.ones((2, 5, 7))
+    report = jax_lnfold.analyze(apply, w, x)
+    assert report.opaque == {"strange": 1, "pure_callback": 1}
+    assert "Opaque operations met: strange (1), pure_callback (1)." in str(report)
+    assert jax_lnfold.analyze(lambda w, x: jax.nn.standardize(jnp.tanh(x @ w)), w, x).opaque == {}
