@@ -87,11 +87,15 @@ class _Walker:
         for index, eqn in enumerate(jaxpr.eqns):
             names = "" if path in graph.stand_ins else str(eqn.source_info.name_stack)
             here = replace(frame, module="/".join(p for p in (frame.module, names) if p))
+            if is_stranger(eqn):
+                results = self._operation(eqn, index, map(read, eqn.invars), here, NO_RULE)
+                env.update(zip(eqn.outvars, results, strict=True))
+                continue
             inner, control, devices = call_jaxpr(eqn), control_flow(eqn), manual(eqn)
             branching = control is not None and eqn.primitive.name != "scan"
-            if is_stranger(eqn) or (frame.lanes and (devices or branching)):
+            if frame.lanes and (devices or branching):
                 # Devices may branch differently: a result need not be that of one branch.
-                results = self._operation(eqn, index, map(read, eqn.invars), here)
+                results = self._operation(eqn, index, map(read, eqn.invars), here, NO_RULE)
             elif control is not None:
                 results = self._control(eqn, index, control, [*map(read, eqn.invars)], here)
             elif devices is not None:
@@ -109,8 +113,9 @@ class _Walker:
                 operands = [env[a] for a in eqn.invars if not isinstance(a, Literal)]
                 results = self._stand_in(all_lanes, operands, here.inside(eqn, index))
                 self._settle(results, (*path, index), path)
-            else:
-                results = self._operation(eqn, index, map(read, eqn.invars), here)
+            else:  # per device, a rule would be about other axes
+                role = NO_RULE if frame.lanes else ""
+                results = self._operation(eqn, index, map(read, eqn.invars), here, role)
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(a) for a in jaxpr.outvars]
 
@@ -139,16 +144,15 @@ class _Walker:
         return op
 
     def _operation(
-        self, eqn: JaxprEqn, index: int, operands: Iterable[int], frame: _Frame
+        self, eqn: JaxprEqn, index: int, operands: Iterable[int], frame: _Frame, role: str
     ) -> list[int]:
-        """An equation that is not walked into; per device, its rule would be about other axes."""
+        """An equation that is not walked into."""
         graph, inputs = self.graph, [*operands]
         free = not has_effects(eqn) and all(graph.data_free[v] for v in inputs)
         fixed = free and all(graph.fixed[v] for v in inputs)
         avals = (with_lanes(v.aval, frame.lanes) for v in eqn.outvars)
         results = [graph.new_value(aval, frame.path, free, fixed) for aval in avals]
-        opaque = is_stranger(eqn) or frame.lanes
-        op = self._add(eqn, frame, inputs, results, NO_RULE if opaque else "")
+        op = self._add(eqn, frame, inputs, results, role)
         graph.op_at[*frame.path, index] = op
         pairs = zip(inputs, eqn.invars, strict=True)
         graph.literals.update(v for v, a in pairs if isinstance(a, Literal))
@@ -196,7 +200,8 @@ class _Walker:
         shards = []
         for value, spec in zip(operands, devices.in_specs, strict=True):
             shard = self._spread(value, spec, within)
-            self._settle([shard], graph.home[shard], within.path)
+            if graph.home[shard] in graph.stand_ins:
+                graph.home[shard] = within.path
             shards.append(shard)
         body = call_jaxpr(eqn)
         assert body is not None

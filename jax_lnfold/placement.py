@@ -185,14 +185,12 @@ def _explain(search: ZeroMeanGraph, root: Claim, zero: Container[Claim]) -> str:
 def _sentence(
     search: ZeroMeanGraph, reached_from: Mapping[Claim, Claim], claim: Claim, obstacle: Blocker
 ) -> str:
-    graph, root, carry = search.facts.graph, claim, ""
-    while True:
-        made = graph.producer[root[0]]
-        if made is not None and made[0].carry is not None and not carry:
-            carry = f"carry {made[0].carry} of {made[0].describe()}"
-        if reached_from[root] == root:
-            break
-        root = reached_from[root]
+    graph, chain = search.facts.graph, [claim]
+    while reached_from[chain[-1]] != chain[-1]:
+        chain.append(reached_from[chain[-1]])
+    makers = (made[0] for value, _ in chain if (made := graph.producer[value]) is not None)
+    carries = (f"carry {op.carry} of {op.describe()}" for op in makers if op.carry is not None)
+    root, carry = chain[-1], next(carries, "")
     if claim[0] in graph.leaves:
         return f"a parameter that feeds {carry or 'it'} cannot be centered: {obstacle}"
     noticed = search.nodes[root].intolerant

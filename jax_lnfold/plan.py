@@ -91,13 +91,12 @@ class FoldPlan:
         }
         changed = dict(enumerate(leaves))
         places = Counter(map(id, leaves))  # an array at two key paths keeps its memory
+        given = [donate and places[id(x)] == 1 for x in leaves]
         for i in sorted({*edits, *scaled}):
             factor, axes = scaled.get(i, (None, ()))
-            own = donate and places[id(leaves[i])] == 1
-            changed[i] = edit_leaf(leaves[i], factor, axes, edits.get(i, ()), own)
+            changed[i] = edit_leaf(leaves[i], factor, axes, edits.get(i, ()), given[i])
         for i in (position[scale.key_path] for scale in self.scales):
-            own = donate and places[id(leaves[i])] == 1
-            changed[i] = edit_leaf(leaves[i], None, (), None, own)
+            changed[i] = edit_leaf(leaves[i], None, (), None, given[i])
         return treedef.unflatten(changed.values())
 
     def check(self, params: Any) -> None:

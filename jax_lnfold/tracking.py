@@ -338,8 +338,8 @@ class Tracker:
     def _note_cancelled(self, op: Op, operands: list[Tracked | None], result: Tracked) -> None:
         hit = [t for t in operands if t is not None]
         centered, whole = None, False
-        in_order = sorted(d for d in result.dims if d is not None)
-        aligned = in_order == list(range(len(self.along.shape))) and None not in result.dims
+        rank = len(self.along.shape)
+        aligned = len(result.dims) == rank and {*result.dims} == {*range(rank)}
         if aligned and result.form is not None and len(result.form) == 2 and X in result.form:
             (axes,) = (f for f in result.form if isinstance(f, tuple))
             n = prod(self.along.shape[d] for d in axes)

@@ -5,7 +5,7 @@ Tiny random models, made from their configurations and run in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -348,14 +348,6 @@ CASES = (
     # RMSNorms only.
     Case(hf.FlaxLlamaForCausalLM, LLAMA, TEXTS, 0, 0, rtol=SINGLE),
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation() -> Iterator[None]:
-    """Most of the time goes into compiling."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
