@@ -97,6 +97,16 @@ class Facts:
         """
         return solve((value, along), self._why_tolerant, self._tolerant)
 
+    @property
+    def proved_uniform(self) -> list[Claim]:
+        """Every claim that was asked about so far, and found, to be uniform."""
+        return [claim for claim, blocker in self._uniform.items() if blocker is None]
+
+    @property
+    def proved_tolerant(self) -> list[Claim]:
+        """Every claim whose shift, it was found so far, no output notices."""
+        return [claim for claim, blocker in self._tolerant.items() if blocker is None]
+
     def context(self, op: Op) -> Context:
         """The view that a rule gets of an operation."""
         self.visits += 1

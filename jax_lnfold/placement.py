@@ -13,7 +13,7 @@ from fractions import Fraction
 
 from .axes import AxisSet
 from .facts import Blocker, Claim, Facts, solve
-from .graph import Graph, Op
+from .graph import Graph
 from .mincut import MinCut
 from .norms import LayerNorm, find_norms
 from .scales import ScaleMerge, find_merges
@@ -24,11 +24,11 @@ from .zeromean import UNIT, ZeroMeanGraph
 class Placement:
     """The centerings of one program, and what they make of each LayerNorm.
 
-    Leaves and values are numbers of the graph. `left` maps positions in `norms` to reasons.
-    `unknown` are operations met without a rule, `visits` counts the equations looked at.
+    Leaves and values are numbers of the graph that `facts` are about. `left` maps positions in
+    `norms` to reasons, `zero` lists what is zero-mean at run time once the centerings are made.
     """
 
-    graph: Graph
+    facts: Facts
     norms: tuple[LayerNorm, ...]
     folded: tuple[bool, ...]
     left: dict[int, str]
@@ -36,8 +36,12 @@ class Placement:
     merges: tuple[ScaleMerge, ...]
     explicit: dict[int, tuple[AxisSet, ...]]
     constants: dict[int, tuple[AxisSet, ...]]
-    unknown: tuple[Op, ...]
-    visits: int
+    zero: tuple[Claim, ...]
+
+    @property
+    def graph(self) -> Graph:
+        """The program."""
+        return self.facts.graph
 
 
 def place(graph: Graph, explicit_cost: float = 2.0) -> Placement:
@@ -82,7 +86,7 @@ def place_within(
     }
     _prove(search, zero, explicit, [n for n, f in zip(norms.found, folded, strict=True) if f])
     return Placement(
-        graph=graph,
+        facts=facts,
         norms=norms.found,
         folded=folded,
         left=left,
@@ -90,8 +94,7 @@ def place_within(
         merges=tuple(merges.values()),
         explicit=explicit,
         constants={v: sets for v, sets in edits.items() if v not in graph.leaves},
-        unknown=tuple(facts.unknown[i] for i in sorted(facts.unknown)),
-        visits=facts.visits,
+        zero=(*zero, *(c for c, node in search.nodes.items() if node.is_zero)),
     )
 
 

@@ -92,8 +92,10 @@ def make_report(
         for along in sets
         if not along.trivial
     )
-    opaque = Counter(op.eqn.primitive.name for op in placement.unknown)
-    return Report(norms, insertions, edits, scales, dict(opaque), placement.visits)
+    facts = placement.facts
+    unknown = (facts.unknown[i] for i in sorted(facts.unknown))
+    opaque = Counter(op.eqn.primitive.name for op in unknown)
+    return Report(norms, insertions, edits, scales, dict(opaque), facts.visits)
 
 
 def _local_rank(graph: Graph, value: int) -> int:

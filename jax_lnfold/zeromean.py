@@ -142,14 +142,21 @@ class ZeroMeanGraph:
         return any(s.refines(along) for s in self.fixed.get(leaf, ()))
 
     def _bar_conflicts(self) -> None:
-        """Of two centerings of one value that would undo each other, only the first may happen."""
+        """Of two centerings of one value that would undo each other, only the first may happen.
+
+        A centering that may happen spoils no other claim: the LayerNorm behind that claim does not
+        notice it, so what it takes away is a mean of means that are zero.
+        """
         for value, sets in self.by_value.items():
-            for i, along in enumerate(sets):
+            first: list[AxisSet] = []
+            for along in sets:
                 node = self.nodes[value, along]
-                if not all(along.compatible(s) for s in sets[:i]):
-                    node.edit = node.edit and self.fixed is not None
-                if not all(along.compatible(s) for s in sets):
-                    node.insert = None
+                if node.insert is None and not node.edit:
+                    continue
+                if all(along.compatible(s) for s in first):
+                    first.append(along)
+                else:
+                    node.edit, node.insert = node.edit and self.fixed is not None, None
 
     def _insertion_cost(self, along: AxisSet) -> int:
         if along.trivial:
