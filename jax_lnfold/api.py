@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Hashable, Mapping
+from numbers import Real
 from typing import Any
 
 import jax
@@ -14,11 +16,12 @@ from .errors import FoldError, NotAnalysedError, PlanMismatchError
 from .facts import Facts
 from .graph import Graph
 from .placement import Placement, place, place_within
-from .plan import CenterEdit, FoldPlan, LeafSpec, ScaleEdit, leaf_paths
-from .program import Traced, check_inputs, check_params, signature, trace
+from .plan import CenterEdit, FoldPlan, LeafSpec, ScaleEdit, check_donate
+from .program import Traced, signature, trace
 from .report import Report, make_report
 from .rewrite import rewrite
 from .scales import ScaleMerge, find_merges
+from .trees import check_devices, check_leaves, leaf_paths
 
 
 def fold(
@@ -37,6 +40,8 @@ def fold(
         *example_inputs: arrays or `jax.ShapeDtypeStruct`; the folded function takes other shapes,
             too. Without them the analysis waits for the first call ``folded(*inputs)``.
         donate: reuse the memory of edited leaves (the arrays in `params` are then deleted).
+            Everything is analysed and checked before the first of them goes. Only if an edit
+            itself fails or is interrupted (no memory, Ctrl-C), those edited before it are lost.
         explicit_cost: cost of an explicit centering per element, where a LayerNorm's own
             centering costs 1 (theory: minimum cut).
 
@@ -44,14 +49,16 @@ def fold(
         The folded function and parameters, with a plan and a report.
 
     Raises:
-        FoldError: `apply_fn` is not callable or traceable, or `params` holds other leaves than
-            arrays. Nothing has been changed then.
+        FoldError: `apply_fn` is not callable or traceable, `params` or the inputs hold other
+            leaves than arrays, or an option has no such value. Nothing has been changed then.
     """
     _check_arguments(apply_fn, explicit_cost)
-    check_params(params, abstract=False)
-    folded = Folded(apply_fn, params, donate, explicit_cost)
+    check_donate(donate)
+    check_leaves(params, "params")
+    check_leaves(example_inputs, "example_inputs", abstract=True)
+    folded = Folded(apply_fn, params, bool(donate), float(explicit_cost))
     if example_inputs:
-        folded._analyse(params, example_inputs)
+        folded._analyse(example_inputs)
     return folded
 
 
@@ -66,10 +73,10 @@ def analyze(
         FoldError: as for `fold`, or the inputs that `apply_fn` needs are missing.
     """
     _check_arguments(apply_fn, explicit_cost)
-    check_params(params, abstract=True)
-    check_inputs(inputs)
+    check_leaves(params, "params", abstract=True)
+    check_leaves(inputs, "inputs", abstract=True)
     graph = trace(apply_fn, params, inputs).graph()
-    placement = place(graph, explicit_cost)
+    placement = place(graph, float(explicit_cost))
     plan = _make_plan(params, placement)
     return make_report(placement, plan.edits, plan.scales)
 
@@ -83,6 +90,7 @@ class Folded:
         """Use `fold` instead."""
         self._apply_fn = apply_fn
         self._given: Any = params  # until the analysis has run
+        self._first_call = threading.RLock()
         self._donate = donate
         self._explicit_cost = explicit_cost
         self._params: Any = None
@@ -112,40 +120,62 @@ class Folded:
 
     def __call__(self, *inputs: Any) -> Any:
         """Short for ``folded.apply(folded.params, *inputs)``."""
-        if self._plan is None:
-            self._analyse(self._given, inputs)
+        self._require_inputs(inputs)
         return self.apply(self._params, *inputs)
 
     def apply(self, params: Any, *inputs: Any) -> Any:
         """The folded function: pure and traceable (jit, grad, vmap).
 
-        `params` must be `self.params`, or another tree edited with ``plan.center``. Every new
+        `params` must be `self.params`, or another tree edited with ``plan.center``: of unedited
+        parameters this is another function, which nothing tells from a right answer. Every new
         combination of shapes and dtypes is traced once, and the facts that the plan relies on are
         proved again for it.
 
         Raises:
-            TreeError: `params` is not a tree of the structure and shapes that were folded.
+            TreeError: `params` is not a tree of the structure and shapes that were folded, or it or
+                the inputs hold other things than arrays on the same devices.
+            TraceError: `apply_fn` cannot be traced with these inputs.
             PlanMismatchError: the program for these inputs notices the edits of the plan.
         """
-        if self._plan is None:
-            self._analyse(self._given, inputs)
-        assert self._plan is not None
-        key = signature(params, inputs)
-        found = self._programs.get(key)
-        if found is None:  # trees and shapes of known signatures have been checked
-            check_params(params, abstract=True)
-            self._plan.check(params)
-            check_inputs(inputs)
-            traced = trace(self._apply_fn, params, inputs)
-            placement = _place_again(self._plan, params, traced.graph(), self._explicit_cost)
-            found = _program(traced, placement)
-            if traced.reusable:
-                self._programs[key] = found
-        run, out_tree = found
-        return jax.tree.unflatten(out_tree, run(*jax.tree.leaves((params, inputs))))
+        self._require_inputs(inputs)
+        try:
+            key = signature(params, inputs)
+            run, out_tree = self._programs.get(key) or self._prepare(key, params, inputs)
+            results = run(*jax.tree.leaves((params, inputs)))
+        except FoldError:
+            raise
+        except Exception as error:  # what an argument may have to do with it is found out now
+            check_leaves(params, "params")
+            check_leaves(inputs, "inputs")
+            if isinstance(error, ValueError):
+                check_devices(params, inputs)
+            raise
+        return jax.tree.unflatten(out_tree, results)
 
-    def _analyse(self, params: Any, inputs: tuple[Any, ...]) -> None:
-        check_inputs(inputs)
+    def _prepare(
+        self, key: Hashable, params: Any, inputs: tuple[Any, ...]
+    ) -> tuple[Callable[..., Any], Any]:
+        """The program for a new signature: later calls with the same one need no checks."""
+        assert self._plan is not None
+        self._plan.check(params)
+        check_leaves(inputs, "inputs")
+        traced = trace(self._apply_fn, params, inputs)
+        placement = _place_again(self._plan, params, traced.graph(), self._explicit_cost)
+        program = _program(traced, placement)
+        if traced.reusable:
+            self._programs[key] = program
+        return program
+
+    def _require_inputs(self, inputs: tuple[Any, ...]) -> None:
+        """Analyse on the first call, in one thread while others wait."""
+        if self._plan is None:
+            with self._first_call:
+                if self._plan is None:
+                    check_leaves(inputs, "inputs")
+                    self._analyse(inputs)
+
+    def _analyse(self, inputs: tuple[Any, ...]) -> None:
+        params = self._given
         traced = trace(self._apply_fn, params, inputs)
         placement = place(traced.graph(), self._explicit_cost)
         plan = _make_plan(params, placement)
@@ -154,9 +184,11 @@ class Folded:
         key = signature(params, inputs)
         with jax.ensure_compile_time_eval():  # a first call may be traced: the edit is not
             self._params = plan.center(params, donate=self._donate)
-        self._plan, self._report, self._given = plan, report, None
         if traced.reusable:
             self._programs[key] = program
+        self._report = report
+        self._plan = plan  # other threads go ahead from now on
+        self._given = None
 
     def _require_analysis(self, name: str) -> None:
         if self._plan is None:
@@ -172,7 +204,7 @@ def _check_arguments(apply_fn: Any, explicit_cost: float) -> None:
             f"apply_fn: a {type(apply_fn).__name__} is not callable; pass a function of "
             "(params, *inputs), such as model.apply"
         )
-    if not (isinstance(explicit_cost, (int, float)) and 0 < explicit_cost < math.inf):
+    if not (isinstance(explicit_cost, Real) and 0 < explicit_cost < math.inf):
         raise FoldError(f"explicit_cost: {explicit_cost!r} is not a positive number; try 2.0")
 
 

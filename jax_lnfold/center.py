@@ -12,7 +12,6 @@ import numpy as np
 
 from ._compat import is_tracer
 from .axes import ALL, FREE, AxisSet
-from .errors import TreeError
 
 
 def center_array(x: Any, along: AxisSet) -> Any:
@@ -39,17 +38,10 @@ def edit_leaf(
     """One leaf scaled by `factor` along `axes`, then centered; `sets` None sets it to one.
 
     Shape, dtype and sharding stay. With `donate` a JAX array gives up its memory.
-
-    Raises:
-        TreeError: the leaf is no floating-point array.
     """
     if not isinstance(x, jax.Array) and not is_tracer(x):
         x = np.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TreeError(f"params: a leaf to edit has dtype {x.dtype}; pass floating-point arrays")
-    if isinstance(x, np.ndarray):
-        return _edited(x, factor, axes, sets)
-    if is_tracer(x) or is_tracer(factor):
+    if isinstance(x, np.ndarray) or is_tracer(x) or is_tracer(factor):
         return _edited(x, factor, axes, sets)
     placed = x.sharding if x.committed else None
     return _compiled_edit(axes, sets, donate, placed)(x, factor)

@@ -10,7 +10,7 @@ class TraceError(FoldError):
 
 
 class TreeError(FoldError):
-    """A parameter tree does not have the structure, shapes or leaves that are needed."""
+    """A tree of parameters or inputs does not have the structure, shapes or leaves needed."""
 
 
 class NotAnalysedError(FoldError):

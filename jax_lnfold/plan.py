@@ -11,11 +11,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from .axes import ALL, FREE, AxisSet, Labels
 from .center import edit_leaf
-from .errors import PlanFormatError, TreeError
+from .errors import FoldError, PlanFormatError, TreeError
+from .trees import check_leaves, committed_to, leaf_paths
 
 PLAN_VERSION = 2
 
@@ -71,15 +73,18 @@ class FoldPlan:
         Traceable and differentiable. Leaves that the plan does not edit are returned as they are;
         edited ones keep shape, dtype and sharding. With `donate`, edited JAX arrays give up their
         memory and are deleted, unless they stand at several key paths; nothing else of the
-        caller's is ever changed.
+        caller's is ever changed. Everything is checked before the first edit: only if an edit
+        itself fails or is interrupted (no memory, Ctrl-C), arrays donated before it are lost.
 
         Raises:
-            TreeError: key paths or shapes differ from the plan's, or a leaf to edit is no
-                floating-point array.
+            TreeError: key paths or shapes differ from the plan's, a leaf is no array or a deleted
+                one, or a leaf to edit is no floating-point array.
+            FoldError: `donate` is not a bool.
         """
+        check_donate(donate)
         self.check(params)
         leaves, treedef = jax.tree.flatten(params)
-        position = {path: i for i, (path, _) in enumerate(leaf_paths(params))}
+        position = {leaf.key_path: i for i, leaf in enumerate(self.leaves)}
         edits: dict[int, tuple[AxisSet, ...]] = {}
         for edit in self.edits:
             i = position[edit.key_path]
@@ -89,18 +94,26 @@ class FoldPlan:
             for scale in self.scales
             for path, axes in scale.targets
         }
+        ones = [position[scale.key_path] for scale in self.scales]
+        for i, (scale, _) in scaled.items():
+            if len({committed_to(leaves[i]), committed_to(scale)} - {None}) > 1:
+                raise TreeError(
+                    f"params: leaf {self.leaves[i].key_path!r} is on other devices than the scale "
+                    "to merge into it; put them together with jax.device_put"
+                )
         changed = dict(enumerate(leaves))
         places = Counter(map(id, leaves))  # an array at two key paths keeps its memory
         given = [donate and places[id(x)] == 1 for x in leaves]
         for i in sorted({*edits, *scaled}):
             factor, axes = scaled.get(i, (None, ()))
             changed[i] = edit_leaf(leaves[i], factor, axes, edits.get(i, ()), given[i])
-        for i in (position[scale.key_path] for scale in self.scales):
+        for i in ones:
             changed[i] = edit_leaf(leaves[i], None, (), None, given[i])
         return treedef.unflatten(changed.values())
 
     def check(self, params: Any) -> None:
-        """Raise a `TreeError` unless `params` has the key paths and shapes of the plan."""
+        """Raise a `TreeError` unless `params` is a tree of arrays that the plan can edit."""
+        check_leaves(params, "params")
         found = leaf_paths(params)
         if [path for path, _ in found] != [leaf.key_path for leaf in self.leaves]:
             known = {leaf.key_path for leaf in self.leaves}
@@ -115,6 +128,15 @@ class FoldPlan:
                     f"params: leaf {path!r} has shape {np.shape(x)}, the folded tree had "
                     f"{leaf.shape}; fold the model again for other sizes"
                 )
+        targets = (path for scale in self.scales for path, _ in scale.targets)
+        edited = {*targets, *(edit.key_path for edit in (*self.edits, *self.scales))}
+        for path, x in found:
+            dtype = jax.typeof(x).dtype
+            if path in edited and not jnp.issubdtype(dtype, jnp.floating):
+                raise TreeError(
+                    f"params: leaf {path!r} has dtype {dtype} and cannot be edited; pass "
+                    "floating-point arrays"
+                )
 
     def to_json(self) -> str:
         """The plan as JSON text, readable by `from_json` of the same `version`."""
@@ -125,11 +147,12 @@ class FoldPlan:
         """Read a plan written by `to_json`.
 
         Raises:
-            PlanFormatError: `text` is not such JSON, or of another version.
+            PlanFormatError: `text` is not such JSON, of another version, or its parts do not
+                fit together.
         """
         try:
             data = json.loads(text)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise PlanFormatError(f"text: not JSON ({error}); pass what `to_json` wrote") from error
         version = data.get("version") if isinstance(data, dict) else None
         if version != PLAN_VERSION:
@@ -138,24 +161,28 @@ class FoldPlan:
                 "make the plan again with `fold` or `analyze`"
             )
         try:
-            return FoldPlan(
-                tuple(LeafSpec(leaf["key_path"], tuple(leaf["shape"])) for leaf in data["leaves"]),
+            plan = FoldPlan(
+                tuple(LeafSpec(leaf["key_path"], _ints(leaf["shape"])) for leaf in data["leaves"]),
                 tuple(CenterEdit(e["key_path"], _axis_set(e["along"])) for e in data["edits"]),
                 tuple(
                     ScaleEdit(
-                        s["key_path"], tuple((path, tuple(axes)) for path, axes in s["targets"])
+                        s["key_path"], tuple((path, _ints(axes)) for path, axes in s["targets"])
                     )
                     for s in data["scales"]
                 ),
             )
+            _check_plan(plan)
         except (KeyError, TypeError, ValueError) as error:
-            raise PlanFormatError(f"text: incomplete plan ({error!r}); write it again") from error
+            raise PlanFormatError(
+                f"text: broken plan ({type(error).__name__}: {error}); write it with `to_json`"
+            ) from error
+        return plan
 
 
-def leaf_paths(tree: Any) -> list[tuple[str, Any]]:
-    """Leaves in tree order with their key paths, written ``a/b/kernel``."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in leaves]
+def check_donate(donate: Any) -> None:
+    """Raise a `FoldError` unless `donate` is a bool: what is donated by mistake is lost."""
+    if not isinstance(donate, (bool, np.bool_)):
+        raise FoldError(f"donate: {donate!r} is not a bool; pass True or False")
 
 
 def _some(paths: set[str]) -> str:
@@ -163,6 +190,36 @@ def _some(paths: set[str]) -> str:
     return f"{shown} and {len(paths) - 3} more" if len(paths) > 3 else shown
 
 
+def _check_plan(plan: FoldPlan) -> None:
+    """Raise a `ValueError` unless the edits fit the leaves of the plan."""
+    shapes = {leaf.key_path: leaf.shape for leaf in plan.leaves}
+    if len(shapes) < len(plan.leaves) or not all(isinstance(path, str) for path in shapes):
+        raise ValueError("the key paths of its leaves are not different strings")
+    for edit in plan.edits:
+        if edit.along.shape != shapes.get(edit.key_path):
+            raise ValueError(f"no leaf {edit.key_path!r} of shape {edit.along.shape} to center")
+        for entry, size in zip(edit.along.entries, edit.along.shape, strict=True):
+            if isinstance(entry, Labels):
+                groups = {*entry} - {-1}
+                if len(entry) != size or groups != {*range(len(groups))}:
+                    raise ValueError(f"no labels for {size} positions of leaf {edit.key_path!r}")
+    merged = [path for s in plan.scales for path in (s.key_path, *(p for p, _ in s.targets))]
+    if len({*merged}) < len(merged) or not shapes.keys() >= {*merged}:
+        raise ValueError("its scales and their targets are not different leaves")
+    for scale in plan.scales:
+        sizes = [n for n in shapes[scale.key_path] if n != 1]
+        for path, axes in scale.targets:
+            found = [shapes[path][d] for d in axes if 0 <= d < len(shapes[path])]
+            if found != sizes or len({*axes}) < len(axes):
+                raise ValueError(f"axes {axes} of leaf {path!r} do not fit {scale.key_path!r}")
+
+
 def _axis_set(data: dict[str, Any]) -> AxisSet:
-    entries = (e if e in (ALL, FREE) else Labels(map(int, e)) for e in data["entries"])
-    return AxisSet.of(data["shape"], entries)
+    entries = [e if e in (ALL, FREE) else Labels(_ints(e)) for e in data["entries"]]
+    return AxisSet.of(_ints(data["shape"]), entries)
+
+
+def _ints(data: Any) -> tuple[int, ...]:
+    if not isinstance(data, list) or not all(type(n) is int for n in data):
+        raise TypeError(f"{str(data)[:60]} is not a list of integers")
+    return tuple(data)

@@ -13,7 +13,7 @@ from ._compat import ClosedJaxpr, consts_of, is_tracer, trace_settings, varying_
 from .errors import TraceError, TreeError
 from .flatten import flatten
 from .graph import Graph
-from .plan import leaf_paths
+from .trees import first_line, is_numeric, rebuilt
 
 
 @dataclass(frozen=True)
@@ -38,21 +38,30 @@ def trace(apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]) ->
     """Trace ``apply_fn(params, *inputs)``.
 
     Raises:
-        TraceError: the function fails, or needs the value of something it is given.
+        TraceError: the function fails, needs the value of something it is given, or returns
+            other things than arrays.
+        TreeError: a tree cannot be put together again from its leaves.
     """
     leaves, params_tree = jax.tree.flatten(params)
     flat_inputs, inputs_tree = jax.tree.flatten(inputs)
 
     def flat(leaves: list[Any], flat_inputs: list[Any]) -> Any:
-        return apply_fn(params_tree.unflatten(leaves), *inputs_tree.unflatten(flat_inputs))
+        given = rebuilt(inputs_tree, flat_inputs, "inputs")
+        result = apply_fn(rebuilt(params_tree, leaves, "params"), *given)
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(result)):
+            raise TypeError("it returns a ShapeDtypeStruct")
+        return result
 
     try:
         closed, shapes = jax.make_jaxpr(flat, return_shape=True)(leaves, flat_inputs)
+    except TreeError:
+        raise
     except Exception as error:
         raise TraceError(
-            f"apply_fn: cannot be traced ({type(error).__name__}: {_first_line(error)}); it must "
-            "run under jax.jit as apply_fn(params, *inputs) with these inputs. Bind Python flags "
-            "and other static arguments first, as in functools.partial(model.apply, train=False)"
+            f"apply_fn: cannot be traced ({type(error).__name__}: {first_line(error)}); it must "
+            "run under jax.jit as apply_fn(params, *inputs) with these inputs, and return arrays. "
+            "Bind Python flags and other static arguments first, as in "
+            "functools.partial(model.apply, train=False)"
         ) from error
     return Traced(closed, jax.tree.structure(shapes), len(leaves))
 
@@ -63,48 +72,12 @@ def signature(params: Any, inputs: tuple[Any, ...]) -> Hashable:
     return tree, tuple(map(_type_of, leaves)), trace_settings()
 
 
-def check_params(params: Any, abstract: bool) -> None:
-    """Raise a `TreeError` unless every leaf is a number or an array (or abstract, if allowed)."""
-    for path, x in leaf_paths(params):
-        if isinstance(x, jax.ShapeDtypeStruct):
-            if not abstract:
-                raise TreeError(
-                    f"params: leaf {path!r} is a ShapeDtypeStruct, which has no values to edit; "
-                    "pass arrays, or use jax_lnfold.analyze"
-                )
-        elif not _is_numeric(x):
-            raise TreeError(
-                f"params: leaf {path!r} is a {type(x).__name__}; pass a tree of arrays and bind "
-                "everything else to the function"
-            )
-
-
-def check_inputs(inputs: tuple[Any, ...]) -> None:
-    """Raise a `TraceError` unless every leaf of the inputs is a number or an array."""
-    for path, x in leaf_paths(inputs):
-        if not isinstance(x, jax.ShapeDtypeStruct) and not _is_numeric(x):
-            raise TraceError(
-                f"example_inputs: leaf {path!r} is a {type(x).__name__}; pass arrays or "
-                "jax.ShapeDtypeStruct, and bind static arguments with functools.partial"
-            )
-
-
-def _is_numeric(x: Any) -> bool:
-    if isinstance(x, (jax.Array, bool, int, float, complex)) or is_tracer(x):
-        return True
-    return isinstance(x, (np.ndarray, np.generic)) and x.dtype.kind not in "OSUMm"
-
-
 def _type_of(x: Any) -> Hashable:
     if isinstance(x, jax.ShapeDtypeStruct):
         return tuple(x.shape), np.dtype(x.dtype), bool(getattr(x, "weak_type", False)), None
-    if not _is_numeric(x):
+    if not is_numeric(x):
         return type(x)  # no program is known for it: the checks will say what is wrong
     aval = jax.typeof(x)
     sharding = getattr(aval, "sharding", None)
     explicit = sharding if sharding is not None and not sharding.mesh.empty else None
     return aval.shape, aval.dtype, aval.weak_type, explicit, varying_axes(aval)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0][:300]

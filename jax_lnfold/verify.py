@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .api import Folded
 from .errors import FoldError
-
-if TYPE_CHECKING:
-    from .api import Folded
+from .program import trace
+from .trees import check_devices, check_leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +46,29 @@ def verify(apply_fn: Callable[..., Any], params: Any, folded: Folded, *inputs: A
     computations that the function itself pins to a narrower dtype stay there.
 
     Raises:
-        FoldError: the outputs have no floating-point array to compare.
+        FoldError: `folded` is not a fold of `apply_fn`, an argument is not fit for it, or the
+            outputs have no floating-point array to compare.
     """
+    if not isinstance(folded, Folded):
+        raise FoldError(
+            f"folded: a {type(folded).__name__} is not what `fold` returns; pass "
+            "fold(apply_fn, params, *inputs)"
+        )
+    check_leaves(params, "params")
+    check_leaves(inputs, "inputs")
+    check_devices(params, inputs)
+    trace(apply_fn, params, inputs)
     original = _outputs(jax.jit(apply_fn)(params, *inputs))
     result = _outputs(jax.jit(folded.apply)(folded.params, *inputs))
     if not original:
-        raise FoldError("apply_fn: returns no floating-point array; there is nothing to compare")
+        raise FoldError(
+            "apply_fn: returns no floating-point array, so there is nothing to compare; return the "
+            "values before an argmax or the like"
+        )
+    if [x.shape for x in original] != [x.shape for x in result]:
+        raise FoldError(
+            "folded: returns other shapes than apply_fn; pass fold(apply_fn, params, *inputs)"
+        )
     with jax.enable_x64(True):
         wide_params, wide_inputs = jax.tree.map(_widen, (params, inputs))
         reference = _outputs(jax.jit(apply_fn)(wide_params, *wide_inputs))

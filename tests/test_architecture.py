@@ -14,7 +14,7 @@ PACKAGE = Path(jax_lnfold.__file__).parent
 # Modules may import from floors below their own, and rules and facts from their own floor.
 FLOORS = [
     {"_compat", "errors", "axes", "mincut", "primitives", "response"},
-    {"center", "lanes"},
+    {"center", "lanes", "trees"},
     {"graph"},
     {"flatten", "rules", "plan"},
     {"tracking"},
