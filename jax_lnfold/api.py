@@ -78,7 +78,7 @@ def analyze(
     graph = trace(apply_fn, params, inputs).graph()
     placement = place(graph, float(explicit_cost))
     plan = _make_plan(params, placement)
-    return make_report(placement, plan.edits, plan.scales)
+    return make_report(placement, plan)
 
 
 class Folded:
@@ -179,7 +179,7 @@ class Folded:
         traced = trace(self._apply_fn, params, inputs)
         placement = place(traced.graph(), self._explicit_cost)
         plan = _make_plan(params, placement)
-        report = make_report(placement, plan.edits, plan.scales)
+        report = make_report(placement, plan)
         program = _program(traced, placement)
         key = signature(params, inputs)
         with jax.ensure_compile_time_eval():  # a first call may be traced: the edit is not

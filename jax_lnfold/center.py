@@ -34,17 +34,30 @@ def edit_leaf(
     axes: tuple[int, ...],
     sets: tuple[AxisSet, ...] | None,
     donate: bool,
-) -> Any:
+) -> tuple[Any, Any]:
     """One leaf scaled by `factor` along `axes`, then centered; `sets` None sets it to one.
 
-    Shape, dtype and sharding stay. With `donate` a JAX array gives up its memory.
+    Shape, dtype and sharding stay. With `donate` a JAX array gives up its memory. The second
+    result is whether finite numbers became too large for the dtype (a bool, maybe on a device).
     """
-    if not isinstance(x, jax.Array) and not is_tracer(x):
+    if is_tracer(x) or is_tracer(factor):
+        return _edited(x, factor, axes, sets), False
+    if not isinstance(x, jax.Array):
         x = np.asarray(x)
-    if isinstance(x, np.ndarray) or is_tracer(x) or is_tracer(factor):
-        return _edited(x, factor, axes, sets)
+        with np.errstate(over="ignore", invalid="ignore"):
+            new = _edited(x, factor, axes, sets)
+        return new, not _finite(new, np) and _finite(x, np) and _finite(factor, np)
     placed = x.sharding if x.committed else None
     return _compiled_edit(axes, sets, donate, placed)(x, factor)
+
+
+def overflows(x: Any, factor: Any, axes: tuple[int, ...], sets: tuple[AxisSet, ...] | None) -> bool:
+    """Whether finite numbers would become too large for the dtype in `edit_leaf`."""
+    return bool(edit_leaf(x, factor, axes, sets, donate=False)[1])
+
+
+def _finite(x: Any, xp: Any) -> Any:
+    return x is None or xp.isfinite(x).all()
 
 
 def _edited(x: Any, factor: Any, axes: tuple[int, ...], sets: tuple[AxisSet, ...] | None) -> Any:
@@ -65,13 +78,15 @@ def _edited(x: Any, factor: Any, axes: tuple[int, ...], sets: tuple[AxisSet, ...
 @lru_cache(maxsize=256)
 def _compiled_edit(
     axes: tuple[int, ...], sets: tuple[AxisSet, ...] | None, donate: bool, sharding: Any
-) -> Callable[[Any, Any], Any]:
+) -> Callable[[Any, Any], tuple[Any, Any]]:
     """The edit under `jit`, so that a sharded leaf stays where it is."""
 
-    def edit(x: Any, factor: Any) -> Any:
-        return _edited(x, factor, axes, sets)
+    def edit(x: Any, factor: Any) -> tuple[Any, Any]:
+        new = _edited(x, factor, axes, sets)
+        return new, ~_finite(new, jnp) & _finite(x, jnp) & _finite(factor, jnp)
 
-    return jax.jit(edit, donate_argnums=(0,) if donate else (), out_shardings=sharding)
+    donated = (0,) if donate else ()
+    return jax.jit(edit, donate_argnums=donated, out_shardings=(sharding, None))
 
 
 def _wide_type(x: Any) -> Any:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .axes import ALL, FREE, AxisSet, Labels
-from .center import edit_leaf
+from .center import edit_leaf, overflows
 from .errors import FoldError, PlanFormatError, TreeError
 from .trees import check_leaves, committed_to, leaf_paths
 
@@ -78,7 +78,7 @@ class FoldPlan:
 
         Raises:
             TreeError: key paths or shapes differ from the plan's, a leaf is no array or a deleted
-                one, or a leaf to edit is no floating-point array.
+                one, or a leaf to edit is no floating-point array or would overflow its dtype.
             FoldError: `donate` is not a bool.
         """
         check_donate(donate)
@@ -94,22 +94,33 @@ class FoldPlan:
             for scale in self.scales
             for path, axes in scale.targets
         }
-        ones = [position[scale.key_path] for scale in self.scales]
         for i, (scale, _) in scaled.items():
             if len({committed_to(leaves[i]), committed_to(scale)} - {None}) > 1:
                 raise TreeError(
                     f"params: leaf {self.leaves[i].key_path!r} is on other devices than the scale "
                     "to merge into it; put them together with jax.device_put"
                 )
-        changed = dict(enumerate(leaves))
+        jobs = {
+            i: (*scaled.get(i, (None, ())), edits.get(i, ())) for i in sorted({*edits, *scaled})
+        }
+        jobs |= {position[scale.key_path]: (None, (), None) for scale in self.scales}
         places = Counter(map(id, leaves))  # an array at two key paths keeps its memory
-        given = [donate and places[id(x)] == 1 for x in leaves]
-        for i in sorted({*edits, *scaled}):
-            factor, axes = scaled.get(i, (None, ()))
-            changed[i] = edit_leaf(leaves[i], factor, axes, edits.get(i, ()), given[i])
-        for i in ones:
-            changed[i] = edit_leaf(leaves[i], None, (), None, given[i])
+        given = {i for i in jobs if donate and places[id(leaves[i])] == 1}
+        self._refuse({i: overflows(leaves[i], *jobs[i]) for i in given})
+        changed = dict(enumerate(leaves))
+        too_large = {}
+        for i, job in jobs.items():
+            changed[i], too_large[i] = edit_leaf(leaves[i], *job, i in given)
+        self._refuse(jax.device_get(too_large))
         return treedef.unflatten(changed.values())
+
+    def _refuse(self, too_large: dict[int, Any]) -> None:
+        for i, overflow in too_large.items():
+            if overflow:
+                raise TreeError(
+                    f"params: leaf {self.leaves[i].key_path!r} would overflow its dtype when it "
+                    "is edited; convert it to a wider one, or make its numbers smaller"
+                )
 
     def check(self, params: Any) -> None:
         """Raise a `TreeError` unless `params` is a tree of arrays that the plan can edit."""

@@ -6,11 +6,14 @@ import io
 from collections import Counter
 from dataclasses import dataclass
 
+import jax.numpy as jnp
+
 from .axes import AxisSet
 from .graph import Graph
 from .norms import LayerNorm
 from .placement import Placement
-from .plan import CenterEdit, ScaleEdit
+from .plan import CenterEdit, FoldPlan, ScaleEdit
+from .primitives import MOVES
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,8 @@ class Report:
 
     `opaque` counts, by primitive, the operations met of which nothing is known; LayerNorms before
     or behind them stay as they are. `visits` is how often the analysis looked at an equation.
+    `rounded` are key paths of edited leaves whose dtype has fewer digits than the arithmetic they
+    are used in: they are rounded once more, as they would not be if they were edited before a cast.
     """
 
     norms: tuple[Norm, ...]
@@ -53,6 +58,7 @@ class Report:
     scales: tuple[ScaleEdit, ...]
     opaque: dict[str, int]
     visits: int
+    rounded: tuple[str, ...] = ()
 
     @property
     def n_folded(self) -> int:
@@ -69,9 +75,7 @@ class Report:
         return render(self)
 
 
-def make_report(
-    placement: Placement, edits: tuple[CenterEdit, ...], scales: tuple[ScaleEdit, ...]
-) -> Report:
+def make_report(placement: Placement, plan: FoldPlan) -> Report:
     """Put a placement into words."""
     graph = placement.graph
     norms = tuple(
@@ -95,7 +99,23 @@ def make_report(
     facts = placement.facts
     unknown = (facts.unknown[i] for i in sorted(facts.unknown))
     opaque = Counter(op.eqn.primitive.name for op in unknown)
-    return Report(norms, insertions, edits, scales, dict(opaque), facts.visits)
+    widened = (v for v in placement.leaf_sets if _is_widened(graph, v))
+    rounded = tuple(plan.leaves[graph.leaves[v]].key_path for v in widened)
+    return Report(norms, insertions, plan.edits, plan.scales, dict(opaque), facts.visits, rounded)
+
+
+def _is_widened(graph: Graph, leaf: int) -> bool:
+    """Whether a value, or a row of it, is converted to a dtype with more digits."""
+    digits, todo = jnp.finfo(graph.avals[leaf].dtype).nmant, [leaf]
+    while todo:
+        for op, _ in graph.uses[todo.pop()]:
+            if op.name == "convert_element_type":
+                wide = op.params["new_dtype"]
+                if jnp.issubdtype(wide, jnp.floating) and jnp.finfo(wide).nmant > digits:
+                    return True
+            elif op.name in MOVES or op.name == "loop_slice":
+                todo += op.outputs
+    return False
 
 
 def _local_rank(graph: Graph, value: int) -> int:
@@ -145,6 +165,12 @@ def summary(report: Report) -> str:
         f"{_count(report.n_inserted, 'explicit centering')} inserted."
     ]
     lines += [f"Inserted after {i.after}, along {i.along}." for i in report.insertions]
+    if report.rounded:
+        some = ", ".join(report.rounded[:3]) + ", ..." * (len(report.rounded) > 3)
+        lines.append(
+            f"Rounded once more, as they are stored narrower than used: {some}. "
+            "Fold before you cast to avoid that."
+        )
     if report.opaque:
         met = ", ".join(f"{name} ({n})" for name, n in report.opaque.items())
         lines.append(f"Opaque operations met: {met}.")

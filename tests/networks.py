@@ -358,11 +358,12 @@ class Builder:
 
     def make_nonlinearity(self, n: int) -> Step:
         i = self.pick(n)
-        f = self.one_of([jax.nn.gelu, jnp.tanh, jax.nn.relu, jnp.abs, jnp.round, lax.stop_gradient])
+        kinds = [jax.nn.gelu, jnp.tanh, jax.nn.relu, jnp.abs, lax.stop_gradient]
+        f = self.one_of([*kinds, lambda x: jnp.round(x + 0.123)])  # not at a half
         return lambda p, a, v: f(v[i])
 
     def make_reduction(self, n: int) -> Step:
-        i, kind = self.pick(n), self.index(9)
+        i, b, kind = self.pick(n), self.param(self.d), self.index(9)
 
         def step(p: Params, a: Inputs, v: list[Array]) -> Array:
             x = v[i]
@@ -374,8 +375,9 @@ class Builder:
                 lambda: jnp.cumsum(x, axis=-1) / 4,
                 lambda: x / (1 + jnp.linalg.norm(x, axis=-1, keepdims=True)),
                 lambda: x + jax.nn.logsumexp(x, axis=-1, keepdims=True),
-                lambda: x * (x.sum(-1, keepdims=True) > 0),
-                lambda: jax.nn.one_hot(jnp.argmax(x, -1), x.shape[-1], dtype=x.dtype),
+                lambda: x * (x.max(-1, keepdims=True) > 0.5),
+                # The bias settles ties, which rounding would settle otherwise.
+                lambda: jax.nn.one_hot(jnp.argmax(x + p[b], -1), x.shape[-1], dtype=x.dtype),
             ][kind]()
 
         return step
@@ -471,7 +473,8 @@ def _own_variance(x: Array, axis: Any) -> Array:
 
 
 def _unbiased(x: Array, axis: Any) -> Array:
-    return (x - x.mean(axis, keepdims=True)) / (x.std(axis, keepdims=True, ddof=1) + 0.3)
+    ddof = 0 if axis == -1 and x.shape[-1] == 1 else 1
+    return (x - x.mean(axis, keepdims=True)) / (x.std(axis, keepdims=True, ddof=ddof) + 0.3)
 
 
 def _flax(x: Array, axis: Any) -> Array:
