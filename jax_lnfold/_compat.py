@@ -260,8 +260,8 @@ def trace_like(fn: Callable[[jax.Array], jax.Array], aval: Any) -> Jaxpr:
     return open_jaxpr(eqn.params["jaxpr"])
 
 
-def source_line(eqns: Sequence[JaxprEqn]) -> str:
-    """``file.py:line`` of the code that made the first equation, empty if unknown.
+def source_line(eqns: Sequence[JaxprEqn]) -> tuple[str, int]:
+    """File and line of the code that made the first equation, ``("", 0)`` if unknown.
 
     The user's own code is preferred to that of libraries, and any code to that of jax. Functions
     that jax has traced before know no caller: the calls around an equation follow it in `eqns`.
@@ -269,8 +269,8 @@ def source_line(eqns: Sequence[JaxprEqn]) -> str:
     for skipped in (_LIBRARY_PARTS, _JAX_PARTS):
         for file, line in (frame for eqn in eqns for frame in _frames(eqn)):
             if not any(part in file for part in skipped):
-                return f"{file.rsplit('/', 1)[-1]}:{line}"
-    return ""
+                return file, line
+    return "", 0
 
 
 def _frames(eqn: JaxprEqn) -> Iterator[tuple[str, int]]:

@@ -16,7 +16,7 @@ from .graph import Graph, Op
 from .primitives import OPAQUE
 from .rules import RULES, Context, Opaque, rule_for
 from .rules.elementwise import project
-from .tracking import Tracker
+from .tracking import RETURNED, Tracker
 
 Claim = tuple[int, AxisSet]
 """Something about a value and an axis set."""
@@ -29,9 +29,14 @@ class Blocker:
     op: Op | None
     why: str
 
+    @property
+    def is_output(self) -> bool:
+        """Whether all there is in the way is that a function returns a value."""
+        return self.why == RETURNED
+
     def __str__(self) -> str:
         """The reason as a clause."""
-        return f"{self.op.describe()} {self.why}" if self.op else self.why
+        return f"{self.op.place()} {self.why}" if self.op else self.why
 
 
 Expand = Callable[[Claim], "Blocker | Iterable[Claim]"]
@@ -147,7 +152,7 @@ class Facts:
             return ()
         if value in self.graph.outputs:
             made = self.graph.producer[value]
-            return Blocker(made[0] if made else None, "makes a value that is an output")
+            return Blocker(made[0] if made else None, RETURNED)
         tracker = Tracker(self.graph, value, along, self.context)
         tracker.run()
         if tracker.refusal is not None:

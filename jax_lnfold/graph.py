@@ -25,6 +25,22 @@ CallPath = tuple[int, ...]
 """Equation indices of the calls around a jaxpr, outermost first."""
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """An operation by its primitive, module path, source file and line (empty, 0 if unknown)."""
+
+    primitive: str
+    module: str
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        """``primitive (module path, file.py:line)``."""
+        line = f"{self.file.rsplit('/', 1)[-1]}:{self.line}" if self.file else ""
+        where = ", ".join(part for part in (self.module, line) if part)
+        return f"`{self.primitive}` ({where})" if where else f"`{self.primitive}`"
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Op:
     """One equation at one call site; `inputs` and `outputs` are value numbers.
@@ -56,13 +72,10 @@ class Op:
         """The parameters of the equation."""
         return self.eqn.params
 
-    def describe(self) -> str:
-        """``primitive (module path, file.py:line)`` for reports."""
-        where = ", ".join(
-            part for part in (self.module, source_line((self.eqn, *self.calls))) if part
-        )
+    def place(self) -> Place:
+        """What a person may look for."""
         name = (self.calls[0] if self.stands_in else self.eqn).primitive.name
-        return f"`{name}` ({where})" if where else f"`{name}`"
+        return Place(name, self.module, *source_line((self.eqn, *self.calls)))
 
 
 NO_RULE = "opaque"

@@ -39,7 +39,8 @@ class LayerNorm:
 
     `x` and `along` are its input and the axes it averages over, `sums` the equations that compute
     the sum of ``x`` over `along`, `module` the path of the module it stands in. It runs `count`
-    times in one call, on `elements` numbers in all.
+    times in one call, on `elements` numbers in all. `two_pass` if the variance is a mean of squares
+    of centered numbers, not a difference of means.
     """
 
     x: int
@@ -48,6 +49,7 @@ class LayerNorm:
     module: str
     elements: int
     count: int
+    two_pass: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def find_norms(facts: Facts) -> Norms:
             if not tracker.cancelled:
                 continue
             whole = frozenset(along.axes)
-            sums = {op.index: op for op, axes in tracker.sums if axes == whole}
+            sums = {op.index: op for op, axes in tracker.arithmetic.sums if axes == whole}
             # A mean taken of a value that has none already belongs to the norm that removed it.
             origin = source.get((x, along))
             if origin is not None:
@@ -83,10 +85,13 @@ def find_norms(facts: Facts) -> Norms:
                     own = centered[c.value] = AxisSet.over(graph.shape(c.value), c.centered)
                     if c.whole:
                         source[c.value, own] = replace(norm, sums=_in_order(sums))
-            for root in _normalising_roots(graph, tracker, every_sum, {x} if origin else set()):
+            known_zero = {x} if origin else set()
+            for root, two_pass in _normalising_roots(graph, tracker, every_sum, known_zero):
                 if (known := found.get(root.index)) is not None:
                     sums |= {op.index: op for op in known.sums}
-                found[root.index] = replace(norm, sums=_in_order(sums), module=root.module)
+                found[root.index] = replace(
+                    norm, sums=_in_order(sums), module=root.module, two_pass=two_pass
+                )
     return Norms(tuple(found[i] for i in sorted(found)), centered)
 
 
@@ -168,19 +173,24 @@ def _unscaled(graph: Graph, op: Op) -> int | None:
 
 def _normalising_roots(
     graph: Graph, tracker: Tracker, sums: Iterable[Sum], known: set[int]
-) -> list[Op]:
-    """Roots of a variance by which a value without a mean (`known` ones included) is scaled."""
+) -> list[tuple[Op, bool]]:
+    """Roots of a variance by which a value without a mean (`known` ones included) is scaled.
+
+    With each, whether the variance takes a second pass: it is a mean of squares of that value.
+    """
     centered = {c.value for c in tracker.cancelled if c.whole}
     variances = {c.value for c in tracker.cancelled if c.quadratic}
+    squares: set[int] = set()
     for c in tracker.cancelled:
         if c.whole and c.centered:
-            variances |= _mean_squares(graph, sums, c.value, c.centered)
-    if not variances:
+            squares |= _mean_squares(graph, sums, c.value, c.centered)
+    if not variances and not squares:
         return []
+    second = {op.index for op in _uses_within(graph, _reach(graph, squares, stop=_ROOTS))}
     numerators = _reach(graph, centered | known, through=_SCALING)
     combined = [c for c in tracker.cancelled if c.factors]
     roots = []
-    for op in _uses_within(graph, _reach(graph, variances, stop=_ROOTS)):
+    for op in _uses_within(graph, _reach(graph, variances | squares, stop=_ROOTS)):
         if op.name not in _ROOTS:
             continue
         scales = _reach(graph, set(op.outputs), avoid=numerators)
@@ -188,7 +198,7 @@ def _normalising_roots(
         if any(c.factors & tokens for c in combined) or any(
             _joins(use, v, numerators, scales) for v in scales for use, _ in graph.uses[v]
         ):
-            roots.append(op)
+            roots.append((op, op.index in second))
     return roots
 
 

@@ -7,17 +7,46 @@ LayerNorms that keep their own mean against the centerings that would make it va
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 from .axes import AxisSet
 from .facts import Blocker, Claim, Facts, solve
-from .graph import Graph
+from .graph import Graph, Op
 from .mincut import MinCut
 from .norms import LayerNorm, find_norms
 from .scales import ScaleMerge, find_merges
 from .zeromean import UNIT, ZeroMeanGraph
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why a LayerNorm keeps its mean.
+
+    The `obstacle` keeps its input from being zero-mean, `noticed` is what would notice an explicit
+    centering of the input (None: it would only cost too much). `carry` is the loop on the way from
+    one to the other; `leaf` is the parameter that the obstacle keeps from being edited, if any.
+    """
+
+    obstacle: Blocker | None
+    noticed: Blocker | None
+    carry: Op | None = None
+    leaf: int | None = None
+
+    def __str__(self) -> str:
+        """The reason as a sentence without its stop."""
+        carry = f"carry {self.carry.carry} of {self.carry.place()}" if self.carry else ""
+        if self.noticed is None:
+            remedy = "an explicit centering would cost more than it saves"
+        else:
+            remedy = f"an explicit centering would change the result: {self.noticed}"
+        if self.obstacle is None:
+            return remedy
+        if self.leaf is not None:
+            return f"a parameter that feeds {carry or 'it'} cannot be centered: {self.obstacle}"
+        spoilt = f"{carry} cannot be kept so: " if carry else ""
+        return f"its input is not zero-mean: {spoilt}{self.obstacle}; {remedy}"
 
 
 @dataclass(frozen=True)
@@ -31,7 +60,7 @@ class Placement:
     facts: Facts
     norms: tuple[LayerNorm, ...]
     folded: tuple[bool, ...]
-    left: dict[int, str]
+    left: dict[int, Reason]
     leaf_sets: dict[int, tuple[AxisSet, ...]]
     merges: tuple[ScaleMerge, ...]
     explicit: dict[int, tuple[AxisSet, ...]]
@@ -167,7 +196,7 @@ def _prove(
             raise AssertionError(f"unproved zero mean, please report this: {blocker}")
 
 
-def _explain(search: ZeroMeanGraph, root: Claim, zero: Container[Claim]) -> str:
+def _explain(search: ZeroMeanGraph, root: Claim, zero: Container[Claim]) -> Reason:
     """Why a LayerNorm keeps its mean: the nearest thing that cannot be made zero-mean for free."""
     start = search.resolve(root)
     queue, reached_from = deque([start]), {start: start}
@@ -177,29 +206,21 @@ def _explain(search: ZeroMeanGraph, root: Claim, zero: Container[Claim]) -> str:
         if node.is_zero or claim in zero or node.edit:
             continue
         if node.needs is None and node.obstacle is not None:
-            return _sentence(search, reached_from, claim, node.obstacle)
+            chain = [claim]
+            while chain[-1] != start:
+                chain.append(reached_from[chain[-1]])
+            return _reason(search, chain, node.obstacle)
         for needed in map(search.resolve, node.needs or ()):
             if needed not in reached_from:
                 reached_from[needed] = claim
                 queue.append(needed)
-    return "an explicit centering would cost more than it saves"
+    return Reason(None, search.nodes[start].intolerant)
 
 
-def _sentence(
-    search: ZeroMeanGraph, reached_from: Mapping[Claim, Claim], claim: Claim, obstacle: Blocker
-) -> str:
-    graph, chain = search.facts.graph, [claim]
-    while reached_from[chain[-1]] != chain[-1]:
-        chain.append(reached_from[chain[-1]])
+def _reason(search: ZeroMeanGraph, chain: Sequence[Claim], obstacle: Blocker) -> Reason:
+    """The reason for the last claim of `chain`, each of which rests on the one before it."""
+    graph = search.facts.graph
     makers = (made[0] for value, _ in chain if (made := graph.producer[value]) is not None)
-    carries = (f"carry {op.carry} of {op.describe()}" for op in makers if op.carry is not None)
-    root, carry = chain[-1], next(carries, "")
-    if claim[0] in graph.leaves:
-        return f"a parameter that feeds {carry or 'it'} cannot be centered: {obstacle}"
-    noticed = search.nodes[root].intolerant
-    if noticed is None:
-        remedy = "an explicit centering would cost more than it saves"
-    else:
-        remedy = f"an explicit centering would change the result: {noticed}"
-    spoilt = f"{carry} cannot be kept so: " if carry else ""
-    return f"its input is not zero-mean: {spoilt}{obstacle}; {remedy}"
+    carries = (op for op in makers if op.carry is not None)
+    leaf = chain[0][0] if chain[0][0] in graph.leaves else None
+    return Reason(obstacle, search.nodes[chain[-1]].intolerant, next(carries, None), leaf)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import io
+import shutil
 from collections import Counter
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+from rich.console import RenderableType
 
+from .advice import advice
 from .axes import AxisSet
-from .graph import Graph
+from .graph import Graph, Place
 from .norms import LayerNorm
-from .placement import Placement
+from .placement import Placement, Reason
 from .plan import CenterEdit, FoldPlan, ScaleEdit
 from .primitives import MOVES
+from .table import Row, grouped, to_html, to_rich, to_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +25,8 @@ class Norm:
 
     Inside of a `shard_map` the shape is that of one shard, and `mesh_axes` are the mesh axes that
     the mean spans besides. `count` is how often it runs in one call. `reason` is empty when
-    `folded`, and otherwise names the operation in the way with its module path and source line.
+    `folded`, and otherwise names the operation in the way with its module path and source line;
+    `blocker` is that operation. `two_pass` if its variance takes a second pass over the input.
     """
 
     path: str
@@ -32,6 +36,9 @@ class Norm:
     folded: bool
     reason: str
     mesh_axes: tuple[str, ...] = ()
+    two_pass: bool = False
+    blocker: Place | None = None
+    advice: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +78,17 @@ class Report:
         return len(self.insertions)
 
     def __str__(self) -> str:
-        """The table and a summary, as plain text."""
-        return render(self)
+        """The table and a summary as plain text, as wide as the terminal."""
+        width = shutil.get_terminal_size((110, 24)).columns
+        return to_text(rows(self), summary(self), width)
+
+    def __rich__(self) -> RenderableType:
+        """The same in colour, for ``rich.print``."""
+        return to_rich(rows(self), summary(self))
+
+    def _repr_html_(self) -> str:
+        """The same for a notebook."""
+        return to_html(rows(self), summary(self))
 
 
 def make_report(placement: Placement, plan: FoldPlan) -> Report:
@@ -85,8 +101,11 @@ def make_report(placement: Placement, plan: FoldPlan) -> Report:
             shape=graph.shape(norm.x)[: _local_rank(graph, norm.x)],
             count=norm.count,
             folded=folded,
-            reason=placement.left.get(i, ""),
+            reason=str(placement.left.get(i, "")),
             mesh_axes=_mesh_axes(graph, norm),
+            two_pass=norm.two_pass,
+            blocker=_blocker(placement.left.get(i)),
+            advice=advice(placement, i) if i in placement.left else "",
         )
         for i, (norm, folded) in enumerate(zip(placement.norms, placement.folded, strict=True))
     )
@@ -118,6 +137,12 @@ def _is_widened(graph: Graph, leaf: int) -> bool:
     return False
 
 
+def _blocker(reason: Reason | None) -> Place | None:
+    """What stands in the way: of centering the input, or else of the centering it needs."""
+    found = (reason.obstacle, reason.noticed) if reason else ()
+    return next((b.op.place() for b in found if b is not None and b.op is not None), None)
+
+
 def _local_rank(graph: Graph, value: int) -> int:
     return len(graph.shape(value)) - len(graph.lanes_of(value))
 
@@ -129,34 +154,30 @@ def _mesh_axes(graph: Graph, norm: LayerNorm) -> tuple[str, ...]:
 
 def _origin(placement: Placement, value: int) -> str:
     made = placement.graph.producer[value]
-    return made[0].describe() if made else "an input of the function"
+    return str(made[0].place()) if made else "an input of the function"
 
 
-def render(report: Report, width: int = 110) -> str:
-    """The report as text at most `width` columns wide."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
-    if report.norms:
-        table = Table(box=None, pad_edge=False, header_style="")
-        for title in ("LayerNorm", "input", "axes", "outcome"):
-            table.add_column(title, overflow="fold")
-        for norm in report.norms:
-            outcome = "folded" if norm.folded else f"left: {norm.reason}"
-            repeated = f" x{norm.count}" if norm.count > 1 else ""
-            table.add_row(
-                _plain(norm.path + repeated), _shape(norm.shape), _axes(norm), _plain(outcome)
-            )
-        console.print(table)
-    console.print(_plain(summary(report)), soft_wrap=True)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
+def rows(report: Report) -> list[Row]:
+    """One row per LayerNorm, in model order, or per group of them in repeated blocks."""
+    return grouped(
+        Row(
+            path=norm.path,
+            shape="x".join(map(str, norm.shape)),
+            axes=", ".join(map(str, (*norm.axes, *norm.mesh_axes))),
+            variance="two-pass" if norm.two_pass else "one-pass",
+            folded=norm.folded,
+            words=(norm.reason, norm.advice),
+            place=(norm.blocker.file, norm.blocker.line) if norm.blocker else None,
+            runs=norm.count,
+        )
+        for norm in report.norms
+    )
 
 
-def summary(report: Report) -> str:
-    """Counts in one or two lines."""
+def summary(report: Report) -> list[str]:
+    """Counts, and what else there is to know."""
     if not report.norms:
-        return "No LayerNorm found; nothing was changed."
+        return ["No LayerNorm found; nothing was changed."]
     edited = f"{_count(len(report.edits), 'parameter')} centered"
     if report.scales:
         edited += f", {_count(len(report.scales), 'scale')} merged"
@@ -174,20 +195,8 @@ def summary(report: Report) -> str:
     if report.opaque:
         met = ", ".join(f"{name} ({n})" for name, n in report.opaque.items())
         lines.append(f"Opaque operations met: {met}.")
-    return "\n".join(lines)
+    return lines
 
 
 def _count(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
-
-
-def _axes(norm: Norm) -> str:
-    return ", ".join(map(str, (*norm.axes, *norm.mesh_axes)))
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")

@@ -1,0 +1,166 @@
+"""What becomes of a shift in one equation: sums, products and moves, computed exactly.
+
+Axes matter as much as numbers: every value knows which axis of the root each of its axes is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+from math import prod
+
+import numpy as np
+
+from .axes import AxisSet
+from .graph import Graph, Op
+from .primitives import MOVES
+from .response import Refused, Tracked, exact_number, ordered, product, scaled, summed, total
+
+_EXTREMA = frozenset({"reduce_max", "reduce_min"})
+
+
+def is_shift(t: Tracked) -> bool:
+    """Whether a value is shifted by just as much as the root."""
+    return set(t.response) == {(1, ())}
+
+
+class Arithmetic:
+    """Responses to a root shifted uniformly along `along`.
+
+    `sums` collects the equations met that sum over axes of the root, with these axes.
+    """
+
+    def __init__(self, graph: Graph, along: AxisSet) -> None:
+        """Start with the sizes of the root as the only counts known."""
+        self.graph, self.along = graph, along
+        self.sums: list[tuple[Op, frozenset[int]]] = []
+        self._counts = {n for n in along.shape if isinstance(n, int)}
+
+    def respond(self, op: Op, operands: list[Tracked | None], refusal: str) -> Tracked | None:
+        """The response of the output of `op`, None if it never responds."""
+        name, first = op.name, operands[0]
+        if name in ("argmax", "argmin") and first and is_shift(first):
+            self._check_uniform(first, op.params["axes"])
+            return None
+        if name in MOVES and first:
+            return self._move(op, first)
+        if name == "reduce_sum" and first:
+            return self._sum(op, first)
+        if name in _EXTREMA and first and is_shift(first):
+            self._check_uniform(first, op.params["axes"])
+            dims = tuple(d for k, d in enumerate(first.dims) if k not in op.params["axes"])
+            return Tracked(first.response, None, dims)
+        if name == "neg" and first:
+            return scaled(first, Fraction(-1))
+        if name in ("add", "sub", "add_any"):
+            return self._add(op, operands, Fraction(-1 if name == "sub" else 1))
+        if name == "mul" or name == "div":
+            return self._multiply(op, operands)
+        if (name == "square" or (name == "integer_pow" and op.params["y"] == 2)) and first:
+            return product(first, first)
+        if name == "max" and self._is_minus_infinity(op, operands):
+            return operands[0] or operands[1]
+        raise Refused(refusal)
+
+    def _is_minus_infinity(self, op: Op, operands: list[Tracked | None]) -> bool:
+        other = [i for i in (0, 1) if operands[i] is None]
+        number = self.graph.scalar(op.inputs[other[0]]) if other else None
+        return number is not None and bool(np.isneginf(float(number)))
+
+    def _check_uniform(self, t: Tracked, axes: Sequence[int]) -> None:
+        for axis in axes:
+            d = t.dims[axis]
+            if d is not None and not self.along.uniform_along(d):
+                raise Refused("reduces over positions that are shifted differently")
+
+    def _move(self, op: Op, t: Tracked) -> Tracked:
+        """Axes appear, disappear or swap; those that matter keep their order of elements."""
+        if t.factors:
+            raise Refused("moves the shifted value")
+        before, after = self.graph.shape(op.inputs[0]), self.graph.shape(op.outputs[0])
+        dims: list[int | None] = [None] * len(after)
+        if op.name == "transpose":
+            dims = [t.dims[d] for d in op.params["permutation"]]
+        elif op.name == "broadcast_in_dim":
+            for d, o in enumerate(op.params["broadcast_dimensions"]):
+                dims[o] = t.dims[d] if before[d] == after[o] else None
+        else:
+            old = [d for d, n in enumerate(before) if n != 1]
+            new = [d for d, n in enumerate(after) if n != 1]
+            if [before[d] for d in old] != [after[d] for d in new]:
+                raise Refused("reshapes the shifted value")
+            for d, o in zip(old, new, strict=True):
+                dims[o] = t.dims[d]
+        return Tracked(t.response, t.form, tuple(dims))
+
+    def _sum(self, op: Op, t: Tracked) -> Tracked:
+        """``sum(x + u) = sum(x) + n u`` over axes along which u is uniform."""
+        axes = op.params["axes"]
+        self._check_uniform(t, axes)
+        shape = self.graph.shape(op.inputs[0])
+        if t.factors or not all(isinstance(shape[a], int) for a in axes):
+            raise Refused("sums products with the shifted value")
+        n = prod(shape[a] for a in axes)
+        named = [t.dims[a] for a in axes if shape[a] != 1]
+        real = frozenset(d for d in named if d is not None)
+        if real and None in named:
+            raise Refused("sums repeated values")
+        self._counts.add(n)
+        result = summed(t, real, n)
+        if real and result.form is not None and len(result.form) == 1:
+            (summed_over,) = result.form
+            if isinstance(summed_over, tuple):
+                self.sums.append((op, frozenset(summed_over)))
+                self._counts.add(prod(self.along.shape[d] for d in summed_over))
+        dims = tuple(d for k, d in enumerate(t.dims) if k not in axes)
+        return replace(result, dims=dims)
+
+    def _add(self, op: Op, operands: list[Tracked | None], sign: Fraction) -> Tracked:
+        a, b = operands[0], operands[1] and scaled(operands[1], sign)
+        if a is None or b is None:
+            (t,) = (t for t in (a, b) if t is not None)
+            return Tracked(t.response, None, self._aligned(op, [t]))
+        dims = self._aligned(op, [a, b])
+        return replace(total(a, b), dims=dims)
+
+    def _multiply(self, op: Op, operands: list[Tracked | None]) -> Tracked:
+        a, b = operands
+        if a is not None and b is not None:
+            if op.name == "div":
+                raise Refused("divides by the shifted value")
+            dims = self._aligned(op, [a, b])
+            return replace(product(a, b), dims=dims)
+        position = 0 if a is not None else 1
+        t = operands[position]
+        assert t is not None
+        if op.name == "div" and position == 1:
+            raise Refused("divides by the shifted value")
+        dims = self._aligned(op, [t])
+        number = self.graph.scalar(op.inputs[1 - position])
+        if number is not None and np.isfinite(number):
+            factor = exact_number(number, self._counts)
+            if op.name == "div" and factor == 0:
+                raise Refused("divides by zero")
+            return replace(scaled(t, 1 / factor if op.name == "div" else factor), dims=dims)
+        token = f"{'/' if op.name == 'div' else '*'}{op.inputs[1 - position]}"
+        response = {
+            (degree, ordered((*factors, token))): number
+            for (degree, factors), number in t.response.items()
+        }
+        return Tracked(response, None, dims)
+
+    def _aligned(self, op: Op, tracked: list[Tracked]) -> tuple[int | None, ...]:
+        """Axes of the output; every operand must line up with the root in the same way."""
+        rank = len(self.graph.shape(op.outputs[0]))
+        columns = [t.dims or (None,) * rank for t in tracked]
+        dims: list[int | None] = []
+        for column in zip(*columns, strict=True):
+            named = {d for d in column if d is not None}
+            if len(named) > 1:
+                raise Refused("combines axes that do not line up")
+            d = named.pop() if named else None
+            if d is not None and None in column and not self.along.uniform_along(d):
+                raise Refused("combines positions that are shifted differently")
+            dims.append(d)
+        return tuple(dims)

@@ -1,0 +1,266 @@
+"""A reader of a report learns what blocks each LayerNorm, where, and what could be done."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from rich.console import Console
+from zoo import NORMS, ZOO
+
+import jax_lnfold
+from jax_lnfold.report import Report
+from jax_lnfold.table import Row, grouped, merged
+
+TESTS = Path(__file__).parent
+ZOO_BY_NAME = {str(case): case for case in ZOO}
+PRE_LN, GATE, UNTIE = "inside the branch (pre-LN)", "gate by one number per token", "(untie it)"
+SCALE, MEAN = r"norm|\"scale\"", r"norm|mean"
+MERGE, LINEAR_LAST, QUIET, RETURN = (
+    "merge this scale",
+    "end with a linear",
+    "read the",
+    "return the",
+)
+
+
+def report_of(name: str, spelling: str = "one_pass") -> Report:
+    model = ZOO_BY_NAME[name].build(spelling)
+    shapes = jax.eval_shape(lambda tree: tree, (model.params, *model.inputs))
+    return jax_lnfold.analyze(model.apply_fn, *shapes)
+
+
+class Blocked(NamedTuple):
+    """LayerNorms (their paths match `norms`) that are left because of one kind of operation.
+
+    Its source line matches `code`; `advice` is a part of the advice, which is empty if this is.
+    """
+
+    norms: str
+    primitive: str
+    module: str
+    code: str
+    advice: str = ""
+
+
+BLOCKED: dict[str, list[Blocked]] = {
+    # A LayerNorm's scale writes into the stream after it.
+    "bert": [
+        Blocked(r"block_0\.residual/attn_norm", "mul", "Bert/embed_norm", SCALE, PRE_LN),
+        Blocked(r"mlp_norm", "mul", r".*attn_norm", SCALE, PRE_LN),
+        Blocked(r"block_1\.residual/attn_norm", "mul", r".*block_0.*mlp_norm", SCALE, PRE_LN),
+    ],
+    "bart": [
+        Blocked(r"coder/block_0.*attn_norm", "mul", r"Bart/..coder_embed_norm", SCALE, PRE_LN),
+        Blocked(r"encoder/.*mlp_norm", "mul", r".*attn_norm", SCALE, PRE_LN),
+        Blocked(r"decoder/.*cross_norm", "mul", r".*attn_norm", SCALE, PRE_LN),
+        Blocked(r"decoder/.*mlp_norm", "mul", r".*cross_norm", SCALE, PRE_LN),
+        Blocked(r"block_1.*attn_norm", "mul", r".*block_0.*mlp_norm", SCALE, PRE_LN),
+    ],
+    "swin_v2": [Blocked("Swin/final_norm", "mul", r".*mlp_norm", SCALE, PRE_LN)],
+    # Patch merging notices a shift of one token out of four; nothing but its removal helps.
+    "swin": [
+        Blocked(r"Swin/stage_0_.*_norm", "mul", "Swin/patch_norm", SCALE),
+        Blocked(r"Swin/merge_1/norm", "reduce_sum", "Swin/merge_1/norm", MEAN),
+        Blocked(r"Swin/(stage_1_.*|merge_2/)norm", "reduce_sum", "Swin/merge_2/norm", MEAN),
+    ],
+    # A gate per channel, computed from data.
+    "dit": [
+        Blocked(
+            r".*(mlp_norm|block_1.*attn_norm|final_norm)",
+            "mul",
+            r"DiT/blocks/block_\d",
+            "gate",
+            GATE,
+        ),
+    ],
+    "convnext": [
+        Blocked(r".*stage_._./norm", "conv_general_dilated", r".*/depthwise", "Conv"),
+        Blocked(r"ConvNeXt/(down|final)_norm.*", "mul", r".*/scale", "gamma", MERGE),
+    ],
+    "mixer_wide": [Blocked(".*", "mul", r".*attn/mix", r"\.act", LINEAR_LAST)],
+    "bloom": [Blocked("CausalLM/embed_norm", "dot_general", r".*attend", "attend", UNTIE)],
+}
+
+
+@pytest.mark.parametrize("spelling", NORMS)
+@pytest.mark.parametrize("name", ZOO_BY_NAME)
+def test_what_blocks_each_norm_of_the_zoo(name: str, spelling: str) -> None:
+    left = [norm for norm in report_of(name, spelling).norms if not norm.folded]
+    assert bool(left) == (name in BLOCKED)
+    for norm in left:
+        assert norm.blocker is not None
+        expected = [b for b in BLOCKED[name] if re.fullmatch(f".*{b.norms}", norm.path)]
+        assert len(expected) == 1, norm.path
+        (blocked,) = expected
+        assert norm.blocker.primitive == blocked.primitive
+        assert re.fullmatch(blocked.module, norm.blocker.module)
+        line = Path(norm.blocker.file).read_text().splitlines()[norm.blocker.line - 1]
+        assert Path(norm.blocker.file).is_relative_to(TESTS)
+        assert re.search(blocked.code, line)
+        assert f"{Path(norm.blocker.file).name}:{norm.blocker.line}" in norm.reason
+        assert blocked.advice in norm.advice
+        assert bool(blocked.advice) == bool(norm.advice)
+
+
+# --- what is shown -------------------------------------------------------------------------------
+
+
+class Tower(nn.Module):
+    """Pre-LN layers; the stream is returned, too, if it `leaks`."""
+
+    depth: int
+    leaks: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> Any:
+        x = nn.Dense(12, name="stem")(x)
+        for i in range(self.depth):
+            x = x + nn.Dense(12, name=f"dense_{i}")(nn.LayerNorm(name=f"norm_{i}")(x))
+        y = nn.LayerNorm(name="last")(x)
+        return (y, x) if self.leaks else y
+
+
+def tower_report(depth: int = 24, leaks: bool = False) -> Report:
+    tower, x = Tower(depth, leaks), jnp.ones((2, 5, 7), jnp.float32)
+    params = jax.eval_shape(tower.init, jax.random.key(0), x)
+    return jax_lnfold.analyze(tower.apply, params, x)
+
+
+def test_repeated_layers_are_one_row() -> None:
+    head, *rows = str(tower_report()).splitlines()
+    assert head.split() == ["LayerNorm", "input", "axes", "variance", "outcome"]
+    assert rows[0].split() == ["Tower/norm_{0-23}", "x24", "2x5x12", "2", "one-pass", "folded"]
+    assert rows[1].split() == ["Tower/last", "2x5x12", "2", "one-pass", "folded"]
+    assert rows[2].startswith("25 of 25 LayerNorms folded, 50 parameters centered, 0 explicit")
+    assert len(rows) == 3
+
+
+def test_the_reason_is_said_once() -> None:
+    report = tower_report(3, leaks=True)
+    text = " ".join(str(report).split())
+    assert text.count("left (1)") == 2, "one row for three layers, one for the last norm"
+    assert text.count("makes a value that is an output") == 1
+    assert "Return the pooled or normalised values instead of the stream itself." in text
+    assert all(RETURN in norm.advice for norm in report.norms)
+
+
+def test_stream_read_by_a_layer() -> None:
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        s = x @ params["w"]
+        return nn.standardize(s) @ params["v"] + s @ params["u"]
+
+    params = {"w": jnp.ones((7, 12)), "v": jnp.ones((12, 3)), "u": jnp.ones((12, 3))}
+    (norm,) = jax_lnfold.analyze(apply, params, jnp.ones((2, 5, 7))).norms
+    assert norm.blocker is not None
+    assert norm.blocker.primitive == "dot_general"
+    assert norm.advice.startswith("let this operation read the stream through a LayerNorm")
+
+
+@pytest.mark.parametrize("spelling", NORMS)
+def test_variance_is_told_apart(spelling: str) -> None:
+    report = report_of("vit", spelling)
+    assert {norm.two_pass for norm in report.norms} == {spelling != "one_pass"}
+    assert ("two-pass" in str(report)) == (spelling != "one_pass")
+
+
+@pytest.mark.parametrize("width", [20, 60, 79, 110, 200, 500])
+@pytest.mark.parametrize("name", ["bert", "swin", "gpt2"])
+def test_no_line_is_too_wide(name: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    text = str(report_of(name))
+    assert max(map(len, text.splitlines())) <= min(max(width, 60), 200)
+    assert "\x1b" not in text
+    plain = re.sub(r"\s+", "", text)
+    for norm in report_of(name).norms:
+        assert re.sub(r"\d+", "", norm.path.rsplit("/", 1)[-1]) in re.sub(r"\d+", "", plain)
+
+
+def test_colour_only_on_a_terminal() -> None:
+    report = report_of("bert")
+    for colour in (False, True):
+        console = Console(force_terminal=colour, color_system="standard" if colour else None)
+        with console.capture() as capture:
+            console.print(report)
+        assert ("\x1b[33mleft" in capture.get()) == colour
+        assert "1 of 5 LayerNorms folded" in capture.get()
+
+
+class Outline(HTMLParser):
+    """Checks that tags are balanced, and collects text and attributes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.classes: list[str | None] = []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.open.append(tag)
+        self.classes += [value for name, value in attrs if name == "class"]
+        assert tag not in ("script", "link", "img"), "needs something else"
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def test_notebook() -> None:
+    html = report_of("bert")._repr_html_()
+    outline = Outline(html)
+    assert outline.classes.count("folded") == 1
+    assert outline.classes.count("left") == 3
+    assert "1 of 5 LayerNorms folded" in " ".join(outline.texts)
+    assert "http" not in html
+    assert "#fff" not in html, "takes the colours of the page"
+    html = jax_lnfold.analyze(lambda p, x: x @ p, jnp.ones((7, 3)), jnp.ones((2, 7)))._repr_html_()
+    assert "No LayerNorm found" in " ".join(Outline(html).texts)
+
+
+def test_text_is_escaped() -> None:
+    def apply(w: jax.Array, x: jax.Array) -> jax.Array:
+        with jax.named_scope("<b>[red]&"):
+            return nn.standardize(jnp.tanh(x @ w))
+
+    report = jax_lnfold.analyze(apply, jnp.ones((7, 12)), jnp.ones((2, 7)))
+    assert "<b>[red]&" in str(report)
+    assert "<b>" not in report._repr_html_()
+    assert "<b>[red]&" in "".join(Outline(report._repr_html_()).texts)
+
+
+@pytest.mark.parametrize(
+    ("texts", "one"),
+    [
+        (["a"], "a"),
+        (["a_3/b_1"], "a_3/b_1"),
+        (["a_0/b_1", "a_1/b_1", "a_2/b_1"], "a_{0-2}/b_1"),
+        (["a_10", "a_8", "a_9"], "a_{8-10}"),
+        (["4a_0", "4a_2", "4a_5"], "4a_{0,2,5}"),
+    ],
+)
+def test_merged(texts: list[str], one: str) -> None:
+    assert merged(texts) == one
+
+
+def test_only_rows_that_are_alike_are_grouped() -> None:
+    row = Row("a_0/n", "2x5", "1", "one-pass", False, ("`mul` (a_0, f.py:7) scales", ""), ("f", 7))
+    others = {
+        "another layer": ("a_1/n", ("`mul` (a_1, f.py:7) scales", ""), ("f", 7), 1),
+        "another line": ("a_1/n", ("`mul` (a_1, f.py:8) scales", ""), ("f", 8), 2),
+        "another name": ("b_1/n", ("`mul` (a_1, f.py:7) scales", ""), ("f", 7), 2),
+        "another reason": ("a_1/n", ("`add` (a_1, f.py:7) scales", ""), ("f", 7), 2),
+    }
+    for path, words, place, count in others.values():
+        other = Row(path, "2x5", "1", "one-pass", False, words, place)
+        assert len(grouped([row, other])) == count
+    assert grouped([row, Row("a_1/n", "2x6", "1", "one-pass", False, row.words, ("f", 7))])[1:]
