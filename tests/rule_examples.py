@@ -53,9 +53,19 @@ def quick(
     *shapes: tuple[int, ...],
     pull: bool = True,
     push: bool = True,
+    fixed: bool = False,
 ) -> None:
-    """An example with fixed shapes."""
-    example(names, pull, push)(lambda rng: Program(fn, normals(rng, *shapes)))
+    """An example with operands of `shapes`, or of the same pattern with other sizes."""
+    example(names, pull, push)(
+        lambda rng: Program(fn, normals(rng, *(shapes if fixed else resized(rng, shapes))))
+    )
+
+
+def resized(rng: Rng, shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Shapes with every size above 1 replaced by another one."""
+    old = {n: None for shape in shapes for n in shape if n > 1}
+    new = {1: 1, **dict(zip(old, sizes(rng, len(old)), strict=True))}
+    return [tuple(new[n] for n in shape) for shape in shapes]
 
 
 def bound(primitive: str, **params: Any) -> Callable[..., Any]:
@@ -103,7 +113,7 @@ quick("optimization_barrier", lambda x, y: lax.optimization_barrier((x, y)), (3,
 def constrained_to_one_device(rng: Rng) -> Program:
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("i",))
     where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("i"))
-    return Program(lambda x: lax.with_sharding_constraint(x, where), normals(rng, (3, 4)))
+    return Program(lambda x: lax.with_sharding_constraint(x, where), normals(rng, sizes(rng, 2)))
 
 
 @example("convert_element_type")
@@ -135,13 +145,21 @@ for _name, _op in PRODUCTS.items():
     quick(_name, lambda x, g, op=_op: op(x, g), (1, 5), (3, 1))
     quick(_name, lambda x, g, op=_op: op(x, g), (3, 1, 5), (1, 2, 5))
     quick(_name, lambda x, g, op=_op: op(x, g[:, None]), (3, 4), (3,))
-    quick(_name, lambda x, g, op=_op: op(x, _spread(g)), (2, 4), (3, 2))
-    quick(_name, lambda x, g, op=_op: op(x, jnp.repeat(g, 3)), (2, 6), (2,))
+    quick(_name, lambda x, g, op=_op: op(x, _spread(g)), (2, 4), (3, 2), fixed=True)
+    quick(_name, lambda x, g, op=_op: op(x, jnp.repeat(g, 3)), (2, 6), (2,), fixed=True)
     quick(_name, lambda x, g, op=_op: op(x, jnp.exp(g) + 1), (2, 3, 4), (2, 1, 4))
     quick(_name, lambda x, g, op=_op: op(x, g), (3, 4), (3, 4), pull=False, push=False)
 quick("mul", lambda x, g: g * x, (3, 4), (3, 1))
 quick("mul", lambda x, g: (g * x, x * x), (3, 4), ())
 quick("div", lambda x, g: g / x, (3, 4), (3, 1), pull=False, push=False)
+
+
+@example("mul div", pull=False, push=False)
+def whole_numbers(rng: Rng) -> Program:
+    """Products overflow and quotients are rounded."""
+    n, d = sizes(rng, 2)
+    x, g = rng.integers(1, 9, (n, d)), rng.integers(2, 5, (n, 1))
+    return Program(lambda x, g: (lax.mul(x, jnp.broadcast_to(g, x.shape)), x // g), [x, g])
 
 
 @example("select_n")
@@ -239,6 +257,7 @@ quick(
     *[(4, 3, 5), (6, 3, 2)],
     pull=False,
     push=False,
+    fixed=True,
 )
 
 # Sums along axes.
@@ -291,7 +310,7 @@ def transposed(rng: Rng) -> Program:
 
 
 def reshaped(old: tuple[int, ...], new: tuple[int, ...]) -> None:
-    quick("reshape", lambda x: lax.reshape(x, new), old)
+    quick("reshape", lambda x: lax.reshape(x, new), old, fixed=True)
 
 
 for _old, _new in [
@@ -321,7 +340,7 @@ def broadcast(rng: Rng) -> Program:
     return Program(lambda x: lax.broadcast_in_dim(x, shape, kept), normals(rng, tuple(given)))
 
 
-quick("broadcast_in_dim", lambda x: jnp.broadcast_to(x[None], (3, 2, 4)), (2, 4))
+quick("broadcast_in_dim", lambda x: jnp.broadcast_to(x[None], (3, *x.shape)), (2, 4))
 quick("broadcast_in_dim", lambda x: jnp.broadcast_to(x, (3, 4)), (), pull=False)
 
 
@@ -368,7 +387,7 @@ def sliced(rng: Rng) -> Program:
     return Program(lambda x: lax.slice(x, start, stop, step), normals(rng, shape))
 
 
-quick("slice", lambda qkv: qkv[:, :8], (3, 12))
+quick("slice", lambda qkv: qkv[:, :8], (3, 12), fixed=True)
 
 
 @example("split")
@@ -492,6 +511,7 @@ for _name, _how in _set.items():
     indexed(_name, _at(lambda i, j: (i, slice(None), j)), [(5, 4, 6), (3, 4)], [(3,), (3,)], 5)
     indexed(_name, _at(lambda i: (i, slice(1, 3))), [(5, 4, 3), (2, 2, 3)], [(2,)], 5)
     indexed(_name, _at(lambda i, j: (i, j)), [(5, 4), (3,)], [(3,), (3,)], 4, False, False)
+    indexed(_name, _at(lambda i, j: (i, j)), [(5, 6, 4), (3, 4)], [(3,), (3,)], 5)
     indexed(_name, jax.vmap(_rows), [(3, 5, 4), (3, 2, 4)], [(3, 2)], 5)
     indexed(_name, jax.vmap(_rows, (1, 0, 0), 2), [(5, 3, 4), (3, 2, 4)], [(3, 2)], 5)
 
@@ -517,7 +537,7 @@ def nonlinear(names: str, *shapes: tuple[int, ...], whole: bool = False) -> None
 
         def make(rng: Rng, fn: Callable[..., Any] = fn) -> Program:
             draw = (lambda r, *s: [r.integers(0, 9, n) for n in s]) if whole else _fractions
-            return Program(lambda *xs: fn(*xs), draw(rng, *shapes))
+            return Program(lambda *xs: fn(*xs), draw(rng, *resized(rng, shapes)))
 
         example(name, False, False)(make)
 

@@ -197,6 +197,19 @@ def test_refines_and_disjoint_agree_with_the_groups(seed: int) -> None:
     assert apart > 0
 
 
+def test_refines_on_known_pairs() -> None:
+    pairs, four, third = (
+        AxisSet((6,), (Labels(labels),))
+        for labels in ((0, 0, 1, 1, 2, 2), (0, 0, 0, 0, 1, 1), (0, 0, 1, 1, -1, -1))
+    )
+    assert pairs.refines(four)
+    assert pairs.refines(third)
+    assert third.refines(AxisSet((6,), (Labels((0, 0, 0, 0, -1, -1)),)))
+    assert not four.refines(pairs)
+    assert not third.refines(pairs)
+    assert not pairs.refines(AxisSet((6,), (Labels((0, 0, 0, 1, 1, 1)),)))
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_compatible_centerings_do_not_undo_each_other(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -226,6 +239,7 @@ def test_compatible_on_known_pairs() -> None:
     assert not left.compatible(columns)
     assert not pairs.compatible(left)
     assert crossed.compatible(rows)
+    assert pairs.compatible(columns)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -266,6 +280,10 @@ def test_widened_and_free_are_finer(seed: int) -> None:
             assert union_of_groups(wide, along)
             assert same_partition(np.where(inside >= 0, ids, -1), inside)
             widened += wide != along
+        for d, (entry, wide) in enumerate(
+            zip(along.entries, along.widened(axes).entries, strict=True)
+        ):
+            assert wide == (along.widened().entries[d] if d in axes else entry)
         for d, entry in enumerate(along.widened().entries):
             labels = axis_labels(entry, along.shape[d])
             inside = labels[labels >= 0]
@@ -316,5 +334,50 @@ def test_sets_with_symbolic_sizes() -> None:
     whole = [slice(0, b, 1), slice(0, t, 1)]
     part = AxisSet.over((b, t, 4), (2,)).embed((b, t, 12), [*whole, slice(4, 8, 1)])
     assert part == AxisSet((b, t, 12), (FREE, FREE, Labels((-1,) * 4 + (0,) * 4 + (-1,) * 4)))
+    heads = AxisSet.over((b, t, 3, 4), (2, 3))
+    assert AxisSet.over((b, 1, t, 12), (3,)).reshape((b, t, 3, 4)) == heads
+    assert along.reshape((b, 1, t, 3, 4)) == AxisSet.over((b, 1, t, 3, 4), (3, 4))
     first = [slice(0, b, 1), slice(0, 1, 1), slice(0, 12, 1)]
     assert AxisSet.over((b, 1, 12), (2,)).embed((b, t, 12), first) is None
+
+
+def test_reshape_of_nothing() -> None:
+    nowhere = AxisSet((2, 6), (FREE, Labels((-1,) * 6)))
+    assert nowhere.reshape((2, 6)) == nowhere
+    assert nowhere.reshape((12,)) is None
+    assert AxisSet.over((0, 3), (1,)).reshape((0, 3)) == AxisSet.over((0, 3), (1,))
+    assert AxisSet.over((0, 3), (1,)).reshape((0, 4)) is None
+
+
+def test_sets_in_words() -> None:
+    pairs = Labels((0, 0, 1, 1, -1))
+    assert str(AxisSet.over((2, 5), (1,))) == "axis 1"
+    assert str(AxisSet((2, 5), (ALL, pairs))) == "axis 0 and axis 1 in 2 groups"
+    assert str(AxisSet.over((2, 5), ())) == "every element"
+
+
+def test_stretches_of_symbolic_axes() -> None:
+    b, t = jax.export.symbolic_shape("b, t")
+    along, whole = AxisSet.over((b, 12), (1,)), slice(0, 12, 1)
+    assert along.select([slice(1, b, 1), whole]) == AxisSet.over((b - 1, 12), (1,))
+    assert along.select([slice(0, 4, 1), whole]) == AxisSet.over((4, 12), (1,))
+    assert intersect(ALL, ALL, t) == ALL
+    assert AxisSet.over((b, t, 12), (2,)).reshape((b * t, 12)) == AxisSet.over((b * t, 12), (1,))
+    assert AxisSet.over((b, t), (0, 1)).reshape((b * t,)) == AxisSet.over((b * t,), (0,))
+    assert AxisSet.over((b, t), ()).reshape((t, b)) == AxisSet.over((t, b), ())
+    assert AxisSet.over((1 << 12, 1 << 11), (1,)).reshape((1 << 23,)) is None
+    assert AxisSet.over((2, b), (0,)).reshape((b, 2)) is None
+    assert AxisSet.over((b, 2), (0,)).reshape((2, b)) is None
+    assert not AxisSet.over((b, t), (0,)).refines(AxisSet.over((b, t), (1,)))
+    assert not AxisSet.over((b, t), (0, 1)).refines(AxisSet.over((b, t), (0,)))
+
+
+@pytest.mark.parametrize(("start", "step"), [(0, 2), (1, 3)])
+def test_strides_on_symbolic_axes(start: int, step: int) -> None:
+    (b,) = jax.export.symbolic_shape("b")
+    taken = jax.eval_shape(
+        lambda x: jax.lax.slice(x, (start, 0), x.shape, (step, 1)),
+        jax.ShapeDtypeStruct((b, 12), float),
+    )
+    seen = AxisSet.over((b, 12), (1,)).select([slice(start, b, step), slice(0, 12, 1)])
+    assert seen == AxisSet.over(taken.shape, (1,))

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.export
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,8 +16,10 @@ from rule_examples import UNARY, Program
 from test_rules import check_pull, check_push, find
 
 from jax_lnfold.axes import ALL, FREE, AxisSet, Labels
-from jax_lnfold.graph import JOINS
-from jax_lnfold.rules import RULES, Opaque
+from jax_lnfold.facts import Facts
+from jax_lnfold.flatten import flatten
+from jax_lnfold.primitives import OPAQUE
+from jax_lnfold.rules import RULES, Context, Opaque, Rule, register
 
 F, A = FREE, ALL
 INDEX = np.array([2, 0])
@@ -49,12 +54,27 @@ def batched(x: Any, y: Any) -> Any:
     return lax.dot_general(x, y, (((2,), (1,)), ((0,), (0,))))
 
 
+def repeats(x: Any, w: Any, first: bool = False) -> Any:
+    """A batched product, (2, 5, 4) by (4, 6) or the other way round."""
+    wide = jnp.broadcast_to(w, (2, 4, 6))
+    return batched(wide.transpose(0, 2, 1), x.transpose(0, 2, 1)) if first else batched(x, wide)
+
+
+def repeats_over_one(x: Any, w: Any) -> Any:
+    wide = jnp.broadcast_to(w, (2, 3, 4, 6))
+    return lax.dot_general(x, wide, (((3,), (2,)), ((0, 1), (0, 1))))
+
+
 def dense(x: Any, w: Any) -> Any:
     return jnp.tensordot(x, w, 1)
 
 
 def times(x: Any, g: Any) -> Any:
     return x * g
+
+
+def repeated(v: Any) -> Any:
+    return jnp.broadcast_to(v[:, None], (2, 6))
 
 
 HALVES = (0, 0, 0, 1, 1, 1)
@@ -67,6 +87,12 @@ PULLS: dict[str, Known] = {
     ),
     "sum with a scalar": Known("sub", jnp.subtract, [(2, 6), ()], (F, A), {0: (F, A), 1: ()}),
     "product with a per-token factor": Known("mul", times, [(2, 6), (2, 1)], (F, A), {0: (F, A)}),
+    "product of two that are uniform: rather zero-mean than zero": Known(
+        "mul", lambda g, v: g * repeated(v), [(2, 1), (2,)], (F, A), {1: (F, A)}
+    ),
+    "product of two that are uniform, the other way round": Known(
+        "mul", lambda g, v: repeated(v) * g, [(2, 1), (2,)], (F, A), {0: (F, A)}
+    ),
     "product with a per-channel factor": Known("mul", times, [(2, 6), (1, 6)], (F, A), None),
     "product with a per-channel factor, other mean": Known(
         "mul", times, [(2, 6), (1, 6)], (A, F), {0: (A, F)}
@@ -124,6 +150,25 @@ PULLS: dict[str, Known] = {
     "batched product: mean over batch and features": Known(
         "dot_general", batched, [(2, 5, 4), (2, 4, 6)], (A, F, A), {1: (F, F, A)}, exact=False
     ),
+    "batched product: weights that repeat over the batch": Known(
+        "dot_general", repeats, [(2, 5, 4), (4, 6)], (A, F, F), {0: (A, F, F)}
+    ),
+    "batched product: weights first, repeated over the batch": Known(
+        "dot_general",
+        lambda x, w: repeats(x, w, True),
+        [(2, 5, 4), (4, 6)],
+        (A, F, F),
+        {1: (A, F, F)},
+    ),
+    "batched product: weights that repeat, mean over batch and features": Known(
+        "dot_general", repeats, [(2, 5, 4), (4, 6)], (A, F, A), {1: (F, F, A)}, exact=False
+    ),
+    "two batch axes: weights that repeat over the first": Known(
+        "dot_general", repeats_over_one, [(2, 3, 5, 4), (3, 4, 6)], (A, F, F, F), {0: (A, F, F, F)}
+    ),
+    "two batch axes: weights that differ over the second": Known(
+        "dot_general", repeats_over_one, [(2, 3, 5, 4), (3, 4, 6)], (F, A, F, F), None
+    ),
     "convolution: output features": Known(
         "conv_general_dilated", conv(), [(2, 5, 4), (3, 4, 6)], (F, F, A), {1: (F, F, A)}
     ),
@@ -160,6 +205,31 @@ PULLS: dict[str, Known] = {
         {1: (F, F, A)},
         exact=False,
     ),
+    "cumulative sum along a zero": Known(
+        "cumsum", lambda x: lax.cumsum(x, 1), [(5, 6)], (F, F), {0: (F, F)}
+    ),
+    "pooling a zero": Known("reduce_window_sum", window(1, 3), [(5, 6)], (F, F), {0: (F, F)}),
+    "single elements that are zero": Known(
+        "gather", lambda t: t[:, INDEX], [(5, 6)], (F, F), {0: (F, F)}
+    ),
+    "feature update of zeros at run time": Known(
+        "dynamic_update_slice",
+        lambda x, u, i: lax.dynamic_update_slice(x, u, (0, i)),
+        [(5, 6), (5, 2), 1],
+        (F, F),
+        {0: (F, F), 1: (F, F)},
+    ),
+    "token and feature mean of a feature update": Known(
+        "dynamic_update_slice",
+        lambda x, u, i: lax.dynamic_update_slice(x, u, (0, i)),
+        [(5, 6), (5, 2), 1],
+        (A, A),
+        {0: (A, F), 1: (A, F)},
+        exact=False,
+    ),
+    "rows of a table, mean over rows and features": Known(
+        "gather", lambda t: t[INDEX], [(5, 6)], (A, A), {0: (F, A)}, exact=False
+    ),
     "reduction of another axis": Known(
         "reduce_sum", lambda x: x.sum(0), [(5, 6)], (A,), {0: (F, A)}
     ),
@@ -182,6 +252,19 @@ PULLS: dict[str, Known] = {
     ),
     "splitting through groups": Known(
         "reshape", lambda x: x.reshape(2, 6), [(2, 2, 3)], (F, PAIRS), None
+    ),
+    "merging: a region of one half": Known(
+        "reshape",
+        lambda x: x.reshape(2, 6),
+        [(2, 2, 3)],
+        (A, (0, 1, 2, -1, -1, -1)),
+        {0: (A, (0, -1), F)},
+    ),
+    "merging: a region across halves asks for all positions": Known(
+        "reshape", lambda x: x.reshape(2, 6), [(2, 2, 3)], (A, (0, 1, 2, 3, -1, -1)), {0: (A, F, F)}
+    ),
+    "merging: groups across halves are given up": Known(
+        "reshape", lambda x: x.reshape(2, 6), [(2, 2, 3)], (A, PAIRS), {0: (A, F, F)}, exact=False
     ),
     "merging and splitting elsewhere": Known(
         "reshape", lambda x: x.reshape(6, 4), [(4, 6)], (F, A), None
@@ -210,12 +293,26 @@ PULLS: dict[str, Known] = {
     "tiles: mean along another axis": Known(
         "tile", lambda x: jnp.tile(x, (2, 1)), [(5, 6)], (F, A), {0: (F, A)}
     ),
+    "tiles of one position": Known(
+        "tile", lambda x: jnp.tile(x, (1, 3)), [(5, 1)], (A, A), {0: (A, F)}
+    ),
+    "tiles along the mean": Known(
+        "tile", lambda x: jnp.tile(x, (1, 2)), [(5, 3)], (A, A), {0: (A, F)}, exact=False
+    ),
     "unstack: a region": Known(
         "unstack",
         lambda x: tuple(lax.unstack(x, 0)),
         [(3, 2, 6)],
         (F, A),
         {0: ((0, -1, -1), F, A)},
+    ),
+    "stack: a region of one operand": Known(
+        "stack",
+        lambda *xs: lax.stack(list(xs), 0),
+        [(2, 6), (2, 6)],
+        ((-1, 0), F, A),
+        {1: (F, A)},
+        exact=False,
     ),
     "stack: mean along other axes": Known(
         "stack",
@@ -273,6 +370,9 @@ PULLS: dict[str, Known] = {
     "padded with zeros": Known(
         "pad", lambda x: jnp.pad(x, ((0, 0), (1, 2))), [(2, 3)], (F, A), {0: (F, A)}, exact=False
     ),
+    "padded at the end": Known(
+        "pad", lambda x: jnp.pad(x, ((0, 0), (0, 2))), [(2, 3)], (F, A), {0: (F, A)}, exact=False
+    ),
     "padded with ones": Known(
         "pad", lambda x: lax.pad(x, 1.0, [(0, 0, 0), (1, 2, 0)]), [(2, 3)], (F, A), None
     ),
@@ -284,6 +384,9 @@ PULLS: dict[str, Known] = {
     ),
     "cropped by padding": Known(
         "pad", lambda x: lax.pad(x, 0.0, [(0, 0, 0), (-1, 0, 0)]), [(2, 6)], (F, A), None
+    ),
+    "cropped by padding, padded along another axis": Known(
+        "pad", lambda x: lax.pad(x, 0.0, [(0, -1, 0), (1, 2, 0)]), [(2, 6)], (F, A), None
     ),
     "rows of a table": Known("gather", lambda t: t[INDEX], [(5, 6)], (F, A), {0: (F, A)}),
     "rows of a table, mean over the rows": Known(
@@ -297,6 +400,16 @@ PULLS: dict[str, Known] = {
         [(5, 6)],
         (F, A),
         None,
+    ),
+    "missing rows filled with numbers that are none": Known(
+        "gather",
+        lambda t: jnp.take(t, INDEX, 0, mode="fill", fill_value=jnp.nan),
+        [(5, 6)],
+        (F, A),
+        {0: (F, A)},
+    ),
+    "nothing padded to something": Known(
+        "pad", lambda x: jnp.pad(x, ((0, 0), (1, 2))), [(2, 0)], (A, F), {0: (A, F)}, exact=False
     ),
     "token slice at run time": Known(
         "dynamic_slice",
@@ -329,6 +442,13 @@ PULLS: dict[str, Known] = {
     "rows written": Known(
         "scatter", lambda x, u: x.at[INDEX].set(u), [(5, 6), (2, 6)], (F, A), {0: (F, A), 2: (F, A)}
     ),
+    "rows written at two indices": Known(
+        "scatter",
+        lambda x, u: x.at[INDEX, INDEX].set(u),
+        [(5, 4, 6), (2, 6)],
+        (F, F, A),
+        {0: (F, F, A), 2: (F, A)},
+    ),
     "rows increased": Known(
         "scatter-add",
         lambda x, u: x.at[INDEX].add(u),
@@ -350,6 +470,22 @@ PUSHES: dict[str, Known] = {
         "mul", times, [(2, 1), (2, 6)], (F, F), {0: (F, F)}
     ),
     "product with a per-token factor": Known("mul", times, [(2, 6), (2, 1)], (F, A), {0: (F, A)}),
+    "product with one number, spread in another shape": Known(
+        "mul",
+        lambda x, g: x * jnp.broadcast_to(g, (2, 6)).reshape(3, 4),
+        [(3, 4), ()],
+        (A, A),
+        {0: (A, A)},
+    ),
+    "shift of single elements of a product": Known(
+        "mul", times, [(2, 6), (1, 6)], (F, F), {0: (F, F)}
+    ),
+    "shift of single elements of a choice": Known(
+        "select_n", jnp.where, [np.eye(2, 6) > 0, (2, 6), (2, 6)], (F, F), {0: (F, F)}, 1
+    ),
+    "product with a per-channel factor, both axes shifted": Known(
+        "mul", times, [(2, 6), (1, 6)], (A, A), {0: (A, F)}
+    ),
     "shifted divisor": Known("div", jnp.divide, [(2, 6), (2, 1)], (F, F), None, 1),
     "choice by a shifted value": Known(
         "select_n", jnp.where, [np.eye(2, 6) > 0, (2, 6), (2, 6)], (F, A), None
@@ -376,6 +512,12 @@ PUSHES: dict[str, Known] = {
     ),
     "batched product: across the batch": Known(
         "dot_general", batched, [(2, 5, 4), (2, 4, 6)], (A, F, F), {0: (F, F, F)}
+    ),
+    "batched product: weights that repeat over the batch": Known(
+        "dot_general", repeats, [(2, 5, 4), (4, 6)], (A, F, F), {0: (A, F, F)}
+    ),
+    "two batch axes: weights that repeat over the first": Known(
+        "dot_general", repeats_over_one, [(2, 3, 5, 4), (3, 4, 6)], (A, A, A, F), {0: (A, F, A, F)}
     ),
     "convolution: shifted image": Known(
         "conv_general_dilated", conv(), [(2, 5, 4), (3, 4, 6)], (F, F, A), None
@@ -411,6 +553,13 @@ PUSHES: dict[str, Known] = {
     "slice of groups": Known(
         "slice", lambda x: x[:, 2:5], [(2, 6)], (F, HALVES), {0: (F, (0, 1, 1))}
     ),
+    "unstack: a shifted region": Known(
+        "unstack",
+        lambda x: tuple(lax.unstack(x, 0)),
+        [(3, 2, 6)],
+        ((-1, 0, -1), F, A),
+        {1: (F, A)},
+    ),
     "split along the mean": Known(
         "split", lambda x: lax.split(x, (2, 4), 1), [(2, 6)], (F, A), {0: (F, A), 1: (F, A)}
     ),
@@ -429,8 +578,14 @@ PUSHES: dict[str, Known] = {
         (F, A),
         {0: (F, (-1, 0, -1, 0, -1))},
     ),
+    "cropped by padding, padded along another axis": Known(
+        "pad", lambda x: lax.pad(x, 0.0, [(0, -1, 0), (1, 2, 0)]), [(2, 6)], (F, A), None
+    ),
     "shifted padding": Known(
         "pad", lambda x, v: lax.pad(x, v, [(0, 0, 0), (1, 2, 0)]), [(2, 3), ()], (), None, 1
+    ),
+    "tiles of one position": Known(
+        "tile", lambda x: jnp.tile(x, (1, 3)), [(5, 1)], (A, F), {0: (A, A)}
     ),
     "tiles along the mean": Known(
         "tile", lambda x: jnp.tile(x, (1, 2)), [(5, 3)], (A, A), {0: (A, F)}
@@ -454,6 +609,14 @@ PUSHES: dict[str, Known] = {
     ),
     "rows written": Known(
         "scatter", lambda x, u: x.at[INDEX].set(u), [(5, 6), (2, 6)], (A, A), {0: (F, A)}, 2
+    ),
+    "rows written at two indices": Known(
+        "scatter",
+        lambda x, u: x.at[INDEX, INDEX].set(u),
+        [(5, 4, 6), (2, 6)],
+        (F, A),
+        {0: (F, F, A)},
+        2,
     ),
 }
 
@@ -505,12 +668,160 @@ def test_nonlinear_primitives_neither_carry_a_mean_nor_hide_a_shift(name: str) -
 
 
 def test_rules_without_answers_are_only_elementwise_ones() -> None:
-    silent = {n for n, r in RULES.items() if r.elementwise} - {
-        *"add sub neg add_any copy copy_p stop_gradient name reduce_precision".split(),
-        *"sharding_constraint pvary convert_element_type mul div select_n".split(),
-        *JOINS,
-    }
+    linear = {"convert_element_type", "mul", "div"}
+    silent = {n for n, r in RULES.items() if r.elementwise} - linear
     bare = type(RULES["sin"])()
     for name in silent:
         assert RULES[name].pull is bare.pull
         assert RULES[name].push is bare.push
+
+
+def looped(xs: Any, c: Any) -> Any:
+    """All that loops and conditionals do to a value: (2, 6) per iteration of 4."""
+    c, ys = lax.scan(lambda c, x: (c + x, c), c, xs)
+    return lax.cond(c.sum() > 0, lambda: c, lambda: -c), ys
+
+
+BOTH = {0: (F, A), 1: (F, A)}
+LOOP_PULLS: list[tuple[str, Sequence[Given], Answer, bool]] = [
+    ("loop_carry", (F, A), BOTH, True),
+    ("loop_result", (F, A), BOTH, True),
+    ("branch_result", (F, A), BOTH, True),
+    ("loop_slice", (F, A), {0: (F, F, A)}, True),
+    ("loop_slice", (A, HALVES), {0: (F, A, HALVES)}, True),
+    ("loop_stack", (F, F, A), {0: (F, A)}, True),
+    ("loop_stack", (F, F, F), {0: (F, F)}, True),
+    ("loop_stack", (A, F, A), {0: (F, A)}, False),
+    ("loop_stack", (A, F, F), None, False),
+]
+LOOP_PUSHES: list[tuple[str, int, Sequence[Given], Answer]] = [
+    ("loop_carry", 0, (F, A), {0: (F, A)}),
+    ("loop_result", 1, (F, A), {0: (F, A)}),
+    ("branch_result", 1, (F, A), {0: (F, A)}),
+    ("loop_slice", 0, (F, F, A), {0: (F, A)}),
+    ("loop_slice", 0, (F, A, HALVES), {0: (A, HALVES)}),
+    ("loop_slice", 0, (A, F, F), {0: (F, F)}),
+    ("loop_stack", 0, (F, A), {0: (F, F, A)}),
+]
+
+
+def asked_in(name: str, fn: Callable[..., Any], *shapes: tuple[Any, ...]) -> Context:
+    """The view of the one operation `name` in a program that is never run."""
+    operands = [jax.ShapeDtypeStruct(shape, float) for shape in shapes]
+    graph = flatten(jax.make_jaxpr(fn)(*operands), 0)
+    (op,) = (op for op in graph.ops if op.name == name)
+    return Facts(graph).context(op)
+
+
+@pytest.mark.parametrize(("name", "asked", "answer", "exact"), LOOP_PULLS)
+def test_pull_of_loops(name: str, asked: Sequence[Given], answer: Answer, exact: bool) -> None:
+    ctx = asked_in(name, looped, (4, 2, 6), (2, 6))
+    pulled = RULES[name].pull(ctx, 0, labelled(ctx.out_shape(), asked))
+    assert isinstance(pulled, Opaque) == (answer is None)
+    if not isinstance(pulled, Opaque):
+        assert {i: s.entries for i, s in pulled.needs} == answer
+        assert all(s.shape == ctx.in_shape(i) for i, s in pulled.needs)
+        assert pulled.exact == exact
+
+
+@pytest.mark.parametrize(("name", "operand", "asked", "answer"), LOOP_PUSHES)
+def test_push_of_loops(name: str, operand: int, asked: Sequence[Given], answer: Answer) -> None:
+    ctx = asked_in(name, looped, (4, 2, 6), (2, 6))
+    pushed = RULES[name].push(ctx, operand, labelled(ctx.in_shape(operand), asked))
+    assert not isinstance(pushed, Opaque)
+    assert {i: s.entries for i, s in pushed} == answer
+    assert all(s.shape == ctx.out_shape(i) for i, s in pushed)
+
+
+LONG = 1 << 23
+"""More positions than labels are spelled out for."""
+LONG_PULLS: dict[str, Callable[[Any], Any]] = {
+    "slice": lambda x: x[:, 3:],
+    "split": lambda x: lax.split(x, (3, LONG - 3), 1),
+}
+LONG_PUSHES: dict[str, Callable[[Any], Any]] = {
+    "concatenate": lambda x: jnp.concatenate([x, jnp.zeros((2, 3))], 1),
+    "pad": lambda x: jnp.pad(x, ((0, 0), (1, 0))),
+}
+
+
+def test_pull_through_slices_of_axes_too_long_for_regions() -> None:
+    for name, fn in LONG_PULLS.items():
+        ctx = asked_in(name, fn, (2, LONG))
+        pull, shape = RULES[name].pull, ctx.out_shape()
+        answer = pull(ctx, 0, AxisSet.over(shape, (0,)))
+        assert not isinstance(answer, Opaque)
+        assert answer.needs == ((0, AxisSet.over((2, LONG), (0,))),)
+        assert isinstance(pull(ctx, 0, AxisSet.over(shape, (1,))), Opaque)
+        assert isinstance(pull(ctx, 0, AxisSet.over(shape, (0, 1))), Opaque)
+
+
+def test_pull_through_a_slice_of_several_axes_one_of_them_too_long() -> None:
+    ctx = asked_in("slice", lambda x: x[1:, 3:], (3, LONG))
+    for axes in ((0,), (1,), (0, 1)):
+        along = AxisSet.over(ctx.out_shape(), axes)
+        assert isinstance(RULES["slice"].pull(ctx, 0, along), Opaque)
+
+
+def test_push_into_axes_too_long_for_regions() -> None:
+    for name, fn in LONG_PUSHES.items():
+        ctx = asked_in(name, fn, (2, LONG))
+        push, shape = RULES[name].push, ctx.in_shape(0)
+        assert push(ctx, 0, AxisSet.over(shape, (0,))) == (
+            (0, AxisSet.over(ctx.out_shape(), (0,))),
+        )
+        assert isinstance(push(ctx, 0, AxisSet.over(shape, (1,))), Opaque)
+
+
+def opaque_things(x: Any, key: Any) -> Any:
+    """Every primitive that is known to carry nothing."""
+    cumulated = [f(x) for f in (lax.cummax, lax.cummin, lax.cumprod, lax.cumlogsumexp)]
+    reduced = [x.max(), x.min(), x.prod(), x.argmax(), x.argmin(), (x > 0).all(), (x > 0).any()]
+    first, second = jax.random.split(jax.random.fold_in(jax.random.key(0), 1))
+    wrapped = jax.random.bits(jax.random.wrap_key_data(jax.random.key_data(first)))
+    old = jax.extend.random.threefry_2x32(key, jnp.arange(4, dtype=jnp.uint32))
+    looked_up = [lax.top_k(x, 2), lax.sort(x), lax.iota(int, 3)]
+    return cumulated, reduced, second, wrapped, old, looked_up
+
+
+def test_opaque_primitives_are_known_and_have_no_rule() -> None:
+    operands = jax.ShapeDtypeStruct((5,), float), jax.ShapeDtypeStruct((2,), jnp.uint32)
+    graph = flatten(jax.make_jaxpr(opaque_things)(*operands), 0)
+    facts = Facts(graph)
+    for op in graph.ops:
+        facts.context(op)
+    assert not facts.unknown
+    assert {op.name for op in graph.ops} >= OPAQUE - {"observe"}
+    assert not OPAQUE & RULES.keys()
+
+
+def test_kernel_with_a_symbolic_number_of_features() -> None:
+    (n,) = jax.export.symbolic_shape("n")
+    ctx = asked_in("conv_general_dilated", conv(), (2, 5, 4), (3, 4, n))
+    pulled = RULES["conv_general_dilated"].pull(ctx, 0, AxisSet.over((2, 5, n), (2,)))
+    assert not isinstance(pulled, Opaque)
+    assert pulled.needs == ((1, AxisSet.over((3, 4, n), (2,))),)
+
+
+def test_a_primitive_has_one_rule() -> None:
+    with pytest.raises(ValueError, match="'sin' has a rule already"):
+        register("sin", Rule())
+
+
+MAPS: list[Callable[[Any], Any]] = [
+    lambda x: x.astype(int),
+    lambda x: x.astype(int) * x.astype(int),
+    lambda x: lax.div(x.astype(int), x.astype(int)),
+    lambda x: jnp.where(x > 0, x, 1.0),
+    lambda x: jnp.where(x > 0, x.astype(int), 1),
+    lambda x: jnp.exp(x) - x / x,
+]
+
+
+@pytest.mark.parametrize("number", range(len(MAPS)))
+def test_uniform_through_elementwise_operations(number: int) -> None:
+    for fn, expected in ((lambda v: MAPS[number](repeated(v)), True), (MAPS[number], False)):
+        operand = jax.ShapeDtypeStruct((2,) if expected else (2, 6), float)
+        graph = flatten(jax.make_jaxpr(fn)(operand), 0)
+        (out,) = graph.outputs
+        assert Facts(graph).uniform(out, AxisSet.over((2, 6), (1,))) == expected

@@ -15,7 +15,7 @@ def output_axes(numbers: Any, ranks: Sequence[int], operand: int) -> dict[int, i
     free = [
         [d for d in range(ranks[i]) if d not in contract[i] and d not in batch[i]] for i in (0, 1)
     ]
-    offset = len(batch[0]) + (len(free[0]) if operand else 0)
+    offset = len(batch[operand]) + (len(free[0]) if operand else 0)
     return {d: offset + k for k, d in enumerate(free[operand])}
 
 
@@ -34,7 +34,7 @@ def _repeated_batches(ctx: Context, operand: int, entries: Sequence[Entry]) -> d
     found = {}
     for o, (d, e) in enumerate(zip(own, other, strict=True)):
         along = (entries[o] if k == e else FREE for k in range(len(shape)))
-        if entries[o] != FREE and ctx.uniform(1 - operand, AxisSet.of(shape, along)):
+        if ctx.uniform(1 - operand, AxisSet.of(shape, along)):
             found[d] = o
     return found
 
@@ -45,8 +45,8 @@ def _pull_dot(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
     Where S spans more than one operand's free axes, zero-mean along the finer set on one of them
     is enough; weights are preferred over data.
     """
-    candidates = []
-    for operand in (0, 1):
+    candidates: dict[tuple[bool, bool, int], AxisSet] = {}
+    for operand in range(2):
         axes = _axes_of_output(ctx, operand) | _repeated_batches(ctx, operand, along.entries)
         entries: list[Entry] = [FREE] * len(ctx.in_shape(operand))
         for d, o in axes.items():
@@ -54,11 +54,11 @@ def _pull_dot(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
         wanted = AxisSet.of(ctx.in_shape(operand), entries)
         if not wanted.trivial:
             exact = set(along.axes) <= set(axes.values())
-            candidates.append((exact, ctx.data_free(operand), operand, wanted))
+            candidates[exact, ctx.data_free(operand), operand] = wanted
     if not candidates:
         return Opaque("mixes the axes of the mean with each other")
-    exact, _, operand, wanted = max(candidates, key=lambda c: c[:3])
-    return Pull(((operand, wanted),), exact)
+    exact, _, operand = best = max(candidates)
+    return Pull(((operand, candidates[best]),), exact)
 
 
 def _push_dot(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
@@ -74,7 +74,7 @@ def _push_dot(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
 def _kernel_features(ctx: Context, entry: Entry, size: int) -> Entry:
     """The entry, split where the convolution's feature groups end."""
     groups = ctx.params["feature_group_count"]
-    if groups == 1 or entry == FREE:
+    if groups == 1:
         return entry
     block = Labels(i // (size // groups) for i in range(size))
     return FREE if groups == size else intersect(entry, block, size)

@@ -40,6 +40,6 @@ def _push_stack(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
     return ((0, AxisSet.of(ctx.out_shape(), (FREE, *along.entries))),)
 
 
-register(JOINS, Rule(_pull_join, _push_join, elementwise=True))
+register(JOINS, Rule(_pull_join, _push_join))
 register("loop_slice", Rule(_pull_slice, _push_slice))
 register("loop_stack", Rule(_pull_stack, _push_stack))

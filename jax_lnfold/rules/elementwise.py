@@ -24,12 +24,12 @@ def project(along: AxisSet, shape: Sequence[Any]) -> AxisSet:
     return AxisSet.of(shape, (e if n == m else FREE for e, n, m in pairs))
 
 
-def lift(along: AxisSet, shape: Sequence[Any], broadcast: str = ALL) -> AxisSet:
-    """The set of an operand on an output of `shape`; broadcast axes get the entry `broadcast`."""
+def lift(along: AxisSet, shape: Sequence[Any]) -> AxisSet:
+    """The set of an operand on an output of `shape`: it is uniform along broadcast axes."""
     if not along.shape:
-        return AxisSet.of(shape, (broadcast for _ in shape))
+        return AxisSet.of(shape, (ALL for _ in shape))
     pairs = zip(along.entries, along.shape, shape, strict=True)
-    return AxisSet.of(shape, (e if n == m else broadcast for e, n, m in pairs))
+    return AxisSet.of(shape, (e if n == m else ALL for e, n, m in pairs))
 
 
 def _pull_sum(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
@@ -122,12 +122,12 @@ def _push_select(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
     return ((0, shifted),)
 
 
-register("add sub neg add_any", Rule(_pull_sum, _push_sum, elementwise=True))
-register(IDENTITIES - {"convert_element_type"}, Rule(_pull_sum, _push_sum, elementwise=True))
+register("add sub neg add_any", Rule(_pull_sum, _push_sum))
+register(IDENTITIES - {"convert_element_type"}, Rule(_pull_sum, _push_sum))
 register("convert_element_type", Rule(_pull_convert, _push_convert, elementwise=True))
 register(IDENTITIES_OF_EACH, Rule(_pull_each, _push_each))
 register("mul div", Rule(_pull_mul, _push_mul, elementwise=True))
-register("select_n", Rule(_pull_select, _push_select, elementwise=True))
+register("select_n", Rule(_pull_select, _push_select))
 
 # Opaque to means and shifts, but uniform where all operands are.
 register(NONLINEAR, Rule(elementwise=True))

@@ -11,20 +11,13 @@ from .registry import Context, Opaque, Pull, Push, Rule, register
 
 def _pull_transpose(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
     order = ctx.params["permutation"]
-    return Pull(((0, AxisSet(ctx.in_shape(0), _scatter(order, along.entries))),))
+    entries = tuple(along.entries[order.index(d)] for d in range(len(order)))
+    return Pull(((0, AxisSet(ctx.in_shape(0), entries)),))
 
 
 def _push_transpose(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
-    return (
-        (0, AxisSet(ctx.out_shape(), tuple(along.entries[d] for d in ctx.params["permutation"]))),
-    )
-
-
-def _scatter(order: Sequence[int], entries: Sequence[Entry]) -> tuple[Entry, ...]:
-    placed: list[Entry] = [FREE] * len(order)
-    for d, e in zip(order, entries, strict=True):
-        placed[d] = e
-    return tuple(placed)
+    entries = tuple(along.entries[d] for d in ctx.params["permutation"])
+    return ((0, AxisSet(ctx.out_shape(), entries)),)
 
 
 def _pull_reshape(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
@@ -134,29 +127,26 @@ def _push_slice(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
 def _padding(ctx: Context) -> tuple[list[slice], bool]:
     """Where the operand lands in the output, and whether it lands there whole."""
     positions, whole = [], True
-    for (low, high, interior), n, m in zip(
-        ctx.params["padding_config"], ctx.in_shape(0), ctx.out_shape(), strict=True
-    ):
-        if (low, high, interior) == (0, 0, 0):
-            positions.append(slice(0, m, 1))
-            continue
+    for (low, high, interior), m in zip(ctx.params["padding_config"], ctx.out_shape(), strict=True):
         whole = whole and low >= 0 and high >= 0
-        positions.append(slice(low, m - high, interior + 1) if n else slice(0, 0, 1))
+        positions.append(slice(low, m - high, interior + 1))
     return positions, whole
 
 
 def _pull_pad(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
     """Zeros add nothing to a mean that is zero."""
     positions, whole = _padding(ctx)
-    if not whole or ctx.scalar(1) is None or ctx.scalar(1) != 0:
+    if not whole or ctx.scalar(1) != 0:  # not known is not zero, either
         return Opaque("pads with something else than zeros")
     return Pull(((0, along.select(positions)),), exact=False)
 
 
 def _push_pad(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
     positions, whole = _padding(ctx)
-    if operand == 1 or not whole:
-        return Opaque("pads with the shifted value" if operand else "pads by a negative amount")
+    if operand == 1:
+        return Opaque("pads with the shifted value")
+    if not whole:
+        return Opaque("pads by a negative amount")
     after = embed_or_free(along, ctx.out_shape(), positions)
     return Opaque("pads along the mean") if after is None else ((0, after),)
 
@@ -166,8 +156,7 @@ def _push_pad(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
 
 
 def _rows_of_dynamic_slice(ctx: Context) -> dict[int, int]:
-    sizes = zip(ctx.in_shape(0), ctx.out_shape(), strict=True)
-    return {d: d for d, (n, m) in enumerate(sizes) if n == m}
+    return {d: d for d, n in enumerate(ctx.out_shape()) if n == ctx.in_shape(0)[d]}
 
 
 def _rows_of_gather(ctx: Context) -> dict[int, int]:
@@ -187,8 +176,7 @@ def _rows_of_scatter(ctx: Context) -> dict[int, int]:
 
 
 def _rows_of_update(ctx: Context) -> dict[int, int]:
-    sizes = zip(ctx.in_shape(0), ctx.in_shape(1), strict=True)
-    return {d: d for d, (n, m) in enumerate(sizes) if n == m}
+    return {d: d for d, n in enumerate(ctx.in_shape(1)) if n == ctx.in_shape(0)[d]}
 
 
 Rows = Callable[[Context], dict[int, int]]
@@ -252,7 +240,7 @@ def _update(rows_of: Rows, source: int) -> Rule:
 
 
 register("transpose", Rule(_pull_transpose, _push_transpose))
-register("reshape squeeze expand_dims", Rule(_pull_reshape, _push_reshape))
+register("reshape squeeze", Rule(_pull_reshape, _push_reshape))
 register("broadcast_in_dim", Rule(_pull_broadcast, _push_broadcast))
 register("tile", Rule(_pull_tile, _push_tile))
 register("rev", Rule(_pull_rev, _push_rev))
@@ -261,4 +249,4 @@ register("pad", Rule(_pull_pad, _push_pad))
 register("dynamic_slice", _lookup(_rows_of_dynamic_slice))
 register("gather", _lookup(_rows_of_gather))
 register("dynamic_update_slice", _update(_rows_of_update, source=1))
-register("scatter scatter_add scatter-add", _update(_rows_of_scatter, source=2))
+register("scatter scatter-add", _update(_rows_of_scatter, source=2))
