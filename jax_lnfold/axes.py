@@ -62,7 +62,7 @@ def canonical(labels: np.ndarray) -> Entry:
     inside = labels >= 0
     _, first, inverse = np.unique(labels[inside], return_index=True, return_inverse=True)
     count = len(first)
-    if inside.all() and count == len(labels):
+    if count == len(labels):
         return FREE
     if inside.all() and count == 1:
         return ALL
@@ -79,7 +79,8 @@ def labels_of(entry: Entry, size: int) -> np.ndarray:
         return np.arange(size)
     if entry == ALL:
         return np.zeros(size, int)
-    return entry.array if isinstance(entry, Labels) else np.asarray(entry)
+    assert isinstance(entry, Labels)
+    return entry.array
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,17 +229,15 @@ def intersect(entry: Entry, other: Entry, size: int) -> Entry:
 
 
 def _length(s: slice, size: Any) -> Any:
-    if s == slice(0, size, 1):
-        return size
-    if s.step == 1 and not all(isinstance(n, int) for n in (s.start, s.stop, size)):
-        return s.stop - s.start  # symbolic sizes
-    return len(range(*s.indices(size)))
+    if all(isinstance(n, int) for n in (s.start, s.stop, size)):
+        return len(range(*s.indices(size)))
+    return (s.stop - s.start - 1) // s.step + 1  # symbolic sizes
 
 
 def _entry_refines(fine: Entry, coarse: Entry, size: Any) -> bool:
     if fine in (coarse, FREE):
         return True
-    if fine == ALL or isinstance(coarse, str):
+    if isinstance(coarse, str):
         # A label tuple refines `ALL` when it covers every position, and never refines `FREE`.
         return isinstance(fine, Labels) and coarse == ALL and not fine.partial
     f, c = labels_of(fine, size), labels_of(coarse, size)

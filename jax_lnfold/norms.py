@@ -25,7 +25,7 @@ from .tracking import Tracker
 _CASTS = frozenset({"convert_element_type", "copy", "stop_gradient", "name", "reduce_precision"})
 # What a centered value passes through on its way to the quotient, and a variance besides.
 _SCALING = _CASTS | frozenset(
-    "mul div neg broadcast_in_dim reshape squeeze expand_dims transpose sharding_constraint "
+    "mul div neg broadcast_in_dim reshape squeeze transpose sharding_constraint "
     "optimization_barrier".split()
 )
 _CARRIES = _SCALING | frozenset("add sub max min clamp pow sqrt rsqrt integer_pow select_n".split())

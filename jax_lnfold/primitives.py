@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 IDENTITIES = frozenset(
-    "convert_element_type copy copy_p stop_gradient name reduce_precision sharding_constraint "
+    "convert_element_type copy stop_gradient name reduce_precision sharding_constraint "
     "pvary".split()
 )
 """Primitives of one operand whose output is that operand, up to rounding."""
@@ -20,7 +20,7 @@ NONLINEAR = frozenset(
 """Elementwise primitives that are opaque to means and shifts."""
 ELEMENTWISE = IDENTITIES | LINEAR | NONLINEAR
 """Primitives that compute every element of one output from those at its place."""
-MOVES = frozenset({"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose"})
+MOVES = frozenset({"broadcast_in_dim", "reshape", "squeeze", "transpose"})
 """Primitives that only move or repeat elements, along whole axes."""
 OPAQUE = frozenset(
     "argmax argmin cummax cummin cumprod cumlogsumexp iota observe random_bits random_wrap "

@@ -37,7 +37,7 @@ from .graph import CallPath
 from .placement import Placement
 
 _KEEPS_ZERO = frozenset(
-    "mul neg square broadcast_in_dim reshape squeeze expand_dims transpose convert_element_type "
+    "mul neg square broadcast_in_dim reshape squeeze transpose convert_element_type "
     "copy stop_gradient integer_pow reduce_sum sharding_constraint".split()
 )
 

@@ -95,7 +95,7 @@ class _Absorber:
                 self._absorb(op, 1 - position, places)
             elif op.name == "broadcast_in_dim":
                 self._follow(result, _renumbered(places, op.params["broadcast_dimensions"]))
-            elif op.name in ("reshape", "squeeze", "expand_dims"):
+            elif op.name in ("reshape", "squeeze"):
                 self._follow(result, _renumbered(places, self._kept_axes(value, result)))
             elif op.name == "convert_element_type":
                 self._follow(result, places)
@@ -178,7 +178,7 @@ class _Absorber:
             return 0, params["permutation"][axis]
         if op.name == "broadcast_in_dim" and axis in params["broadcast_dimensions"]:
             return 0, params["broadcast_dimensions"].index(axis)
-        if op.name in ("reshape", "squeeze", "expand_dims"):
+        if op.name in ("reshape", "squeeze"):
             before, after = shape(op.inputs[0]), shape(op.outputs[0])
             if before[-1:] == after[-1:] and axis == len(after) - 1:
                 return 0, len(before) - 1
