@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from jax import lax
 
@@ -72,6 +73,22 @@ class Network:
 def networks(draw: Draw, least: int = 4, most: int = 13) -> Network:
     """Networks of `least` to `most` steps."""
     return Builder(draw).network(draw(st.integers(least, most)))
+
+
+def examples(number: int, count: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Run a test of hypothesis on `count` examples, the ones with this number."""
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        once = settings(
+            max_examples=count,
+            database=None,
+            deadline=None,
+            phases=[Phase.generate],  # to shrink a network takes minutes
+            suppress_health_check=list(HealthCheck),
+        )
+        return seed(number)(once(test))
+
+    return decorate
 
 
 class Builder:

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contracts import fold_checked
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from networks import Network, networks
+from networks import Network, examples, networks
 
 from jax_lnfold.axes import AxisSet
 from jax_lnfold.facts import Claim, Facts
@@ -167,14 +167,7 @@ def compare(network: Network, explicit_cost: Fraction) -> Counter[str]:
 def compare_many(number: int, count: int) -> Counter[str]:
     found: Counter[str] = Counter()
 
-    @seed(number)
-    @settings(
-        max_examples=count,
-        database=None,
-        deadline=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
+    @examples(number, count)
     @given(networks(2, 5), st.sampled_from([Fraction(1, 4), Fraction(3, 4), Fraction(2)]))
     def test(network: Network, explicit_cost: Fraction) -> None:
         found.update(compare(network, explicit_cost))

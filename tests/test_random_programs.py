@@ -14,9 +14,9 @@ import jax
 import numpy as np
 import pytest
 from contracts import assert_drop_in, assert_identical, relative_difference, snapshot
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import given
 from interpreter import Interpreter
-from networks import Network, networks
+from networks import Network, examples, networks
 from partitions import centered, is_uniform, is_zero_mean, uniform_shift
 from tqdm import tqdm
 
@@ -122,14 +122,7 @@ def check_many(number: int, count: int) -> Counter[str]:
     """Check `count` networks, the ones with this number; the first that fails is shown."""
     found: Counter[str] = Counter()
 
-    @seed(number)
-    @settings(
-        max_examples=count,
-        database=None,
-        deadline=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
+    @examples(number, count)
     @given(networks())
     def test(network: Network) -> None:
         found.update(check(network))
