@@ -49,16 +49,13 @@ def grouped(rows: Iterable[Row]) -> list[Row]:
         words = (_NUMBER.sub("#", row.words[0]), _NUMBER.sub("#", row.words[1]))
         key = replace(row, path=_NUMBER.sub("#", row.path), words=words)
         alike.setdefault(key, []).append(row)
-    return [
-        replace(
-            first,
-            path=merged([row.path for row in group]),
-            words=(merged([r.words[0] for r in group]), merged([r.words[1] for r in group])),
-            count=len(group),
-        )
-        for group in alike.values()
-        for first in group[:1]
-    ]
+    return [_together(group) for group in alike.values()]
+
+
+def _together(group: Sequence[Row]) -> Row:
+    reason, advice = (merged(texts) for texts in zip(*(row.words for row in group), strict=True))
+    path = merged([row.path for row in group])
+    return replace(group[0], path=path, words=(reason, advice), count=len(group))
 
 
 def merged(texts: Sequence[str]) -> str:
