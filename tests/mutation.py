@@ -46,7 +46,7 @@ MODULES = [*(f"rules/{name}" for name in RULES.split()), *OTHERS.split()]
 STAGES = [
     stage.split()
     for stage in (
-        "test_rules_known test_axes",
+        "test_rules_known test_axes test_response",
         "test_rules",
         "test_traps test_loops test_mincut test_rewrite test_scales test_sharing",
         "test_spellings test_shard_map",
