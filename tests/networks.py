@@ -457,7 +457,7 @@ class Builder:
         """A layer that computes in float32, or keeps its parameters so."""
         i, norm, kind, name = self.pick(n), self.norm(), self.index(3), f"p{len(self.params)}"
         self.params[name] = self.array(self.d, self.d).astype(np.float32)
-        self.digits = 1e-3
+        self.digits = 0.05  # norms of nearly constant values magnify rounding
 
         def step(p: Params, a: Inputs, v: list[Array]) -> Array:
             if kind == 0:
