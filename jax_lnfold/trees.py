@@ -34,12 +34,16 @@ def leaf_paths(tree: Any, name: str = "params") -> list[tuple[str, Any]]:
     return [(path, x) for path, (_, x) in zip(paths, leaves, strict=True)]
 
 
-def check_leaves(tree: Any, name: str, abstract: bool = False) -> None:
-    """Raise a `TreeError` unless every leaf of the argument `name` is a number or an array.
+def check_leaves(tree: Any, name: str, abstract: bool = False) -> list[tuple[str, Any]]:
+    """The `leaf_paths` of a tree in which every leaf is a number or an array.
 
     If `abstract`, types without values and arrays that have been deleted will do.
+
+    Raises:
+        TreeError: a leaf of the argument `name` is something else.
     """
-    for path, x in leaf_paths(tree, name):
+    found = leaf_paths(tree, name)
+    for path, x in found:
         if isinstance(x, jax.ShapeDtypeStruct):
             if not abstract:
                 raise TreeError(
@@ -57,6 +61,7 @@ def check_leaves(tree: Any, name: str, abstract: bool = False) -> None:
                 f"{name}: leaf {path!r} has been deleted, as donated arrays are; pass a copy made "
                 "before that"
             )
+    return found
 
 
 def check_devices(params: Any, inputs: tuple[Any, ...]) -> None:
