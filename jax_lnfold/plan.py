@@ -17,7 +17,7 @@ import numpy as np
 from .axes import ALL, FREE, AxisSet, Labels
 from .center import edit_leaf, overflows
 from .errors import FoldError, PlanFormatError, TreeError
-from .trees import check_leaves, committed_to, leaf_paths
+from .trees import check_leaves, committed_to
 
 PLAN_VERSION = 2
 
@@ -105,8 +105,10 @@ class FoldPlan:
         }
         jobs |= {position[scale.key_path]: (None, (), None) for scale in self.scales}
         places = Counter(map(id, leaves))  # an array at two key paths keeps its memory
-        given = {i for i in jobs if donate and places[id(leaves[i])] == 1}
-        self._refuse({i: overflows(leaves[i], *jobs[i]) for i in given})
+        arrays = [i for i in jobs if isinstance(leaves[i], jax.Array)]
+        given = {i for i in arrays if donate and places[id(leaves[i])] == 1}
+        if given:  # what is donated is gone: look at all leaves first
+            self._refuse({i: overflows(leaves[i], *job) for i, job in jobs.items()})
         changed = dict(enumerate(leaves))
         too_large = {}
         for i, job in jobs.items():
@@ -124,8 +126,7 @@ class FoldPlan:
 
     def check(self, params: Any) -> None:
         """Raise a `TreeError` unless `params` is a tree of arrays that the plan can edit."""
-        check_leaves(params, "params")
-        found = leaf_paths(params)
+        found = check_leaves(params, "params")
         if [path for path, _ in found] != [leaf.key_path for leaf in self.leaves]:
             known = {leaf.key_path for leaf in self.leaves}
             got = {path for path, _ in found}

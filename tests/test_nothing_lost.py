@@ -222,6 +222,7 @@ SPOILT: dict[str, Callable[[Params], Params]] = {
     "a leaf of integers": lambda p: {**p, "stem": jnp.ones((DIN, D), int)},
     "a leaf of another shape": lambda p: {**p, "stem": jnp.ones((DIN, D + 1))},
     "a leaf that is none": lambda p: {**p, "stem": "stem"},
+    "a leaf that overflows": lambda p: {**p, "stem": np.full((DIN, D), 1e308)},
     "a scale elsewhere": lambda p: {**p, "layer": on(1, p["layer"]), "scale": on(2, p["scale"])},
 }
 
