@@ -10,14 +10,14 @@ from typing import Any
 
 import jax
 
-from ._compat import jaxpr_as_fun
+from ._compat import ClosedJaxpr, jaxpr_as_fun
 from .axes import AxisSet
 from .errors import FoldError, NotAnalysedError, PlanMismatchError
 from .facts import Facts
 from .graph import Graph
 from .placement import Placement, place, place_within
 from .plan import CenterEdit, FoldPlan, LeafSpec, ScaleEdit, check_donate
-from .program import Traced, signature, trace
+from .program import signature, trace
 from .report import Report, make_report
 from .rewrite import rewrite
 from .scales import ScaleMerge, find_merges
@@ -75,10 +75,13 @@ def analyze(
     _check_arguments(apply_fn, explicit_cost)
     check_leaves(params, "params", abstract=True)
     check_leaves(inputs, "inputs", abstract=True)
-    graph = trace(apply_fn, params, inputs).graph()
-    placement = place(graph, float(explicit_cost))
-    plan = _make_plan(params, placement)
-    return make_report(placement, plan)
+    traced = trace(apply_fn, params, inputs)
+    placement = place(traced.graph(), float(explicit_cost))
+
+    def programs() -> tuple[ClosedJaxpr, ClosedJaxpr]:
+        return traced.closed, rewrite(traced.closed, placement)
+
+    return make_report(placement, _make_plan(params, placement), programs)
 
 
 class Folded:
@@ -161,7 +164,7 @@ class Folded:
         check_leaves(inputs, "inputs")
         traced = trace(self._apply_fn, params, inputs)
         placement = _place_again(self._plan, params, traced.graph(), self._explicit_cost)
-        program = _program(traced, placement)
+        program = jaxpr_as_fun(rewrite(traced.closed, placement)), traced.out_tree
         if traced.reusable:
             self._programs[key] = program
         return program
@@ -179,8 +182,10 @@ class Folded:
         traced = trace(self._apply_fn, params, inputs)
         placement = place(traced.graph(), self._explicit_cost)
         plan = _make_plan(params, placement)
-        report = make_report(placement, plan)
-        program = _program(traced, placement)
+        rewritten = rewrite(traced.closed, placement)
+        program = jaxpr_as_fun(rewritten), traced.out_tree
+        programs = (lambda: (traced.closed, rewritten)) if traced.reusable else None
+        report = make_report(placement, plan, programs)
         key = signature(params, inputs)
         with jax.ensure_compile_time_eval():  # a first call may be traced: the edit is not
             self._params = plan.center(params, donate=self._donate)
@@ -206,10 +211,6 @@ def _check_arguments(apply_fn: Any, explicit_cost: float) -> None:
         )
     if not (isinstance(explicit_cost, Real) and 0 < explicit_cost < math.inf):
         raise FoldError(f"explicit_cost: {explicit_cost!r} is not a positive number; try 2.0")
-
-
-def _program(traced: Traced, placement: Placement) -> tuple[Callable[..., Any], Any]:
-    return jaxpr_as_fun(rewrite(traced.closed, placement)), traced.out_tree
 
 
 def _make_plan(params: Any, placement: Placement) -> FoldPlan:
