@@ -145,31 +145,30 @@ _STYLE = """
 
 def to_dot(events: Sequence[Event], title: str) -> str:
     """The picture in the DOT language, for Graphviz to lay out."""
-    layout = lay_out(events)
-    return "\n".join((f"digraph {{ label={_quoted(title)}; rankdir=TB;", *_dot(layout), "}"))
+    return "\n".join((f"digraph {{ label={_quoted(title)};", *_dot(lay_out(events)), "}"))
 
 
 def _dot(layout: Layout) -> Iterator[str]:
-    yield ' node [fontname="monospace", fontsize=10]; edge [arrowsize=0.6];'
+    yield ' node [fontname="monospace", fontsize=10, shape=box]; edge [arrowsize=0.6];'
+    outermost_first = sorted(enumerate(layout.boxes), key=lambda b: b[1].top - b[1].bottom)
     for i, row in enumerate(layout.rows):
+        for number, box in outermost_first:
+            if box.top == i:
+                count = f"loop x{box.count}" if box.is_loop else f"x{box.count}"
+                yield f' subgraph cluster_{number} {{ label="{count}";'
         event = row.events[0]
-        shape = {EDITED: "diamond", WRITTEN: "diamond", FOLDED: "box", LEFT: "box"}
-        style = "filled" if event.kind in (EDITED, FOLDED) else "solid"
         label = _quoted("\n".join(filter(None, _texts(row))))
         color, meaning = LEGEND[event.kind]
-        yield (
-            f" n{i} [label={label}, shape={shape.get(event.kind, 'octagon')}, style={style}, "
-            f'color="{color}", tooltip={_quoted(event.why or meaning)}];'
-        )
-        yield f' s{i} [shape=point, label=""];'
+        style = "filled" if event.kind in (EDITED, FOLDED) else "solid"
+        shape = "rounded," if event.kind in (EDITED, WRITTEN) else ""
+        tooltip = _quoted(event.why or meaning)
+        yield f' n{i} [label={label}, style="{shape}{style}", color="{color}", tooltip={tooltip}];'
+        yield f' s{i} [shape=point, label=""]; {{ rank=same; s{i}; n{i}; }}'
         yield f" s{i} -> n{i};" if event.kind in _READS else f" n{i} -> s{i};"
-    for number, box in enumerate(layout.boxes):
-        inside = " ".join(f"n{i}; s{i};" for i in range(box.top, box.bottom + 1))
-        count = f"loop x{box.count}" if box.is_loop else f"x{box.count}"
-        yield f' subgraph cluster_{number} {{ label="{count}"; {inside} }}'
+        yield from [" }"] * sum(box.bottom == i for box in layout.boxes)
     for _, a, b in sorted(layout.lines):
         if float(a).is_integer() and float(b).is_integer():
-            yield f" s{a} -> s{b} [penwidth=3, arrowhead=none];"
+            yield f" s{a} -> s{b} [penwidth=3, arrowhead=none, weight=9];"
 
 
 def _quoted(text: str) -> str:

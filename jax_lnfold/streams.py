@@ -116,9 +116,11 @@ def _blocker(graph: Graph, claim: Claim, kind: str, blocker: Blocker) -> _Found:
     if blocker.op is None:
         index = -1.0 if kind == BLOCKED else float("inf")
         return _Found(index, claim, kind, blocker.why, "", "", ())
-    op = blocker.op
-    module = op.place().module
-    return _Found(op.index, claim, kind, _brief(op.place()), module, str(blocker), op.path)
+    op, why = blocker.op, str(blocker)
+    if blocker.is_output:
+        name = "returned as an output"
+        return _Found(float("inf"), claim, kind, name, _brief(op.place()), why, op.path)
+    return _Found(op.index, claim, kind, _brief(op.place()), op.place().module, why, op.path)
 
 
 def _brief(place: Place) -> str:
