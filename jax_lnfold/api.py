@@ -72,13 +72,25 @@ def analyze(
     Raises:
         FoldError: as for `fold`, or the inputs that `apply_fn` needs are missing.
     """
+    return make_report(*_analysis(apply_fn, params, inputs, explicit_cost))
+
+
+def plan_fold(
+    apply_fn: Callable[..., Any], params: Any, *inputs: Any, explicit_cost: float = 2.0
+) -> FoldPlan:
+    """The plan that `fold` would follow, from shapes alone as in `analyze`."""
+    return _analysis(apply_fn, params, inputs, explicit_cost)[1]
+
+
+def _analysis(
+    apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...], explicit_cost: float
+) -> tuple[Placement, FoldPlan]:
     _check_arguments(apply_fn, explicit_cost)
     check_leaves(params, "params", abstract=True)
     check_leaves(inputs, "inputs", abstract=True)
     graph = trace(apply_fn, params, inputs).graph()
     placement = place(graph, float(explicit_cost))
-    plan = _make_plan(params, placement)
-    return make_report(placement, plan)
+    return placement, _make_plan(params, placement)
 
 
 class Folded:
