@@ -128,12 +128,15 @@ def _center(args: argparse.Namespace) -> int:
     except UnicodeDecodeError as error:
         raise FoldError(f"plan: {args.plan} is not text; pass what `plan` wrote") from error
     done = center_checkpoint(plan, args.source, args.dest, args.prefix, _tracked)
-    merged = f", {len(plan.scales)} scales merged" * bool(plan.scales)
-    print(
-        f"{len(plan.edits)} parameters centered{merged}: {decimal(done.nbytes)} in {done.leaves} "
-        f"leaves of {args.dest}"
-    )
+    what = [_count(len(plan.edits), "parameter") + " centered"]
+    what += [_count(len(plan.scales), "scale") + " merged"] * bool(plan.scales)
+    size = f"{decimal(done.nbytes)} in {_count(done.leaves, 'leaf', 'leaves')}"
+    print(f"{', '.join(what)}: {size} of {args.dest}")
     return DONE
+
+
+def _count(n: int, one: str, many: str = "") -> str:
+    return f"{n} {one if n == 1 else many or one + 's'}"
 
 
 def _tracked(edits: Edits) -> Edits:
