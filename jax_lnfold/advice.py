@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from .facts import Blocker
 from .graph import Graph, Op
-from .placement import Placement
+from .placement import Placement, Reason
 from .primitives import ELEMENTWISE, IDENTITIES, MOVES, NONLINEAR, OPAQUE
 from .rules import RULES
 
 
-def advice(placement: Placement, position: int) -> str:
-    """One clause for a LayerNorm that is left, by its position in ``placement.norms``.
+def advice(placement: Placement, reason: Reason) -> str:
+    """One clause for a LayerNorm that is left, or a centering inserted, for this reason.
 
     Empty where nothing helps short of another architecture.
     """
-    graph, reason = placement.graph, placement.left[position]
+    graph = placement.graph
     if reason.leaf is not None and reason.obstacle is not None:
         return _to_keep_quiet(graph, reason.obstacle, reason.leaf)
     if reason.noticed is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from ._compat import jaxpr_as_fun
+from ._compat import ClosedJaxpr, jaxpr_as_fun
 from .axes import AxisSet
 from .errors import FoldError, NotAnalysedError, PlanMismatchError
 from .facts import Facts
@@ -72,25 +72,30 @@ def analyze(
     Raises:
         FoldError: as for `fold`, or the inputs that `apply_fn` needs are missing.
     """
-    return make_report(*_analysis(apply_fn, params, inputs, explicit_cost))
+    traced, placement = _analysis(apply_fn, params, inputs, explicit_cost)
+
+    def programs() -> tuple[ClosedJaxpr, ClosedJaxpr]:
+        return traced.closed, rewrite(traced.closed, placement)
+
+    return make_report(placement, _make_plan(params, placement), programs)
 
 
 def plan_fold(
     apply_fn: Callable[..., Any], params: Any, *inputs: Any, explicit_cost: float = 2.0
 ) -> FoldPlan:
     """The plan that `fold` would follow, from shapes alone as in `analyze`."""
-    return _analysis(apply_fn, params, inputs, explicit_cost)[1]
+    _, placement = _analysis(apply_fn, params, inputs, explicit_cost)
+    return _make_plan(params, placement)
 
 
 def _analysis(
     apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...], explicit_cost: float
-) -> tuple[Placement, FoldPlan]:
+) -> tuple[Traced, Placement]:
     _check_arguments(apply_fn, explicit_cost)
     check_leaves(params, "params", abstract=True)
     check_leaves(inputs, "inputs", abstract=True)
-    graph = trace(apply_fn, params, inputs).graph()
-    placement = place(graph, float(explicit_cost))
-    return placement, _make_plan(params, placement)
+    traced = trace(apply_fn, params, inputs)
+    return traced, place(traced.graph(), float(explicit_cost))
 
 
 class Folded:
@@ -173,7 +178,7 @@ class Folded:
         check_leaves(inputs, "inputs")
         traced = trace(self._apply_fn, params, inputs)
         placement = _place_again(self._plan, params, traced.graph(), self._explicit_cost)
-        program = _program(traced, placement)
+        program = jaxpr_as_fun(rewrite(traced.closed, placement)), traced.out_tree
         if traced.reusable:
             self._programs[key] = program
         return program
@@ -191,8 +196,10 @@ class Folded:
         traced = trace(self._apply_fn, params, inputs)
         placement = place(traced.graph(), self._explicit_cost)
         plan = _make_plan(params, placement)
-        report = make_report(placement, plan)
-        program = _program(traced, placement)
+        rewritten = rewrite(traced.closed, placement)
+        program = jaxpr_as_fun(rewritten), traced.out_tree
+        programs = (lambda: (traced.closed, rewritten)) if traced.reusable else None
+        report = make_report(placement, plan, programs)
         key = signature(params, inputs)
         with jax.ensure_compile_time_eval():  # a first call may be traced: the edit is not
             self._params = plan.center(params, donate=self._donate)
@@ -218,10 +225,6 @@ def _check_arguments(apply_fn: Any, explicit_cost: float) -> None:
         )
     if not (isinstance(explicit_cost, Real) and 0 < explicit_cost < math.inf):
         raise FoldError(f"explicit_cost: {explicit_cost!r} is not a positive number; try 2.0")
-
-
-def _program(traced: Traced, placement: Placement) -> tuple[Callable[..., Any], Any]:
-    return jaxpr_as_fun(rewrite(traced.closed, placement)), traced.out_tree
 
 
 def _make_plan(params: Any, placement: Placement) -> FoldPlan:

@@ -95,10 +95,11 @@ def _edited_in_blocks(x: np.ndarray, scale: Any, sets: tuple[AxisSet, ...] | Non
     step = max(1, _BLOCK * x.shape[axis] // x.size)
     for start in range(0, x.shape[axis], step):
         part = (slice(None),) * axis + (slice(start, start + step),)
-        varies = scale is not None and scale.shape[axis] > 1
-        block = x[part]
+        block, factor = x[part], scale
+        if scale is not None and scale.shape[axis] > 1:
+            factor = scale[part]
         inside = sets and tuple(AxisSet(block.shape, along.entries) for along in sets)
-        new[part] = _edited(block, scale[part] if varies else scale, inside)
+        new[part] = _edited(block, factor, inside)
     return new
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from .api import analyze, plan_fold
 from .checkpoints import Edits, center_checkpoint
 from .errors import FoldError
 from .plan import FoldPlan
+from .report import rows, summary
+from .table import to_html, to_rich
 from .targets import load, place_of_error
 
 DONE, FAILED, USAGE, LEFT, INTERRUPTED = 0, 1, 2, 3, 130
@@ -79,11 +82,16 @@ def _fail(message: str, code: int = FAILED) -> int:
 def _report(args: argparse.Namespace) -> int:
     model = load(args.target)
     report = analyze(model.apply_fn, model.params, *model.inputs)
-    if not args.no_cost:
-        _ = report.cost  # once computed it is part of the report
-    Console(width=shutil.get_terminal_size((110, 24)).columns).print(report)
+    if args.no_cost:
+        shown = to_rich(rows(report), summary(report))
+        table = to_html(rows(report), summary(report))
+    else:
+        with suppress(Exception):  # the report says that it is not to be had
+            _ = report.cost
+        shown, table = report, report._repr_html_()
+    Console(width=shutil.get_terminal_size((110, 24)).columns).print(shown)
     if args.html:
-        args.html.write_text(_page(args.target, report._repr_html_(), report.to_svg()), "utf-8")
+        args.html.write_text(_page(args.target, table, report.to_svg()), "utf-8")
     return LEFT if args.check and report.n_folded < len(report.norms) else DONE
 
 

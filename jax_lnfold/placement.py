@@ -53,19 +53,26 @@ class Reason:
 class Placement:
     """The centerings of one program, and what they make of each LayerNorm.
 
-    Leaves and values are numbers of the graph that `facts` are about. `left` maps positions in
-    `norms` to reasons, `zero` lists what is zero-mean at run time once the centerings are made.
+    Leaves and values are numbers of the graph that the `search` is about. `left` maps positions in
+    `norms` to reasons, `inserted` says why what feeds a value of `explicit` was not centered
+    instead, `zero` lists what is zero-mean at run time once the centerings are made.
     """
 
-    facts: Facts
+    search: ZeroMeanGraph
     norms: tuple[LayerNorm, ...]
     folded: tuple[bool, ...]
     left: dict[int, Reason]
     leaf_sets: dict[int, tuple[AxisSet, ...]]
     merges: tuple[ScaleMerge, ...]
     explicit: dict[int, tuple[AxisSet, ...]]
+    inserted: dict[int, Reason]
     constants: dict[int, tuple[AxisSet, ...]]
     zero: tuple[Claim, ...]
+
+    @property
+    def facts(self) -> Facts:
+        """What was found out about the program."""
+        return self.search.facts
 
     @property
     def graph(self) -> Graph:
@@ -115,13 +122,14 @@ def place_within(
     }
     _prove(search, zero, explicit, [n for n, f in zip(norms.found, folded, strict=True) if f])
     return Placement(
-        facts=facts,
+        search=search,
         norms=norms.found,
         folded=folded,
         left=left,
         leaf_sets={v: sets for v, sets in edits.items() if v in graph.leaves},
         merges=tuple(merges.values()),
         explicit=explicit,
+        inserted={v: _explain(search, (v, sets[0]), zero) for v, sets in explicit.items()},
         constants={v: sets for v, sets in edits.items() if v not in graph.leaves},
         zero=(*zero, *(c for c, node in search.nodes.items() if node.is_zero)),
     )
@@ -197,13 +205,13 @@ def _prove(
 
 
 def _explain(search: ZeroMeanGraph, root: Claim, zero: Container[Claim]) -> Reason:
-    """Why a LayerNorm keeps its mean: the nearest thing that cannot be made zero-mean for free."""
+    """Why a value is not zero-mean for free: the nearest thing that cannot be made so."""
     start = search.resolve(root)
     queue, reached_from = deque([start]), {start: start}
     while queue:
         claim = queue.popleft()
         node = search.nodes[claim]
-        if node.is_zero or claim in zero or node.edit:
+        if claim != start and (node.is_zero or claim in zero or node.edit):
             continue
         if node.needs is None and node.obstacle is not None:
             chain = [claim]

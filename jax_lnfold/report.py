@@ -4,19 +4,36 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from rich.console import RenderableType
 
+from . import picture
+from ._compat import ClosedJaxpr
 from .advice import advice
 from .axes import AxisSet
+from .cost import Cost, measure, si
+from .errors import NotAnalysedError
 from .graph import Graph, Place
 from .norms import LayerNorm
 from .placement import Placement, Reason
 from .plan import CenterEdit, FoldPlan, ScaleEdit
 from .primitives import MOVES
+from .streams import Event, find_events
 from .table import Row, grouped, to_html, to_rich, to_text
+from .trees import first_line
+
+Programs = Callable[[], tuple[ClosedJaxpr, ClosedJaxpr]]
+"""The original and the folded program."""
+
+COSTED_WHEN_SHOWN = 4000
+"""Operations in a program that XLA compiles within seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +60,29 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Insertion:
-    """One explicit centering put into the program: after which operation, along which axes."""
+    """One explicit centering put into the program: after which operation, along which axes.
+
+    `reason` says what keeps its value from being zero-mean by itself, `advice` what could be
+    changed about that; both may be empty.
+    """
 
     after: str
     along: AxisSet
+    reason: str = ""
+    advice: str = ""
+
+    def __str__(self) -> str:
+        """The centering in sentences."""
+        words = f"Inserted after {self.after}, along {self.along}"
+        words += f": {self.reason}." if self.reason else "."
+        return words + (f" To do without, {self.advice}." if self.advice else "")
 
 
 @dataclass(frozen=True)
 class Report:
     """The outcome of a fold; `print` shows it as a table.
 
+    `edited_bytes` is the size of the edited parameters, `events` is what the pictures show.
     `opaque` counts, by primitive, the operations met of which nothing is known; LayerNorms before
     or behind them stay as they are. `visits` is how often the analysis looked at an equation.
     `rounded` are key paths of edited leaves whose dtype has fewer digits than the arithmetic they
@@ -66,6 +96,37 @@ class Report:
     opaque: dict[str, int]
     visits: int
     rounded: tuple[str, ...] = ()
+    edited_bytes: int = 0
+    events: tuple[Event, ...] = field(default=(), repr=False)
+    n_operations: int = field(default=0, repr=False)
+    programs: Programs | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def cost(self) -> Cost:
+        """What XLA says both programs cost; compiles them for the default backend when first read.
+
+        Printing a report reads it by itself where that takes seconds (`COSTED_WHEN_SHOWN`).
+
+        Raises:
+            NotAnalysedError: the report was unpickled, or made under a `jax` transformation.
+        """
+        if self.programs is None:
+            raise NotAnalysedError(
+                "cost: the programs are not at hand; call `fold` or `analyze` again, outside of jit"
+            )
+        return measure(*self.programs())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Programs cannot be pickled; what they cost can, once it is known."""
+        return {**self.__dict__, "programs": None}
+
+    def to_svg(self) -> str:
+        """The zero-mean graph as a picture (SVG text): streams, writers, LayerNorms, blockers."""
+        return picture.to_svg(self.events, headline(self))
+
+    def to_dot(self) -> str:
+        """The same in the DOT language, for Graphviz."""
+        return picture.to_dot(self.events, headline(self))
 
     @property
     def n_folded(self) -> int:
@@ -80,20 +141,20 @@ class Report:
     def __str__(self) -> str:
         """The table and a summary as plain text, as wide as the terminal."""
         width = shutil.get_terminal_size((110, 24)).columns
-        return to_text(rows(self), summary(self), width)
+        return to_text(rows(self), _lines(self), width)
 
     def __rich__(self) -> RenderableType:
         """The same in colour, for ``rich.print``."""
-        return to_rich(rows(self), summary(self))
+        return to_rich(rows(self), _lines(self))
 
     def _repr_html_(self) -> str:
         """The same for a notebook."""
-        return to_html(rows(self), summary(self))
+        return to_html(rows(self), _lines(self))
 
 
-def make_report(placement: Placement, plan: FoldPlan) -> Report:
+def make_report(placement: Placement, plan: FoldPlan, programs: Programs | None) -> Report:
     """Put a placement into words."""
-    graph = placement.graph
+    graph, key_paths = placement.graph, [leaf.key_path for leaf in plan.leaves]
     norms = tuple(
         Norm(
             path=norm.module or "(top level)",
@@ -105,12 +166,17 @@ def make_report(placement: Placement, plan: FoldPlan) -> Report:
             mesh_axes=_mesh_axes(graph, norm),
             two_pass=norm.two_pass,
             blocker=_blocker(placement.left.get(i)),
-            advice=advice(placement, i) if i in placement.left else "",
+            advice=advice(placement, placement.left[i]) if i in placement.left else "",
         )
         for i, (norm, folded) in enumerate(zip(placement.norms, placement.folded, strict=True))
     )
     insertions = tuple(
-        Insertion(_origin(placement, value), graph.on_one_device(value, along) or along)
+        Insertion(
+            _origin(placement, value),
+            graph.on_one_device(value, along) or along,
+            _why_inserted(placement.inserted[value]),
+            advice(placement, placement.inserted[value]),
+        )
         for value, sets in sorted(placement.explicit.items())
         for along in sets
         if not along.trivial
@@ -119,8 +185,32 @@ def make_report(placement: Placement, plan: FoldPlan) -> Report:
     unknown = (facts.unknown[i] for i in sorted(facts.unknown))
     opaque = Counter(op.eqn.primitive.name for op in unknown)
     widened = (v for v in placement.leaf_sets if _is_widened(graph, v))
-    rounded = tuple(plan.leaves[graph.leaves[v]].key_path for v in widened)
-    return Report(norms, insertions, plan.edits, plan.scales, dict(opaque), facts.visits, rounded)
+    return Report(
+        norms=norms,
+        insertions=insertions,
+        edits=plan.edits,
+        scales=plan.scales,
+        opaque=dict(opaque),
+        visits=facts.visits,
+        rounded=tuple(key_paths[graph.leaves[v]] for v in widened),
+        edited_bytes=_edited_bytes(graph, plan, key_paths),
+        events=find_events(placement, key_paths),
+        n_operations=len(graph.ops),
+        programs=programs,
+    )
+
+
+def _edited_bytes(graph: Graph, plan: FoldPlan, key_paths: list[str]) -> int:
+    edited = {edit.key_path for edit in (*plan.edits, *plan.scales)}
+    edited |= {path for scale in plan.scales for path, _ in scale.targets}
+    avals = (graph.avals[v] for v, i in graph.leaves.items() if key_paths[i] in edited)
+    return sum(prod(aval.shape) * np.dtype(aval.dtype).itemsize for aval in avals)
+
+
+def _why_inserted(reason: Reason) -> str:
+    if reason.obstacle is None or reason.leaf is None:
+        return str(reason.obstacle or "")
+    return f"a parameter that feeds it cannot be centered, as {reason.obstacle}"
 
 
 def _is_widened(graph: Graph, leaf: int) -> bool:
@@ -174,18 +264,26 @@ def rows(report: Report) -> list[Row]:
     )
 
 
+def headline(report: Report) -> str:
+    """How many LayerNorms are folded."""
+    if not report.norms:
+        return "No LayerNorm found"
+    return f"{report.n_folded} of {_count(len(report.norms), 'LayerNorm')} folded"
+
+
 def summary(report: Report) -> list[str]:
     """Counts, and what else there is to know."""
     if not report.norms:
-        return ["No LayerNorm found; nothing was changed."]
-    edited = f"{_count(len(report.edits), 'parameter')} centered"
+        return [f"{headline(report)}; nothing was changed."]
+    edited = f"{_count(len({edit.key_path for edit in report.edits}), 'parameter')} centered"
     if report.scales:
         edited += f", {_count(len(report.scales), 'scale')} merged"
+    if report.edited_bytes:
+        edited += f" ({si(report.edited_bytes)}B)"
     lines = [
-        f"{report.n_folded} of {_count(len(report.norms), 'LayerNorm')} folded, {edited}, "
-        f"{_count(report.n_inserted, 'explicit centering')} inserted."
+        f"{headline(report)}, {edited}, {_count(report.n_inserted, 'explicit centering')} inserted."
     ]
-    lines += [f"Inserted after {i.after}, along {i.along}." for i in report.insertions]
+    lines += map(str, report.insertions)
     if report.rounded:
         some = ", ".join(report.rounded[:3]) + ", ..." * (len(report.rounded) > 3)
         lines.append(
@@ -196,6 +294,22 @@ def summary(report: Report) -> list[str]:
         met = ", ".join(f"{name} ({n})" for name, n in report.opaque.items())
         lines.append(f"Opaque operations met: {met}.")
     return lines
+
+
+def _lines(report: Report) -> list[str]:
+    """All that stands below the table."""
+    return [*summary(report), *[cost_line(report)] * bool(report.n_folded)]
+
+
+def cost_line(report: Report) -> str:
+    """What XLA says; for programs that take it long to compile, only if it was asked before."""
+    asked = "cost" in report.__dict__
+    if not asked and report.n_operations > COSTED_WHEN_SHOWN:
+        return "Read `report.cost` to compile both programs and see what XLA says they cost."
+    try:
+        return str(report.cost)
+    except Exception as error:  # a report is readable without it
+        return f"XLA's cost analysis is not to be had: {first_line(error)}"
 
 
 def _count(n: int, noun: str) -> str:

@@ -150,22 +150,29 @@ def test_check(module: str, name: str, code: int, capsys: Capture) -> None:
     assert capsys.readouterr().out == told
 
 
-def test_cost(module: str, capsys: Capture) -> None:
-    report = jax_lnfold.analyze(*_model(module))
+@pytest.mark.parametrize("limit", [0, 10**9])
+def test_cost(module: str, limit: int, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told however long compilation takes."""
+    monkeypatch.setattr(jax_lnfold.report, "COSTED_WHEN_SHOWN", limit)
     assert main(["report", f"{module}:target"]) == 0
-    words = str(report.cost).split()
+    words = str(jax_lnfold.analyze(*_model(module)).cost).split()
     assert len(words) > 3
     assert " ".join(words) in " ".join(capsys.readouterr().out.split())
 
 
-def test_no_cost(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def compiled(report: Any) -> None:
-        raise AssertionError("compiled")
+def test_no_cost(
+    module: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compiled(*args: Any) -> None:
+        raise RuntimeError("it was compiled")
 
-    monkeypatch.setattr(jax_lnfold.Report, "cost", property(compiled), raising=False)
-    assert main(["report", f"{module}:target", "--no-cost"]) == 0
-    with pytest.raises(AssertionError, match="compiled"):
-        main(["report", f"{module}:target"])
+    monkeypatch.setattr(jax_lnfold.report, "measure", compiled)
+    assert main(["report", f"{module}:target", "--no-cost", "--html", "r.html"]) == 0
+    assert "cost" not in capsys.readouterr().out
+    assert "cost" not in (tmp_path / "r.html").read_text()
+    assert main(["report", f"{module}:target", "--html", "r.html"]) == 0
+    assert "it was compiled" in capsys.readouterr().out
+    assert "it was compiled" in (tmp_path / "r.html").read_text()
 
 
 def _model(module: str) -> tuple[Any, Any, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import re
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +19,7 @@ from zoo import NORMS, ZOO
 import jax_lnfold
 from jax_lnfold.report import Report
 from jax_lnfold.table import Row, grouped, merged
+from jax_lnfold.trees import leaf_paths
 
 TESTS = Path(__file__).parent
 ZOO_BY_NAME = {str(case): case for case in ZOO}
@@ -30,6 +33,7 @@ MERGE, LINEAR_LAST, QUIET, RETURN = (
 )
 
 
+@cache
 def report_of(name: str, spelling: str = "one_pass") -> Report:
     model = ZOO_BY_NAME[name].build(spelling)
     shapes = jax.eval_shape(lambda tree: tree, (model.params, *model.inputs))
@@ -142,8 +146,9 @@ def test_repeated_layers_are_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert head.split() == ["LayerNorm", "input", "axes", "variance", "outcome"]
     assert rows[0].split() == ["Tower/norm_{0-23}", "x24", "2x5x12", "2", "one-pass", "folded"]
     assert rows[1].split() == ["Tower/last", "2x5x12", "2", "one-pass", "folded"]
-    assert rows[2].startswith("25 of 25 LayerNorms folded, 50 parameters centered, 0 explicit")
-    assert len(rows) == 3
+    assert rows[2].startswith("25 of 25 LayerNorms folded, 50 parameters centered (")
+    assert rows[3].startswith("25 of 50 reductions and ")
+    assert len(rows) == 4
 
 
 def test_the_reason_is_said_once() -> None:
@@ -153,6 +158,79 @@ def test_the_reason_is_said_once() -> None:
     assert text.count("makes a value that is an output") == 1
     assert "Return the pooled or normalised values instead of the stream itself." in text
     assert all(RETURN in norm.advice for norm in report.norms)
+
+
+def test_bytes_of_edited_parameters() -> None:
+    report = tower_report(2)
+    assert report.edited_bytes == 4 * (7 * 12 + 12 + 2 * (12 * 12 + 12))
+    assert "(1.63 kB)" in str(report)
+    dino = report_of("dinov2")  # scales and the layers they are merged into count once
+    edited = {edit.key_path for edit in (*dino.edits, *dino.scales)}
+    tree = ZOO_BY_NAME["dinov2"].build().params
+    leaves = {path: leaf for path, leaf in leaf_paths(tree) if path in edited}
+    assert dino.edited_bytes == sum(leaf.nbytes for leaf in leaves.values())
+
+
+def test_why_a_centering_is_inserted() -> None:
+    text = " ".join(str(report_of("gpt2")).split())
+    (insertion,) = report_of("gpt2").insertions
+    assert insertion.after.startswith("`add` (CausalLM/embed, language.py:")
+    assert "a parameter that feeds it cannot be centered, as `dot_general` (" in insertion.reason
+    assert "untie it" in insertion.advice
+    assert f"{insertion.reason}. To do without, {insertion.advice}." in text
+    (insertion,) = report_of("whisper_encoder").insertions
+    assert insertion.reason.startswith("`mul` (WhisperEncoder, layers.py:")
+    assert insertion.advice == "end with a linear layer after this nonlinearity"
+
+
+# --- what XLA says -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["vit", "gpt2", "bert", "swin_v2", "mixer_narrow"])
+def test_reductions_saved_by_xla(name: str) -> None:
+    report = report_of(name)
+    before, after = report.cost.reductions
+    assert before - after == report.n_folded - report.n_inserted
+    assert report.cost.platform == jax.default_backend()
+    assert f"{before - after} of {before} reductions and " in str(report)
+
+
+def test_cost_of_a_model_whose_only_work_is_its_norm() -> None:
+    def apply(w: jax.Array, x: jax.Array) -> jax.Array:
+        return nn.standardize(x @ w)
+
+    cost = jax_lnfold.analyze(apply, jnp.ones((70, 120)), jnp.ones((50, 70))).cost
+    assert cost.reductions == (2, 1)
+    assert 0 < cost.bytes[1] <= cost.bytes[0]
+    assert cost.flops[0] - cost.flops[1] >= 50 * 120, "the sum of 50 times 120 numbers at least"
+
+
+def test_large_programs_are_not_compiled_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jax_lnfold.report.COSTED_WHEN_SHOWN", 10)
+    report = tower_report(2)
+    assert "Read `report.cost` to compile both programs" in str(report)
+    assert "reductions" not in str(report)
+    assert report.cost.reductions == (6, 3)
+    assert "3 of 6 reductions" in str(report)
+
+
+def test_a_report_without_its_programs() -> None:
+    report = tower_report(2)
+    bare = pickle.loads(pickle.dumps(report))
+    with pytest.raises(jax_lnfold.NotAnalysedError, match="cost: the programs are not at hand"):
+        _ = bare.cost
+    assert "XLA's cost analysis is not to be had: cost: the programs" in str(bare)
+    assert bare.to_svg() == report.to_svg()
+    assert report.cost == pickle.loads(pickle.dumps(report)).cost
+
+    def inside(w: jax.Array, x: jax.Array) -> jax.Array:
+        folded = jax_lnfold.fold(lambda w, x: nn.standardize(x @ w) * x[0, 0], w, x)
+        reports.append(folded.report)
+        return folded(x)
+
+    reports: list[Report] = []
+    jax.jit(inside)(jnp.ones((7, 5)), jnp.ones((2, 7)))
+    assert reports[0].cost.reductions[0] >= 1, "a trace that closes over no tracer may be compiled"
 
 
 def test_stream_read_by_a_layer() -> None:
