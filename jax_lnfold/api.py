@@ -17,7 +17,7 @@ from .facts import Facts
 from .graph import Graph
 from .placement import Placement, place, place_within
 from .plan import CenterEdit, FoldPlan, LeafSpec, ScaleEdit, check_donate
-from .program import signature, trace
+from .program import Traced, signature, trace
 from .report import Report, make_report
 from .rewrite import rewrite
 from .scales import ScaleMerge, find_merges
@@ -72,16 +72,30 @@ def analyze(
     Raises:
         FoldError: as for `fold`, or the inputs that `apply_fn` needs are missing.
     """
-    _check_arguments(apply_fn, explicit_cost)
-    check_leaves(params, "params", abstract=True)
-    check_leaves(inputs, "inputs", abstract=True)
-    traced = trace(apply_fn, params, inputs)
-    placement = place(traced.graph(), float(explicit_cost))
+    traced, placement = _analysis(apply_fn, params, inputs, explicit_cost)
 
     def programs() -> tuple[ClosedJaxpr, ClosedJaxpr]:
         return traced.closed, rewrite(traced.closed, placement)
 
     return make_report(placement, _make_plan(params, placement), programs)
+
+
+def plan_fold(
+    apply_fn: Callable[..., Any], params: Any, *inputs: Any, explicit_cost: float = 2.0
+) -> FoldPlan:
+    """The plan that `fold` would follow, from shapes alone as in `analyze`."""
+    _, placement = _analysis(apply_fn, params, inputs, explicit_cost)
+    return _make_plan(params, placement)
+
+
+def _analysis(
+    apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...], explicit_cost: float
+) -> tuple[Traced, Placement]:
+    _check_arguments(apply_fn, explicit_cost)
+    check_leaves(params, "params", abstract=True)
+    check_leaves(inputs, "inputs", abstract=True)
+    traced = trace(apply_fn, params, inputs)
+    return traced, place(traced.graph(), float(explicit_cost))
 
 
 class Folded:

@@ -41,11 +41,11 @@ def edit_leaf(
     result is whether finite numbers became too large for the dtype (a bool, maybe on a device).
     """
     if is_tracer(x) or is_tracer(factor):
-        return _edited(x, factor, axes, sets), False
+        return _edited(x, _aligned(factor, axes, x), sets), False
     if not isinstance(x, jax.Array):
         x = np.asarray(x)
         with np.errstate(over="ignore", invalid="ignore"):
-            new = _edited(x, factor, axes, sets)
+            new = _edited_in_blocks(x, _aligned(factor, axes, x), sets)
         return new, not _finite(new, np) and _finite(x, np) and _finite(factor, np)
     placed = x.sharding if x.committed else None
     return _compiled_edit(axes, sets, donate, placed)(x, factor)
@@ -60,19 +60,47 @@ def _finite(x: Any, xp: Any) -> Any:
     return x is None or xp.isfinite(x).all()
 
 
-def _edited(x: Any, factor: Any, axes: tuple[int, ...], sets: tuple[AxisSet, ...] | None) -> Any:
+def _aligned(factor: Any, axes: tuple[int, ...], x: Any) -> Any:
+    """The factor with its axes where they are in `x`, in the dtype of the arithmetic."""
+    if factor is None:
+        return None
+    xp = np if isinstance(x, np.ndarray) else jnp
+    shape = [n if d in axes else 1 for d, n in enumerate(x.shape)]
+    scale = xp.asarray(factor, _wide_type(x)).squeeze().transpose(*np.argsort(axes))
+    return scale.reshape(shape)
+
+
+def _edited(x: Any, scale: Any, sets: tuple[AxisSet, ...] | None) -> Any:
     if sets is None:
         return np.ones_like(x) if isinstance(x, np.ndarray) else jnp.ones_like(x)
     wide = x.astype(_wide_type(x))
-    if factor is not None:
-        xp = np if isinstance(x, np.ndarray) else jnp
-        order = np.argsort(axes)
-        shape = [n if d in axes else 1 for d, n in enumerate(x.shape)]
-        scale = xp.asarray(factor, wide.dtype).squeeze().transpose(*order)
-        wide = wide * scale.reshape(shape)
+    if scale is not None:
+        wide = wide * scale
     for along in sets:
         wide = center_array(wide, along)
     return wide.astype(x.dtype)
+
+
+_BLOCK = 1 << 18
+"""About as many numbers of a NumPy array are held in double precision at a time."""
+
+
+def _edited_in_blocks(x: np.ndarray, scale: Any, sets: tuple[AxisSet, ...] | None) -> np.ndarray:
+    """`_edited` in blocks along the longest axis that no mean is taken over, if there is one."""
+    free = [d for d in range(x.ndim) if all(along.entries[d] == FREE for along in sets or ())]
+    if x.size <= _BLOCK or not free:
+        return _edited(x, scale, sets)
+    axis = max(free, key=lambda d: x.shape[d])
+    new = np.empty_like(x)
+    step = max(1, _BLOCK * x.shape[axis] // x.size)
+    for start in range(0, x.shape[axis], step):
+        part = (slice(None),) * axis + (slice(start, start + step),)
+        block, factor = x[part], scale
+        if scale is not None and scale.shape[axis] > 1:
+            factor = scale[part]
+        inside = sets and tuple(AxisSet(block.shape, along.entries) for along in sets)
+        new[part] = _edited(block, factor, inside)
+    return new
 
 
 @lru_cache(maxsize=256)
@@ -82,7 +110,7 @@ def _compiled_edit(
     """The edit under `jit`, so that a sharded leaf stays where it is."""
 
     def edit(x: Any, factor: Any) -> tuple[Any, Any]:
-        new = _edited(x, factor, axes, sets)
+        new = _edited(x, _aligned(factor, axes, x), sets)
         return new, ~_finite(new, jnp) & _finite(x, jnp) & _finite(factor, jnp)
 
     donated = (0,) if donate else ()

@@ -56,6 +56,18 @@ class ScaleEdit:
 
 
 @dataclass(frozen=True, slots=True)
+class LeafEdit:
+    """All that is done to one leaf: merge the scale at key path `scale` along `axes`, then center.
+
+    `sets` None: the leaf is such a scale and becomes one.
+    """
+
+    scale: str | None = None
+    axes: tuple[int, ...] = ()
+    sets: tuple[AxisSet, ...] | None = ()
+
+
+@dataclass(frozen=True, slots=True)
 class FoldPlan:
     """How to edit a parameter tree so that the folded program computes the original function.
 
@@ -85,25 +97,15 @@ class FoldPlan:
         self.check(params)
         leaves, treedef = jax.tree.flatten(params)
         position = {leaf.key_path: i for i, leaf in enumerate(self.leaves)}
-        edits: dict[int, tuple[AxisSet, ...]] = {}
-        for edit in self.edits:
-            i = position[edit.key_path]
-            edits[i] = (*edits.get(i, ()), edit.along)
-        scaled = {
-            position[path]: (leaves[position[scale.key_path]], axes)
-            for scale in self.scales
-            for path, axes in scale.targets
-        }
-        for i, (scale, _) in scaled.items():
-            if len({committed_to(leaves[i]), committed_to(scale)} - {None}) > 1:
+        jobs: dict[int, tuple[Any, tuple[int, ...], tuple[AxisSet, ...] | None]] = {}
+        for path, edit in self.leaf_edits().items():
+            factor = None if edit.scale is None else leaves[position[edit.scale]]
+            jobs[i := position[path]] = (factor, edit.axes, edit.sets)
+            if len({committed_to(leaves[i]), committed_to(factor)} - {None}) > 1:
                 raise TreeError(
-                    f"params: leaf {self.leaves[i].key_path!r} is on other devices than the scale "
-                    "to merge into it; put them together with jax.device_put"
+                    f"params: leaf {path!r} is on other devices than the scale to merge into it; "
+                    "put them together with jax.device_put"
                 )
-        jobs = {
-            i: (*scaled.get(i, (None, ())), edits.get(i, ())) for i in sorted({*edits, *scaled})
-        }
-        jobs |= {position[scale.key_path]: (None, (), None) for scale in self.scales}
         places = Counter(map(id, leaves))  # an array at two key paths keeps its memory
         arrays = [i for i in jobs if isinstance(leaves[i], jax.Array)]
         given = {i for i in arrays if donate and places[id(leaves[i])] == 1}
@@ -116,13 +118,25 @@ class FoldPlan:
         self._refuse(jax.device_get(too_large))
         return treedef.unflatten(changed.values())
 
+    def leaf_edits(self) -> dict[str, LeafEdit]:
+        """What is done to each leaf, by key path, in tree order; the scales come last.
+
+        Every scale is merged as it was before the edits.
+        """
+        sets: dict[str, tuple[AxisSet, ...]] = {}
+        for edit in self.edits:
+            sets[edit.key_path] = (*sets.get(edit.key_path, ()), edit.along)
+        merged = {path: (s.key_path, axes) for s in self.scales for path, axes in s.targets}
+        scales = {s.key_path: LeafEdit(sets=None) for s in self.scales}
+        changed = {*sets, *merged}
+        paths = [leaf.key_path for leaf in self.leaves if leaf.key_path in changed]
+        edits = {p: LeafEdit(*merged.get(p, (None, ())), sets.get(p, ())) for p in paths}
+        return edits | scales
+
     def _refuse(self, too_large: dict[int, Any]) -> None:
         for i, overflow in too_large.items():
             if overflow:
-                raise TreeError(
-                    f"params: leaf {self.leaves[i].key_path!r} would overflow its dtype when it "
-                    "is edited; convert it to a wider one, or make its numbers smaller"
-                )
+                raise overflow_error("params", self.leaves[i].key_path)
 
     def check(self, params: Any) -> None:
         """Raise a `TreeError` unless `params` is a tree of arrays that the plan can edit."""
@@ -195,6 +209,14 @@ def check_donate(donate: Any) -> None:
     """Raise a `FoldError` unless `donate` is a bool: what is donated by mistake is lost."""
     if not isinstance(donate, (bool, np.bool_)):
         raise FoldError(f"donate: {donate!r} is not a bool; pass True or False")
+
+
+def overflow_error(name: str, path: str) -> TreeError:
+    """What to raise if a leaf of the argument `name` would overflow."""
+    return TreeError(
+        f"{name}: leaf {path!r} would overflow its dtype when it is edited; convert it to a wider "
+        "one, or make its numbers smaller"
+    )
 
 
 def _some(paths: set[str]) -> str:
