@@ -1,6 +1,6 @@
 """Makes LayerNorms as cheap as RMSNorms, exactly, without touching the model's code."""
 
-from .api import Folded, analyze, fold
+from .api import Folded, analyze, fold, plan_fold
 from .errors import (
     FoldError,
     NotAnalysedError,
@@ -11,11 +11,13 @@ from .errors import (
 )
 from .plan import FoldPlan
 from .report import Report
+from .training import CenterState, center_gradients, center_updates
 from .verify import Verification, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CenterState",
     "FoldError",
     "FoldPlan",
     "Folded",
@@ -27,6 +29,9 @@ __all__ = [
     "TreeError",
     "Verification",
     "analyze",
+    "center_gradients",
+    "center_updates",
     "fold",
+    "plan_fold",
     "verify",
 ]

@@ -17,7 +17,7 @@ FLOORS = [
     {"center", "cost", "lanes", "trees"},
     {"graph", "stores", "targets"},
     {"arithmetic", "flatten", "rules", "plan"},
-    {"checkpoints", "tracking"},
+    {"checkpoints", "tracking", "training"},
     {"facts"},
     {"norms", "scales"},
     {"zeromean"},
