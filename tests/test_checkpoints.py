@@ -20,7 +20,9 @@ import safetensors.numpy
 import jax_lnfold
 from jax_lnfold import FoldError, FoldPlan, TreeError
 from jax_lnfold.api import plan_fold
+from jax_lnfold.axes import AxisSet
 from jax_lnfold.checkpoints import center_checkpoint
+from jax_lnfold.plan import CenterEdit, LeafSpec
 from jax_lnfold.trees import leaf_paths
 
 Array = jax.Array
@@ -72,15 +74,22 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def check(plan: FoldPlan, source: Path, load: Callable[[Path], Any], want: Any, **kw: str) -> None:
+def check(
+    plan: FoldPlan,
+    source: Path,
+    load: Callable[[Path], Any],
+    want: Any,
+    prefix: str = "",
+    edited: int = len(EDITED),
+) -> None:
     """The centered copy, restored, is the tree `want`; nothing else has changed."""
     before, dest = contents(source.parent), source.parent / f"centered{source.suffix}"
-    done = center_checkpoint(plan, source, dest, **kw)
+    done = center_checkpoint(plan, source, dest, prefix)
     assert bits(load(dest)) == bits(want)
     after = contents(source.parent)
     assert {file: after[file] for file in before} == before
     assert {*source.parent.iterdir()} == {source, dest}
-    assert done.leaves == len(EDITED)
+    assert done.leaves == edited
 
 
 # --- safetensors ---------------------------------------------------------------------------------
@@ -238,6 +247,23 @@ def test_orbax(plan: FoldPlan, tmp_path: Path, save_orbax: Callable[[Any, Path],
     check(plan, tmp_path / "source", restore, want, prefix="model")
 
 
+@pytest.mark.parametrize("batch", [1, 16_000_000])
+def test_replaced_chunks_are_not_kept(
+    tmp_path: Path, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An OCDBT database is written anew: it does not grow."""
+    monkeypatch.setattr("jax_lnfold.stores._BATCH", batch)
+    shape, rng = (500, 64), np.random.default_rng(0)
+    tree = {name: rng.normal(size=shape) for name in ("edited", "kept", "kept/too", "edited/no")}
+    leaves = tuple(LeafSpec(name, shape) for name in sorted(tree))
+    plan = FoldPlan(leaves, (CenterEdit("edited", AxisSet.over(shape, (1,))),))
+    standard(tree, tmp_path / "source")
+    check(plan, tmp_path / "source", restore, plan.center(tree), edited=1)
+    sizes = (sum(map(len, contents(tmp_path / x).values())) for x in ("source", "centered"))
+    before, after = sizes
+    assert abs(after - before) < 0.02 * before
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, np.float64])
 def test_orbax_dtypes(plan: FoldPlan, tmp_path: Path, dtype: Any) -> None:
     tree = variables(dtype)
@@ -253,6 +279,11 @@ def test_step_of_a_checkpoint_manager(plan: FoldPlan, tmp_path: Path) -> None:
     with ocp.CheckpointManager(tmp_path / "folded") as found:
         restored = found.restore(found.latest_step(), args=ocp.args.StandardRestore(tree))
     assert bits(restored) == bits(plan.center(tree))
+    (tmp_path / "elsewhere").mkdir()
+    (steps / "7" / "default").rename(tmp_path / "elsewhere" / "tree")
+    (steps / "7" / "default").symlink_to(tmp_path / "elsewhere" / "tree")
+    center_checkpoint(plan, steps / "7", tmp_path / "linked")
+    assert bits(restore(tmp_path / "linked" / "default")) == bits(plan.center(tree))
     with pytest.raises(FoldError, match=r"not one checkpoint.*pass one of .*/steps/7/default"):
         center_checkpoint(plan, steps, tmp_path / "dest")
 
@@ -408,7 +439,7 @@ def test_interrupted(
     source = save_sharded(variables(), tmp_path)
     before = contents(tmp_path)
     module = jax_lnfold.checkpoints
-    place = module.shutil if step == "copyfile" else module
+    place = jax_lnfold.stores.shutil if step == "copyfile" else module
     call, times = getattr(place, step), iter(range(99))
 
     def failing(*args: Any, **kw: Any) -> Any:
