@@ -63,6 +63,8 @@ def open_store(path: Path) -> LeafStore:
     """
     if not path.exists():
         raise FoldError(f"source: {path} does not exist; pass the path of a checkpoint")
+    if path.suffix == ".json":
+        raise FoldError(f"source: {path} is an index; pass its directory, {path.parent}")
     if path.is_file():
         return SafetensorsStore(path, path)
     trees = [file.parent for pattern in _TREES for file in sorted(path.glob(pattern))]
@@ -72,7 +74,7 @@ def open_store(path: Path) -> LeafStore:
         files = sorted(path.glob(_INDEX)) or sorted(path.glob("*.safetensors"))
         if len(files) == 1:
             return SafetensorsStore(path, files[0])
-        trees = [*files, *(file.parent for file in sorted(path.glob("*/*/_METADATA")))]
+        trees = files or [file.parents[1] for file in sorted(path.glob("*/*/_METADATA"))]
     hint = f"pass one of {', '.join(map(str, trees[-3:]))}" if trees else "see center --help"
     raise FoldError(
         f"source: {path} is not one checkpoint, be it safetensors with an index or Orbax; {hint}"
@@ -206,7 +208,8 @@ class OrbaxStore:
         self._folder = self._root / path.relative_to(root)  # which may be a link to elsewhere
         self._database = (path / "manifest.ocdbt").exists()
         with _damaged(f"{path} is not a readable Orbax checkpoint"):
-            saved: Any = ocp.PyTreeCheckpointer().metadata(self._folder).item_metadata
+            handler: Any = ocp.PyTreeCheckpointHandler()
+            saved = handler.metadata(self._folder)
             self._driver = "zarr3" if saved.use_zarr3 else "zarr"
             found = leaf_paths(saved.tree, "source")
             arrays = {key: x for key, x in found if getattr(x, "shape", None) is not None}

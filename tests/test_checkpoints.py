@@ -151,6 +151,9 @@ def test_sharded_safetensors(plan: FoldPlan, tmp_path: Path) -> None:
     want = dict(sorted(flat(plan.center(tree)).items()))
     check(plan, source, lambda folder: dict(sorted(load_sharded(folder).items())), want)
     assert (tmp_path / "blobs" / "1").read_bytes() == blob
+    index = source / "model.safetensors.index.json"
+    with pytest.raises(FoldError, match=r"is an index; pass its directory, .*/source/model$"):
+        center_checkpoint(plan, index, tmp_path / "dest")
 
 
 def test_directory_of_one_file(plan: FoldPlan, tmp_path: Path) -> None:
@@ -271,20 +274,28 @@ def test_orbax_dtypes(plan: FoldPlan, tmp_path: Path, dtype: Any) -> None:
     check(plan, tmp_path / "source", restore, plan.center(tree))
 
 
-def test_step_of_a_checkpoint_manager(plan: FoldPlan, tmp_path: Path) -> None:
+def test_step_of_a_checkpoint_manager(
+    plan: FoldPlan, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     tree, steps = variables(), tmp_path / "steps"
     manager(tree, steps / "7")
     (tmp_path / "folded").mkdir()
+    caplog.clear()
     center_checkpoint(plan, steps / "7", tmp_path / "folded" / "7")
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
     with ocp.CheckpointManager(tmp_path / "folded") as found:
         restored = found.restore(found.latest_step(), args=ocp.args.StandardRestore(tree))
     assert bits(restored) == bits(plan.center(tree))
+    standard(tree, tmp_path / "items" / "a")
+    standard(tree, tmp_path / "items" / "b")
+    with pytest.raises(FoldError, match=r"is not one checkpoint.* pass one of .*/a, .*/b$"):
+        center_checkpoint(plan, tmp_path / "items", tmp_path / "dest")
     (tmp_path / "elsewhere").mkdir()
     (steps / "7" / "default").rename(tmp_path / "elsewhere" / "tree")
     (steps / "7" / "default").symlink_to(tmp_path / "elsewhere" / "tree")
     center_checkpoint(plan, steps / "7", tmp_path / "linked")
     assert bits(restore(tmp_path / "linked" / "default")) == bits(plan.center(tree))
-    with pytest.raises(FoldError, match=r"not one checkpoint.*pass one of .*/steps/7/default"):
+    with pytest.raises(FoldError, match=r"not one checkpoint.*pass one of .*/steps/7$"):
         center_checkpoint(plan, steps, tmp_path / "dest")
 
 
