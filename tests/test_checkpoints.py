@@ -20,7 +20,8 @@ import safetensors.numpy
 import jax_lnfold
 from jax_lnfold import FoldError, FoldPlan, TreeError
 from jax_lnfold.api import plan_fold
-from jax_lnfold.axes import AxisSet
+from jax_lnfold.axes import ALL, FREE, AxisSet, Entry, Labels
+from jax_lnfold.center import edit_leaf
 from jax_lnfold.checkpoints import center_checkpoint
 from jax_lnfold.plan import CenterEdit, LeafSpec
 from jax_lnfold.trees import leaf_paths
@@ -466,6 +467,35 @@ def test_interrupted(
 
 
 # --- memory --------------------------------------------------------------------------------------
+
+BLOCKED = {
+    "one axis": ((7, 50, 1), (FREE, ALL, FREE), (0,)),
+    "regions": ((7, 50, 3), (FREE, Labels([0] * 25 + [-1] * 5 + [1] * 20), FREE), (1, 2)),
+    "turned scale": ((9, 5, 8), (FREE, FREE, ALL), (2, 0)),
+    "to zero": ((5,), (FREE,), (0,)),
+    "no axis left": ((4, 6), (ALL, ALL), (0,)),
+}
+
+
+@pytest.mark.parametrize("block", [1, 3, 10, 60])
+@pytest.mark.parametrize(("shape", "entries", "axes"), BLOCKED.values(), ids=BLOCKED)
+def test_blocks(
+    shape: tuple[int, ...],
+    entries: tuple[Entry, ...],
+    axes: tuple[int, ...],
+    block: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Editing in blocks gives the same bits."""
+    rng, sets = np.random.default_rng(0), (AxisSet(shape, entries),)
+    x = rng.normal(size=shape).astype(np.float32)
+    scale = rng.normal(size=[shape[d] for d in axes]).astype(np.float32)
+    for edit in ((None, (), sets), (scale, axes, sets), (scale, axes, ()), (None, (), None)):
+        monkeypatch.setattr("jax_lnfold.center._BLOCK", x.size)
+        want = edit_leaf(x, *edit, donate=False)[0]
+        monkeypatch.setattr("jax_lnfold.center._BLOCK", block)
+        assert bits(edit_leaf(x, *edit, donate=False)[0]) == bits(want)
+
 
 COUNT, SHAPE = 48, (640, 1024)
 PEAK = """
