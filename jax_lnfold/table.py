@@ -107,20 +107,27 @@ def to_text(rows: Sequence[Row], lines: Iterable[str], width: int) -> str:
 
 
 def to_html(rows: Sequence[Row], lines: Iterable[str]) -> str:
-    """The same as HTML that needs nothing else, in the colours of the page around it."""
+    """The same as HTML that needs nothing else, in the colours of the page around it.
+
+    The outcome stands next to the name: a narrow screen shows these two.
+    """
     numbers = notes(rows)
-    head = "".join(f"<th>{title}</th>" for title in TITLES)
+    head = "".join(f"<th>{title}</th>" for title in (TITLES[0], TITLES[-1], *TITLES[1:-1]))
     body = ""
     for row in rows:
-        cells = map(escape, (row.name, row.shape, row.axes, row.variance))
+        name, *cells = map(escape, (row.name, row.shape, row.axes, row.variance))
         kind, outcome = ("folded",) * 2 if row.folded else ("left", f"left ({numbers[row.words]})")
         plain = "".join(f"<td>{cell}</td>" for cell in cells)
-        body += f'<tr>{plain}<td class="{kind}">{outcome}</td></tr>'
+        body += f'<tr><td>{name}</td><td class="{kind}">{outcome}</td>{plain}</tr>'
     table = f"<table><tr>{head}</tr>{body}</table>" if body else ""
-    items = (f"<li>{escape(_sentence(r))} <em>{escape(_sentence(a))}</em></li>" for r, a in numbers)
+    items = (f"<li>{_html(_sentence(r))} <em>{_html(_sentence(a))}</em></li>" for r, a in numbers)
     reasons = f"<ol>{''.join(items)}</ol>" if numbers else ""
-    below = "".join(f"<p>{escape(line)}</p>" for line in lines)
+    below = "".join(f"<p>{_html(line)}</p>" for line in lines)
     return f'<div class="lnfold"><style>{_STYLE}</style>{table}{reasons}{below}</div>'
+
+
+def _html(words: str) -> str:
+    return re.sub("`([^`]*)`", r"<code>\1</code>", escape(words))
 
 
 def _sentence(words: str) -> str:
@@ -131,8 +138,10 @@ _STYLE = """
 .lnfold table {border-collapse: collapse; font-size: 0.9em}
 .lnfold th, .lnfold td {text-align: left; vertical-align: top; padding: 0.2em 1em 0.2em 0;
  border-bottom: 1px solid color-mix(in srgb, currentColor 25%, transparent);
- overflow-wrap: anywhere; color: inherit; background: none}
-.lnfold td.folded, .lnfold td.left {white-space: nowrap; padding-left: 0.6em}
+ white-space: nowrap; color: inherit; background: none}
+.lnfold td:first-child {white-space: normal; min-width: 9em}
+.lnfold td:first-child, .lnfold li, .lnfold p {overflow-wrap: anywhere}
+.lnfold td.folded, .lnfold td.left {padding-left: 0.6em}
 .lnfold .folded {border-left: 0.3em solid #2e9e5b}
 .lnfold .left {border-left: 0.3em solid #d9822b}
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -48,12 +49,16 @@ NORMS: dict[str, Factory] = {
 
 @dataclass(frozen=True)
 class Built:
-    """A traceable function with its parameters and inputs of two different shapes."""
+    """A traceable function with its parameters and inputs of two different shapes.
+
+    `about` says in a line which architecture it is.
+    """
 
     apply_fn: Callable[..., Any]
     params: Any
     inputs: tuple[Array, ...]
     other_inputs: tuple[Array, ...]
+    about: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,8 @@ def recipe(
         first, other = (tuple(map(jnp.asarray, group)) for group in (inputs, other_inputs))
         shapes = jax.eval_shape(model.init, jax.random.key(0), *first)
         params = perturb(jax.tree_util.tree_map_with_path(initial, shapes))
-        return Built(model.apply, params, first, other)
+        about = inspect.getdoc(make.func if isinstance(make, partial) else make) or ""
+        return Built(model.apply, params, first, other, about.splitlines()[0])
 
     return build
 
