@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -57,7 +55,7 @@ def center_checkpoint(
     edits = plan.leaf_edits()
     with TemporaryDirectory(prefix=f".{dest.name}.", dir=dest.parent) as folder:
         copy = Path(folder) / source.resolve().name
-        _copy(source, copy)
+        store.copy(copy, [names[path] for path in edits])
         target = open_store(copy)
         for path, edit in track(edits.items()):
             target.write(names[path], _edited(store, names, path, edit))
@@ -81,18 +79,6 @@ def _check_dest(source: Path, dest: Path) -> None:
         raise FoldError(f"dest: {dest.parent} is not a directory; make it first")
     if dest.resolve().is_relative_to(source.resolve()):
         raise FoldError(f"dest: {dest} is inside of {source}; pass a path outside of it")
-
-
-def _copy(source: Path, dest: Path) -> None:
-    """Copy contents only: linked files become files, and read-only ones can be written."""
-    if source.is_file():
-        shutil.copyfile(source, dest)
-        return
-    for folder, _, files in os.walk(source, followlinks=True):
-        into = dest / Path(folder).relative_to(source)
-        into.mkdir()
-        for file in files:
-            shutil.copyfile(Path(folder, file), into / file)
 
 
 # --- where the leaves of a plan are in a checkpoint ----------------------------------------------

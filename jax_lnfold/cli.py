@@ -45,8 +45,7 @@ SOURCE is a .safetensors file, a directory of them with an index, or a local dir
 Orbax: a tree, or a step of a CheckpointManager with one tree. It is copied to DEST, then the leaves
 that the plan edits are replaced one by one, so the whole checkpoint is never in memory. DEST
 appears when it is complete; SOURCE is only read. Names, shapes and dtypes are checked against the
-plan first; other leaves (optimizer state, step) are copied as they are. An Orbax checkpoint in the
-OCDBT format grows by the size of the new leaves.
+plan first; other leaves (optimizer state, step) are copied as they are.
 
 The original model computes the same with DEST, and so does the folded one: load it in place of
 folded.params.

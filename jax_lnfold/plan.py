@@ -165,7 +165,22 @@ class FoldPlan:
                 )
 
     def to_json(self) -> str:
-        """The plan as JSON text, readable by `from_json` of the same `version`."""
+        """The plan as JSON text, readable by `from_json` of the same `version`.
+
+        An object with these keys (others are notes of yours, which `from_json` ignores; a change
+        of what they mean raises `version`):
+
+        - ``leaves``: ``key_path`` and ``shape`` of every leaf of the tree, in tree order.
+        - ``scales``: before anything is centered, every target (key path, axes) is multiplied by
+          the leaf at ``key_path``, whose axes of other sizes than 1 are those axes of the target;
+          then that leaf is set to one.
+        - ``edits``: subtract from the leaf at ``key_path`` its means over groups of positions.
+          ``along`` has its ``shape`` and one entry per axis: ``"all"`` positions are one group,
+          every position is a group of its own (``"free"``), or a list with the number of the group
+          that each position is in, -1 for those that are left as they are. Two positions of the
+          leaf are in one group if they are along every axis. All ``"free"`` sets the leaf to zero.
+        - ``version``: 2.
+        """
         return json.dumps(asdict(self), indent=1)
 
     @staticmethod

@@ -20,7 +20,10 @@ import safetensors.numpy
 import jax_lnfold
 from jax_lnfold import FoldError, FoldPlan, TreeError
 from jax_lnfold.api import plan_fold
+from jax_lnfold.axes import ALL, FREE, AxisSet, Entry, Labels
+from jax_lnfold.center import edit_leaf
 from jax_lnfold.checkpoints import center_checkpoint
+from jax_lnfold.plan import CenterEdit, LeafSpec
 from jax_lnfold.trees import leaf_paths
 
 Array = jax.Array
@@ -72,15 +75,22 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def check(plan: FoldPlan, source: Path, load: Callable[[Path], Any], want: Any, **kw: str) -> None:
+def check(
+    plan: FoldPlan,
+    source: Path,
+    load: Callable[[Path], Any],
+    want: Any,
+    prefix: str = "",
+    edited: int = len(EDITED),
+) -> None:
     """The centered copy, restored, is the tree `want`; nothing else has changed."""
     before, dest = contents(source.parent), source.parent / f"centered{source.suffix}"
-    done = center_checkpoint(plan, source, dest, **kw)
+    done = center_checkpoint(plan, source, dest, prefix)
     assert bits(load(dest)) == bits(want)
     after = contents(source.parent)
     assert {file: after[file] for file in before} == before
     assert {*source.parent.iterdir()} == {source, dest}
-    assert done.leaves == len(EDITED)
+    assert done.leaves == edited
 
 
 # --- safetensors ---------------------------------------------------------------------------------
@@ -142,6 +152,9 @@ def test_sharded_safetensors(plan: FoldPlan, tmp_path: Path) -> None:
     want = dict(sorted(flat(plan.center(tree)).items()))
     check(plan, source, lambda folder: dict(sorted(load_sharded(folder).items())), want)
     assert (tmp_path / "blobs" / "1").read_bytes() == blob
+    index = source / "model.safetensors.index.json"
+    with pytest.raises(FoldError, match=r"is an index; pass its directory, .*/source/model$"):
+        center_checkpoint(plan, index, tmp_path / "dest")
 
 
 def test_directory_of_one_file(plan: FoldPlan, tmp_path: Path) -> None:
@@ -238,6 +251,23 @@ def test_orbax(plan: FoldPlan, tmp_path: Path, save_orbax: Callable[[Any, Path],
     check(plan, tmp_path / "source", restore, want, prefix="model")
 
 
+@pytest.mark.parametrize("batch", [1, 16_000_000])
+def test_replaced_chunks_are_not_kept(
+    tmp_path: Path, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An OCDBT database is written anew: it does not grow."""
+    monkeypatch.setattr("jax_lnfold.stores._BATCH", batch)
+    shape, rng = (500, 64), np.random.default_rng(0)
+    tree = {name: rng.normal(size=shape) for name in ("edited", "kept", "kept/too", "edited/no")}
+    leaves = tuple(LeafSpec(name, shape) for name in sorted(tree))
+    plan = FoldPlan(leaves, (CenterEdit("edited", AxisSet.over(shape, (1,))),))
+    standard(tree, tmp_path / "source")
+    check(plan, tmp_path / "source", restore, plan.center(tree), edited=1)
+    sizes = (sum(map(len, contents(tmp_path / x).values())) for x in ("source", "centered"))
+    before, after = sizes
+    assert abs(after - before) < 0.02 * before
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, np.float64])
 def test_orbax_dtypes(plan: FoldPlan, tmp_path: Path, dtype: Any) -> None:
     tree = variables(dtype)
@@ -245,15 +275,28 @@ def test_orbax_dtypes(plan: FoldPlan, tmp_path: Path, dtype: Any) -> None:
     check(plan, tmp_path / "source", restore, plan.center(tree))
 
 
-def test_step_of_a_checkpoint_manager(plan: FoldPlan, tmp_path: Path) -> None:
+def test_step_of_a_checkpoint_manager(
+    plan: FoldPlan, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     tree, steps = variables(), tmp_path / "steps"
     manager(tree, steps / "7")
     (tmp_path / "folded").mkdir()
+    caplog.clear()
     center_checkpoint(plan, steps / "7", tmp_path / "folded" / "7")
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
     with ocp.CheckpointManager(tmp_path / "folded") as found:
         restored = found.restore(found.latest_step(), args=ocp.args.StandardRestore(tree))
     assert bits(restored) == bits(plan.center(tree))
-    with pytest.raises(FoldError, match=r"not one checkpoint.*pass one of .*/steps/7/default"):
+    standard(tree, tmp_path / "items" / "a")
+    standard(tree, tmp_path / "items" / "b")
+    with pytest.raises(FoldError, match=r"is not one checkpoint.* pass one of .*/a, .*/b$"):
+        center_checkpoint(plan, tmp_path / "items", tmp_path / "dest")
+    (tmp_path / "elsewhere").mkdir()
+    (steps / "7" / "default").rename(tmp_path / "elsewhere" / "tree")
+    (steps / "7" / "default").symlink_to(tmp_path / "elsewhere" / "tree")
+    center_checkpoint(plan, steps / "7", tmp_path / "linked")
+    assert bits(restore(tmp_path / "linked" / "default")) == bits(plan.center(tree))
+    with pytest.raises(FoldError, match=r"not one checkpoint.*pass one of .*/steps/7$"):
         center_checkpoint(plan, steps, tmp_path / "dest")
 
 
@@ -408,7 +451,7 @@ def test_interrupted(
     source = save_sharded(variables(), tmp_path)
     before = contents(tmp_path)
     module = jax_lnfold.checkpoints
-    place = module.shutil if step == "copyfile" else module
+    place = jax_lnfold.stores.shutil if step == "copyfile" else module
     call, times = getattr(place, step), iter(range(99))
 
     def failing(*args: Any, **kw: Any) -> Any:
@@ -424,6 +467,35 @@ def test_interrupted(
 
 
 # --- memory --------------------------------------------------------------------------------------
+
+BLOCKED = {
+    "one axis": ((7, 50, 1), (FREE, ALL, FREE), (0,)),
+    "regions": ((7, 50, 3), (FREE, Labels([0] * 25 + [-1] * 5 + [1] * 20), FREE), (1, 2)),
+    "turned scale": ((9, 5, 8), (FREE, FREE, ALL), (2, 0)),
+    "to zero": ((5,), (FREE,), (0,)),
+    "no axis left": ((4, 6), (ALL, ALL), (0,)),
+}
+
+
+@pytest.mark.parametrize("block", [1, 3, 10, 60])
+@pytest.mark.parametrize(("shape", "entries", "axes"), BLOCKED.values(), ids=BLOCKED)
+def test_blocks(
+    shape: tuple[int, ...],
+    entries: tuple[Entry, ...],
+    axes: tuple[int, ...],
+    block: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Editing in blocks gives the same bits."""
+    rng, sets = np.random.default_rng(0), (AxisSet(shape, entries),)
+    x = rng.normal(size=shape).astype(np.float32)
+    scale = rng.normal(size=[shape[d] for d in axes]).astype(np.float32)
+    for edit in ((None, (), sets), (scale, axes, sets), (scale, axes, ()), (None, (), None)):
+        monkeypatch.setattr("jax_lnfold.center._BLOCK", x.size)
+        want = edit_leaf(x, *edit, donate=False)[0]
+        monkeypatch.setattr("jax_lnfold.center._BLOCK", block)
+        assert bits(edit_leaf(x, *edit, donate=False)[0]) == bits(want)
+
 
 COUNT, SHAPE = 48, (640, 1024)
 PEAK = """

@@ -44,6 +44,16 @@ def test_same_numbers(to_array: type) -> None:
     np.testing.assert_allclose(got["stem"], want, rtol=0, atol=1e-15)
 
 
+def test_example_of_the_readme() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    plan = FoldPlan.from_json(readme.split("```json\n")[1].split("```")[0])
+    kernel, gamma = np.arange(32.0).reshape(8, 4) ** 2, np.arange(1.0, 5)
+    got = plan.center({"kernel": kernel, "gamma": gamma})
+    heads = (kernel * gamma).reshape(8, 2, 2)
+    want = (heads - heads.mean(-1, keepdims=True)).reshape(8, 4)
+    np.testing.assert_allclose(got["kernel"], want, rtol=0, atol=1e-12)
+
+
 def test_other_keys_are_notes() -> None:
     noted = json.dumps({"model": "vit", **json.loads(TEXT), "made": {"by": "me"}})
     assert FoldPlan.from_json(noted) == FoldPlan.from_json(TEXT)
