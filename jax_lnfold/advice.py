@@ -41,7 +41,7 @@ def _to_keep_quiet(graph: Graph, noticed: Blocker, leaf: int | None = None) -> s
     """How to keep an operation from noticing a shift of the stream or of a parameter."""
     op = noticed.op
     if op is None or noticed.is_output:
-        return "return the pooled or normalised values instead of the stream itself"
+        return "return the normalised values instead of the stream itself"
     if leaf is not None and _reads(graph, op, leaf):
         return "give this operation a parameter of its own (untie it)"
     if op.name in ("dot_general", "conv_general_dilated", *NONLINEAR):

@@ -29,10 +29,12 @@ class Cost:
     def __str__(self) -> str:
         """The estimates in a sentence."""
         (before, after), (r_before, r_after) = self.bytes, self.reductions
+        accessed = f"{si(before - after)}B of {si(before)}B accessed"
+        if before == after:
+            accessed = f"none of the {si(before)}B accessed"
         return (
-            f"{r_before - r_after} of {r_before} reductions and {si(before - after)}B of "
-            f"{si(before)}B accessed ({(before - after) / max(before, 1):.1%}) saved in one call, "
-            f"by XLA's cost analysis for {self.platform}."
+            f"{r_before - r_after} of {r_before} reductions and {accessed} saved in one call, by "
+            f"XLA's cost analysis for {self.platform}."
         )
 
 

@@ -36,9 +36,15 @@ class Place:
 
     def __str__(self) -> str:
         """``primitive (module path, file.py:line)``."""
-        line = f"{self.file.rsplit('/', 1)[-1]}:{self.line}" if self.file else ""
-        where = ", ".join(part for part in (self.module, line) if part)
+        where = ", ".join(part for part in (self.module, self.where) if part)
         return f"`{self.primitive}` ({where})" if where else f"`{self.primitive}`"
+
+    @property
+    def where(self) -> str:
+        """``file.py:line``, or the line of a notebook's cell."""
+        *_, folder, name = ("", *self.file.split("/"))
+        name = "cell" if folder.startswith("ipykernel_") else name
+        return f"{name}:{self.line}" if self.file else ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 
 from .repeats import Repeat, fold_repeats
-from .streams import Event
+from .streams import FOLDED, LEFT, Event
 from .table import merged
 
 _NUMBER = re.compile(r"\d+")
@@ -68,7 +68,8 @@ def lay_out(events: Sequence[Event]) -> Layout:
 
     rows: list[list[int]] = []
     boxes: list[Box] = []
-    for item in fold_repeats([[i] for i in range(len(events))], key):
+    alone = [[i] for i in range(len(events))]
+    for item in fold_repeats(alone, key, lambda i: events[i].kind in (FOLDED, LEFT)):
         _place(item, rows, boxes)
     loops = groupby(range(len(rows)), lambda r: (events[rows[r][0]].loop, events[rows[r][0]].runs))
     for (loop, runs), group in loops:

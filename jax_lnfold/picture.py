@@ -13,7 +13,7 @@ from .layout import Box, Layout, PictureRow, lay_out
 from .streams import BLOCKED, EDITED, FOLDED, INSERTED, LEFT, NOTICED, WRITTEN, Event
 
 LEGEND = {
-    EDITED: ("#1a7f4b", "parameters that write into the stream, centered"),
+    EDITED: ("#2e9e5b", "parameters that write into the stream, centered"),
     WRITTEN: ("#8a8f98", "parameters that write into the stream, as they were"),
     INSERTED: ("#2f6fdb", "explicit centering"),
     FOLDED: ("#2e9e5b", "LayerNorm folded: reads a stream without a mean"),
@@ -42,7 +42,7 @@ def to_svg(events: Sequence[Event], title: str) -> str:
     width = text_x + widest * _CHAR + _MARGIN + deepest * _INDENT
     first = 2 * _MARGIN + 24
     legend_y = first + len(layout.rows) * _ROW
-    height = legend_y + 20 * len(kinds) + 2 * _MARGIN
+    height = legend_y + 20 * len(kinds)
 
     def x(lane: int) -> float:
         return left + lane * _LANE
@@ -77,7 +77,7 @@ def _texts(row: PictureRow) -> tuple[str, str]:
     name, detail = row.text("name"), row.text("detail")
     if event.kind in (EDITED, WRITTEN):
         name, detail = name or detail, detail if name else ""
-        detail = f"{detail} centered" if event.kind == EDITED else detail
+        detail = f"{detail} centered".strip() if event.kind == EDITED else detail
     if event.kind in (FOLDED, LEFT):
         detail = f"{detail} {event.kind}"
     return _shortened(name), _shortened(detail)
@@ -104,9 +104,9 @@ def _mark(row: PictureRow, x: float, y: float, end: float) -> str:
     event = row.events[0]
     color = LEGEND[event.kind][0]
     tip = f"M{end},{y} l-6,-4 v8 z" if event.kind in _READS else f"M{x + 8},{y} l6,-4 v8 z"
-    said = escape(". ".join(filter(None, (LEGEND[event.kind][1], event.why))))
+    said = ". ".join(t[:1].upper() + t[1:] for t in (LEGEND[event.kind][1], event.why) if t)
     return (
-        f'<g><title>{said}</title><path d="M{x},{y} H{end}" stroke="{color}"/>'
+        f'<g><title>{escape(said)}</title><path d="M{x},{y} H{end}" stroke="{color}"/>'
         f'<path d="{tip}" fill="{color}"/>{_symbol(event.kind, x, y)}'
     )
 

@@ -78,7 +78,7 @@ class Insertion:
         return words + (f" To do without, {self.advice}." if self.advice else "")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """The outcome of a fold; `print` shows it as a table.
 
@@ -97,9 +97,9 @@ class Report:
     visits: int
     rounded: tuple[str, ...] = ()
     edited_bytes: int = 0
-    events: tuple[Event, ...] = field(default=(), repr=False)
-    n_operations: int = field(default=0, repr=False)
-    programs: Programs | None = field(default=None, repr=False, compare=False)
+    events: tuple[Event, ...] = ()
+    n_operations: int = 0
+    programs: Programs | None = field(default=None, compare=False)
 
     @cached_property
     def cost(self) -> Cost:
@@ -137,6 +137,10 @@ class Report:
     def n_inserted(self) -> int:
         """Explicit centerings in the folded program."""
         return len(self.insertions)
+
+    def __repr__(self) -> str:
+        """One line: notebooks keep it beside the table."""
+        return f"<Report: {summary(self)[0]}>"
 
     def __str__(self) -> str:
         """The table and a summary as plain text, as wide as the terminal."""

@@ -125,7 +125,7 @@ def _blocker(graph: Graph, claim: Claim, kind: str, blocker: Blocker) -> _Found:
 
 def _brief(place: Place) -> str:
     """``primitive file.py:line``."""
-    return f"{place.primitive} {place.file.rsplit('/', 1)[-1]}:{place.line}".removesuffix(" :0")
+    return f"{place.primitive} {place.where}".strip()
 
 
 def _insertions(placement: Placement) -> Iterator[_Found]:

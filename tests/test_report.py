@@ -156,7 +156,7 @@ def test_the_reason_is_said_once() -> None:
     text = " ".join(str(report).split())
     assert text.count("left (1)") == 2, "one row for three layers, one for the last norm"
     assert text.count("makes a value that is an output") == 1
-    assert "Return the pooled or normalised values instead of the stream itself." in text
+    assert "Return the normalised values instead of the stream itself." in text
     assert all(RETURN in norm.advice for norm in report.norms)
 
 
