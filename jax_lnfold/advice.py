@@ -5,6 +5,7 @@ from __future__ import annotations
 from .facts import Blocker
 from .graph import Graph, Op
 from .placement import Placement, Reason
+from .planning import TRAINING
 from .primitives import ELEMENTWISE, IDENTITIES, MOVES, NONLINEAR, OPAQUE
 from .rules import RULES
 
@@ -22,6 +23,8 @@ def advice(placement: Placement, reason: Reason) -> str:
     if reason.obstacle is None or reason.obstacle.op is None:
         return ""
     op = reason.obstacle.op
+    if op.index in graph.dropouts:
+        return TRAINING
     if op.name in ("mul", "div"):
         if op.module and op.module in {norm.module for norm in placement.norms}:
             return "normalise inside the branch (pre-LN): here a LayerNorm's scale writes last"
@@ -40,6 +43,8 @@ def advice(placement: Placement, reason: Reason) -> str:
 def _to_keep_quiet(graph: Graph, noticed: Blocker, leaf: int | None = None) -> str:
     """How to keep an operation from noticing a shift of the stream or of a parameter."""
     op = noticed.op
+    if op is not None and op.index in graph.dropouts:
+        return TRAINING
     if op is None or noticed.is_output:
         return "return the normalised values instead of the stream itself"
     if leaf is not None and _reads(graph, op, leaf):

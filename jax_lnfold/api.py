@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import threading
-from collections.abc import Callable, Hashable, Mapping
-from numbers import Real
+from collections.abc import Callable, Collection, Hashable
+from dataclasses import replace
 from typing import Any
 
 import jax
+import numpy as np
 
-from ._compat import ClosedJaxpr, jaxpr_as_fun
-from .axes import AxisSet
-from .errors import FoldError, NotAnalysedError, PlanMismatchError
-from .facts import Facts
-from .graph import Graph
-from .placement import Placement, place, place_within
-from .plan import CenterEdit, FoldPlan, LeafSpec, ScaleEdit, check_donate
+from ._compat import ClosedJaxpr, is_tracer, jaxpr_as_fun
+from .difference import float_outputs, largest, largest_difference
+from .errors import FoldError, NotAnalysedError
+from .options import Options, check_options
+from .placement import Placement, place
+from .plan import FoldPlan, check_donate
+from .planning import make_plan, place_again
 from .program import Traced, signature, trace
 from .report import Report, make_report
 from .rewrite import rewrite
-from .scales import ScaleMerge, find_merges
-from .trees import check_devices, check_leaves, leaf_paths
+from .trees import check_devices, check_leaves
 
 
 def fold(
@@ -30,6 +29,7 @@ def fold(
     *example_inputs: Any,
     donate: bool = False,
     explicit_cost: float = 2.0,
+    approximate: Collection[str] = (),
 ) -> Folded:
     """Turn the LayerNorms of a model into RMSNorms wherever that is exact.
 
@@ -44,6 +44,10 @@ def fold(
             itself fails or is interrupted (no memory, Ctrl-C), those edited before it are lost.
         explicit_cost: cost of an explicit centering per element, where a LayerNorm's own
             centering costs 1 (theory: minimum cut).
+        approximate: with ``{"dropout"}``, elementwise dropout is taken for the identity: in a
+            trace with dropout the folded program is then an approximation (the mean that dropping
+            leaves is not removed), which the report says and measures. Without dropout the same
+            parameters are exact. Everything else is exact always.
 
     Returns:
         The folded function and parameters, with a plan and a report.
@@ -52,18 +56,23 @@ def fold(
         FoldError: `apply_fn` is not callable or traceable, `params` or the inputs hold other
             leaves than arrays, or an option has no such value. Nothing has been changed then.
     """
-    _check_arguments(apply_fn, explicit_cost)
+    _check_callable(apply_fn)
+    options = check_options(explicit_cost, approximate)
     check_donate(donate)
     check_leaves(params, "params")
     check_leaves(example_inputs, "example_inputs", abstract=True)
-    folded = Folded(apply_fn, params, bool(donate), float(explicit_cost))
+    folded = Folded(apply_fn, params, bool(donate), options)
     if example_inputs:
         folded._analyse(example_inputs)
     return folded
 
 
 def analyze(
-    apply_fn: Callable[..., Any], params: Any, *inputs: Any, explicit_cost: float = 2.0
+    apply_fn: Callable[..., Any],
+    params: Any,
+    *inputs: Any,
+    explicit_cost: float = 2.0,
+    approximate: Collection[str] = (),
 ) -> Report:
     """Report what `fold` would do, without editing anything.
 
@@ -72,44 +81,53 @@ def analyze(
     Raises:
         FoldError: as for `fold`, or the inputs that `apply_fn` needs are missing.
     """
-    traced, placement = _analysis(apply_fn, params, inputs, explicit_cost)
+    options = check_options(explicit_cost, approximate)
+    traced, placement = _analysis(apply_fn, params, inputs, options)
 
     def programs() -> tuple[ClosedJaxpr, ClosedJaxpr]:
         return traced.closed, rewrite(traced.closed, placement)
 
-    return make_report(placement, _make_plan(params, placement), programs)
+    return make_report(placement, make_plan(params, placement), programs)
 
 
 def plan_fold(
-    apply_fn: Callable[..., Any], params: Any, *inputs: Any, explicit_cost: float = 2.0
+    apply_fn: Callable[..., Any],
+    params: Any,
+    *inputs: Any,
+    explicit_cost: float = 2.0,
+    approximate: Collection[str] = (),
 ) -> FoldPlan:
-    """The plan that `fold` would follow, from shapes alone as in `analyze`."""
-    _, placement = _analysis(apply_fn, params, inputs, explicit_cost)
-    return _make_plan(params, placement)
+    """The plan that `fold` would follow, from shapes alone as in `analyze`.
+
+    Raises:
+        FoldError: as for `fold`, or the inputs that `apply_fn` needs are missing.
+    """
+    options = check_options(explicit_cost, approximate)
+    return make_plan(params, _analysis(apply_fn, params, inputs, options)[1])
 
 
 def _analysis(
-    apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...], explicit_cost: float
+    apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...], options: Options
 ) -> tuple[Traced, Placement]:
-    _check_arguments(apply_fn, explicit_cost)
+    _check_callable(apply_fn)
     check_leaves(params, "params", abstract=True)
     check_leaves(inputs, "inputs", abstract=True)
     traced = trace(apply_fn, params, inputs)
-    return traced, place(traced.graph(), float(explicit_cost))
+    return traced, place(traced.graph(options.see_through_dropout), options.explicit_cost)
 
 
 class Folded:
     """A folded model: a pure function `apply`, its `params`, the `plan` and the `report`."""
 
     def __init__(
-        self, apply_fn: Callable[..., Any], params: Any, donate: bool, explicit_cost: float
+        self, apply_fn: Callable[..., Any], params: Any, donate: bool, options: Options
     ) -> None:
         """Use `fold` instead."""
         self._apply_fn = apply_fn
         self._given: Any = params  # until the analysis has run
         self._first_call = threading.RLock()
         self._donate = donate
-        self._explicit_cost = explicit_cost
+        self._options = options
         self._params: Any = None
         self._plan: FoldPlan | None = None
         self._report: Report | None = None
@@ -177,7 +195,8 @@ class Folded:
         self._plan.check(params)
         check_leaves(inputs, "inputs")
         traced = trace(self._apply_fn, params, inputs)
-        placement = _place_again(self._plan, params, traced.graph(), self._explicit_cost)
+        graph = traced.graph(self._options.see_through_dropout)
+        placement = place_again(self._plan, params, graph, self._options.explicit_cost)
         program = jaxpr_as_fun(rewrite(traced.closed, placement)), traced.out_tree
         if traced.reusable:
             self._programs[key] = program
@@ -194,15 +213,21 @@ class Folded:
     def _analyse(self, inputs: tuple[Any, ...]) -> None:
         params = self._given
         traced = trace(self._apply_fn, params, inputs)
-        placement = place(traced.graph(), self._explicit_cost)
-        plan = _make_plan(params, placement)
+        graph = traced.graph(self._options.see_through_dropout)
+        placement = place(graph, self._options.explicit_cost)
+        plan = make_plan(params, placement)
         rewritten = rewrite(traced.closed, placement)
         program = jaxpr_as_fun(rewritten), traced.out_tree
         programs = (lambda: (traced.closed, rewritten)) if traced.reusable else None
         report = make_report(placement, plan, programs)
         key = signature(params, inputs)
+        measured = report.dropouts > 0 and not any(map(_is_abstract, jax.tree.leaves(inputs)))
+        original = _run(traced.closed, params, inputs) if measured else []
         with jax.ensure_compile_time_eval():  # a first call may be traced: the edit is not
             self._params = plan.center(params, donate=self._donate)
+        if measured:
+            difference = largest_difference(original, _run(rewritten, self._params, inputs))
+            report = replace(report, deviation=difference / (largest(original) or 1.0))
         if traced.reusable:
             self._programs[key] = program
         self._report = report
@@ -217,73 +242,17 @@ class Folded:
             )
 
 
-def _check_arguments(apply_fn: Any, explicit_cost: float) -> None:
+def _check_callable(apply_fn: Any) -> None:
     if not callable(apply_fn):
         raise FoldError(
             f"apply_fn: a {type(apply_fn).__name__} is not callable; pass a function of "
             "(params, *inputs), such as model.apply"
         )
-    if not (isinstance(explicit_cost, Real) and 0 < explicit_cost < math.inf):
-        raise FoldError(f"explicit_cost: {explicit_cost!r} is not a positive number; try 2.0")
 
 
-def _make_plan(params: Any, placement: Placement) -> FoldPlan:
-    """The placement's parameter edits, with key paths instead of leaf numbers."""
-    graph = placement.graph
-    paths = [path for path, _ in leaf_paths(params)]
-    shapes = {i: graph.shape(v) for v, i in graph.leaves.items()}
-    edits = ((graph.leaves[v], along) for v, sets in placement.leaf_sets.items() for along in sets)
-    return FoldPlan(
-        leaves=tuple(LeafSpec(path, shapes[i]) for i, path in enumerate(paths)),
-        edits=tuple(CenterEdit(paths[i], along) for i, along in sorted(edits, key=lambda e: e[0])),
-        scales=tuple(
-            ScaleEdit(paths[m.scale], tuple((paths[i], axes) for i, axes in m.targets))
-            for m in placement.merges
-        ),
-    )
+def _is_abstract(x: Any) -> bool:
+    return isinstance(x, jax.ShapeDtypeStruct) or is_tracer(x)
 
 
-def _place_again(plan: FoldPlan, params: Any, graph: Graph, explicit_cost: float) -> Placement:
-    """A placement for another trace, with the parameter edits of `plan` proved harmless in it."""
-    index = {path: i for i, (path, _) in enumerate(leaf_paths(params))}
-    value = {i: v for v, i in graph.leaves.items()}
-    scales = tuple(
-        ScaleMerge(index[s.key_path], tuple(sorted((index[p], axes) for p, axes in s.targets)))
-        for s in plan.scales
-    )
-    merges = find_merges(graph)
-    fixed: dict[int, tuple[AxisSet, ...]] = {}
-    for edit in plan.edits:
-        leaf = value[index[edit.key_path]]
-        fixed[leaf] = (*fixed.get(leaf, ()), edit.along)
-    facts = Facts(graph, frozenset(value[s.scale] for s in scales))
-    _check_edits(facts, fixed, scales, merges, value, plan)
-    merges = {v: m for v, m in merges.items() if m in scales}
-    return place_within(facts, merges, explicit_cost, fixed)
-
-
-def _check_edits(
-    facts: Facts,
-    fixed: Mapping[int, tuple[AxisSet, ...]],
-    scales: tuple[ScaleMerge, ...],
-    merges: Mapping[int, ScaleMerge],
-    value: Mapping[int, int],
-    plan: FoldPlan,
-) -> None:
-    """Raise a `PlanMismatchError` if this trace notices an edit of the plan."""
-    graph = facts.graph
-    for scale, edit in zip(scales, plan.scales, strict=True):
-        touched = (scale.scale, *(leaf for leaf, _ in scale.targets))
-        if merges.get(value[scale.scale]) != scale and any(graph.uses[value[i]] for i in touched):
-            raise PlanMismatchError(
-                f"inputs: for these inputs the scale {edit.key_path!r} is used in another way than "
-                "in the example the plan was made for; fold again with these inputs"
-            )
-    for leaf, sets in fixed.items():
-        for along in sets:
-            if (blocker := facts.intolerant(leaf, along)) is not None:
-                path = plan.leaves[graph.leaves[leaf]].key_path
-                raise PlanMismatchError(
-                    f"inputs: for these inputs the centering of {path!r} would be noticed: "
-                    f"{blocker}; fold again with these inputs"
-                )
+def _run(program: ClosedJaxpr, params: Any, inputs: tuple[Any, ...]) -> list[np.ndarray]:
+    return float_outputs(jax.jit(jaxpr_as_fun(program))(*jax.tree.leaves((params, inputs))))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .axes import FREE, AxisSet
-from .graph import Graph, Op
+from .graph import DROPOUT, Graph, Op
 from .primitives import OPAQUE
 from .rules import RULES, Context, Opaque, rule_for
 from .rules.elementwise import project
@@ -77,8 +77,8 @@ def solve(claim: Claim, expand: Expand, known: dict[Claim, Blocker | None]) -> B
 class Facts:
     """Answers about one program. `ones` are parameter leaves known to be all ones.
 
-    `unknown` collects the operations met for which there is no rule, `visits` counts how often a
-    rule was asked about an equation.
+    `unknown` collects the operations met for which there is no rule, `dropouts` those taken for the
+    identity; `visits` counts how often a rule was asked about an equation.
     """
 
     def __init__(self, graph: Graph, ones: frozenset[int] = frozenset()) -> None:
@@ -86,6 +86,7 @@ class Facts:
         self.graph = graph
         self.ones = ones
         self.unknown: dict[int, Op] = {}
+        self.dropouts: set[int] = set()
         self.visits = 0
         self._uniform: dict[Claim, Blocker | None] = {}
         self._tolerant: dict[Claim, Blocker | None] = {}
@@ -117,6 +118,8 @@ class Facts:
         self.visits += 1
         if op.name not in RULES and op.name not in OPAQUE:
             self.unknown[op.index] = op
+        if op.name == DROPOUT:
+            self.dropouts.add(op.index)
         return Context(self.graph, op, self.uniform)
 
     def _why_uniform(self, claim: Claim) -> Blocker | Iterable[Claim]:

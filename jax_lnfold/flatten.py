@@ -29,17 +29,18 @@ from ._compat import (
     manual,
     open_jaxpr,
 )
-from .graph import NO_RULE, CallPath, Graph, Op
+from .dropout import dropped_operand, note_noise
+from .graph import DROPOUT, NO_RULE, CallPath, Graph, Op
 from .lanes import Lanes, collect, per_lane, spread, with_lanes
 
 
-def flatten(closed: ClosedJaxpr, n_leaves: int) -> Graph:
+def flatten(closed: ClosedJaxpr, n_leaves: int, see_through_dropout: bool = False) -> Graph:
     """The graph of `closed`, whose first `n_leaves` inputs are the parameter leaves."""
     graph, jaxpr = Graph(), open_jaxpr(closed)
     avals = (v.aval for v in jaxpr.invars)
     inputs = [graph.new_value(aval, (), i < n_leaves, False) for i, aval in enumerate(avals)]
     graph.leaves = {v: i for i, v in enumerate(inputs[:n_leaves])}
-    results = _Walker(graph).walk(jaxpr, consts_of(closed), inputs, _Frame())
+    results = _Walker(graph, see_through_dropout).walk(jaxpr, consts_of(closed), inputs, _Frame())
     graph.outputs = frozenset(results)
     graph.link_uses()
     return graph
@@ -60,8 +61,8 @@ class _Frame:
 
 
 class _Walker:
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    def __init__(self, graph: Graph, see_through_dropout: bool) -> None:
+        self.graph, self.see_through_dropout = graph, see_through_dropout
         self.hidden = 0  # programs without an equation of their own have negative numbers
 
     def walk(
@@ -152,8 +153,14 @@ class _Walker:
         fixed = free and all(graph.fixed[v] for v in inputs)
         avals = (with_lanes(v.aval, frame.lanes) for v in eqn.outvars)
         results = [graph.new_value(aval, frame.path, free, fixed) for aval in avals]
+        dropped = None if role else dropped_operand(graph, eqn.primitive.name, inputs)
+        role = DROPOUT if self.see_through_dropout and dropped is not None else role
         op = self._add(eqn, frame, inputs, results, role)
         graph.op_at[*frame.path, index] = op
+        if dropped is not None:
+            graph.dropouts[op.index] = dropped
+        elif not role:
+            note_noise(graph, eqn.primitive.name, inputs, results)
         pairs = zip(inputs, eqn.invars, strict=True)
         graph.literals.update(v for v, a in pairs if isinstance(a, Literal))
         return results

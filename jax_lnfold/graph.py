@@ -86,6 +86,8 @@ class Op:
 
 NO_RULE = "opaque"
 """The role of an operation that means something else than its primitive does elsewhere."""
+DROPOUT = "dropout"
+"""The role of an operation that is taken for the identity on what it drops at random."""
 JOINS = frozenset({"loop_carry", "loop_result", "branch_result"})
 """Roles whose output is one of the inputs: the first and the next value of a carry, branches."""
 
@@ -118,6 +120,9 @@ class Graph:
         self.lanes: dict[CallPath, Lanes] = {}  # mesh axes of the `shard_map` around a jaxpr
         self.stand_ins: dict[CallPath, ClosedJaxpr] = {}  # programs analysed for an equation
         self.sealed: set[CallPath] = set()  # jaxprs that no centering can be put into
+        self.noise: set[int] = set()  # computed from random bits and numbers only
+        self.masks: set[int] = set()  # noise that keeps or drops
+        self.dropouts: dict[int, int] = {}  # operations that drop an operand at random -> which
 
     def shape(self, value: int) -> tuple[Any, ...]:
         """The shape of a value."""

@@ -55,7 +55,8 @@ class Placement:
 
     Leaves and values are numbers of the graph that the `search` is about. `left` maps positions in
     `norms` to reasons, `inserted` says why what feeds a value of `explicit` was not centered
-    instead, `zero` lists what is zero-mean at run time once the centerings are made.
+    instead, `zero` lists what is zero-mean at run time once the centerings are made. The positions
+    in `approximate` are of folded norms that rest on a dropout taken for the identity.
     """
 
     search: ZeroMeanGraph
@@ -68,6 +69,7 @@ class Placement:
     inserted: dict[int, Reason]
     constants: dict[int, tuple[AxisSet, ...]]
     zero: tuple[Claim, ...]
+    approximate: frozenset[int] = frozenset()
 
     @property
     def facts(self) -> Facts:
@@ -120,7 +122,8 @@ def place_within(
         for i, n in enumerate(norms.found)
         if not folded[i]
     }
-    _prove(search, zero, explicit, [n for n, f in zip(norms.found, folded, strict=True) if f])
+    roots = {i: (n.x, n.along) for i, n in enumerate(norms.found) if folded[i]}
+    _prove(search, zero, explicit, roots.values())
     return Placement(
         search=search,
         norms=norms.found,
@@ -132,6 +135,7 @@ def place_within(
         inserted={v: _explain(search, (v, sets[0]), zero) for v, sets in explicit.items()},
         constants={v: sets for v, sets in edits.items() if v not in graph.leaves},
         zero=(*zero, *(c for c, node in search.nodes.items() if node.is_zero)),
+        approximate=_approximate(search, zero, explicit, roots),
     )
 
 
@@ -182,26 +186,53 @@ def _by_value(claims: Iterable[Claim]) -> dict[int, tuple[AxisSet, ...]]:
     }
 
 
+def _rests_on(
+    search: ZeroMeanGraph,
+    claim: Claim,
+    zero: Container[Claim],
+    explicit: Mapping[int, tuple[AxisSet, ...]],
+) -> Blocker | Iterable[Claim]:
+    """What a claim follows from: nothing if the value is edited or centered there."""
+    value, along = claim
+    resolved = search.resolve(claim)
+    node = search.nodes[resolved]
+    given = node.is_zero or (node.edit and resolved in zero)
+    if given or any(s.refines(along) for s in explicit.get(value, ())):
+        return ()
+    return node.obstacle or Blocker(None, "") if node.needs is None else node.needs
+
+
 def _prove(
     search: ZeroMeanGraph,
     zero: Container[Claim],
     explicit: Mapping[int, tuple[AxisSet, ...]],
-    folded: Iterable[LayerNorm],
+    roots: Iterable[Claim],
 ) -> None:
     """Derive every removed mean again from the edits alone; a failure is a bug of this library."""
+    known: dict[Claim, Blocker | None] = {}
+    for root in roots:
+        blocker = solve(root, lambda claim: _rests_on(search, claim, zero, explicit), known)
+        if blocker is not None:
+            raise AssertionError(f"unproved zero mean, please report this: {blocker}")
+
+
+def _approximate(
+    search: ZeroMeanGraph,
+    zero: Container[Claim],
+    explicit: Mapping[int, tuple[AxisSet, ...]],
+    roots: Mapping[int, Claim],
+) -> frozenset[int]:
+    """Which roots do not follow from the edits without an approximation."""
+    if not any(node.approximate for node in search.nodes.values()):
+        return frozenset()
 
     def expand(claim: Claim) -> Blocker | Iterable[Claim]:
-        value, along = claim
-        node = search.nodes[search.resolve(claim)]
-        given = node.is_zero or (node.edit and search.resolve(claim) in zero)
-        if given or any(s.refines(along) for s in explicit.get(value, ())):
-            return ()
-        return node.obstacle or Blocker(None, "") if node.needs is None else node.needs
+        needs = _rests_on(search, claim, zero, explicit)
+        approximate = needs and search.nodes[search.resolve(claim)].approximate
+        return Blocker(None, "") if approximate else needs
 
     known: dict[Claim, Blocker | None] = {}
-    for norm in folded:
-        if (blocker := solve((norm.x, norm.along), expand, known)) is not None:
-            raise AssertionError(f"unproved zero mean, please report this: {blocker}")
+    return frozenset(i for i, root in roots.items() if solve(root, expand, known) is not None)
 
 
 def _explain(search: ZeroMeanGraph, root: Claim, zero: Container[Claim]) -> Reason:

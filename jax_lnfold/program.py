@@ -24,9 +24,9 @@ class Traced:
     out_tree: Any
     n_leaves: int
 
-    def graph(self) -> Graph:
+    def graph(self, see_through_dropout: bool = False) -> Graph:
         """The flat graph of the program."""
-        return flatten(self.closed, self.n_leaves)
+        return flatten(self.closed, self.n_leaves, see_through_dropout)
 
     @property
     def reusable(self) -> bool:

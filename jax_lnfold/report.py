@@ -44,6 +44,7 @@ class Norm:
     the mean spans besides. `count` is how often it runs in one call. `reason` is empty when
     `folded`, and otherwise names the operation in the way with its module path and source line;
     `blocker` is that operation. `two_pass` if its variance takes a second pass over the input.
+    `approximate` if it is folded although dropout before it leaves it a mean.
     """
 
     path: str
@@ -56,6 +57,7 @@ class Norm:
     two_pass: bool = False
     blocker: Place | None = None
     advice: str = ""
+    approximate: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,9 @@ class Report:
     or behind them stay as they are. `visits` is how often the analysis looked at an equation.
     `rounded` are key paths of edited leaves whose dtype has fewer digits than the arithmetic they
     are used in: they are rounded once more, as they would not be if they were edited before a cast.
+    `dropouts` counts the dropouts taken for the identity, `deviation` is the largest difference of
+    an output that they caused on the example inputs, relative to the largest output (None if the
+    inputs were shapes only).
     """
 
     norms: tuple[Norm, ...]
@@ -96,6 +101,8 @@ class Report:
     opaque: dict[str, int]
     visits: int
     rounded: tuple[str, ...] = ()
+    dropouts: int = 0
+    deviation: float | None = None
     edited_bytes: int = 0
     events: tuple[Event, ...] = ()
     n_operations: int = 0
@@ -171,6 +178,7 @@ def make_report(placement: Placement, plan: FoldPlan, programs: Programs | None)
             two_pass=norm.two_pass,
             blocker=_blocker(placement.left.get(i)),
             advice=advice(placement, placement.left[i]) if i in placement.left else "",
+            approximate=i in placement.approximate,
         )
         for i, (norm, folded) in enumerate(zip(placement.norms, placement.folded, strict=True))
     )
@@ -197,6 +205,7 @@ def make_report(placement: Placement, plan: FoldPlan, programs: Programs | None)
         opaque=dict(opaque),
         visits=facts.visits,
         rounded=tuple(key_paths[graph.leaves[v]] for v in widened),
+        dropouts=len(facts.dropouts),
         edited_bytes=_edited_bytes(graph, plan, key_paths),
         events=find_events(placement, key_paths),
         n_operations=len(graph.ops),
@@ -260,6 +269,7 @@ def rows(report: Report) -> list[Row]:
             axes=", ".join(map(str, (*norm.axes, *norm.mesh_axes))),
             variance="two-pass" if norm.two_pass else "one-pass",
             folded=norm.folded,
+            approximate=norm.approximate,
             words=(norm.reason, norm.advice),
             place=(norm.blocker.file, norm.blocker.line) if norm.blocker else None,
             runs=norm.count,
@@ -288,6 +298,14 @@ def summary(report: Report) -> list[str]:
         f"{headline(report)}, {edited}, {_count(report.n_inserted, 'explicit centering')} inserted."
     ]
     lines += map(str, report.insertions)
+    if report.dropouts:
+        measured = "not measured: pass arrays to fold"
+        if report.deviation is not None:
+            measured = f"{report.deviation:.2g} of the largest output on the example inputs"
+        lines.append(
+            f"Approximate: {_count(report.dropouts, 'dropout')} taken for the identity; deviation "
+            f"{measured}. Without dropout the same parameters are exact."
+        )
     if report.rounded:
         some = ", ".join(report.rounded[:3]) + ", ..." * (len(report.rounded) > 3)
         lines.append(

@@ -34,6 +34,12 @@ class Row:
     place: tuple[str, int] | None = None
     runs: int = 1
     count: int = 1
+    approximate: bool = False
+
+    @property
+    def outcome(self) -> str:
+        """``folded`` or ``left``, with what else there is to say of it."""
+        return "folded approximately" if self.approximate else "folded" if self.folded else "left"
 
     @property
     def name(self) -> str:
@@ -88,7 +94,7 @@ def to_rich(rows: Sequence[Row], lines: Iterable[str]) -> Group:
         table.add_column(title, overflow="fold")
     for row in rows:
         left = Text(f"left ({numbers.get(row.words)})", "yellow")
-        outcome = Text("folded", "green") if row.folded else left
+        outcome = Text(row.outcome, "green") if row.folded else left
         table.add_row(*map(Text, (row.name, row.shape, row.axes, row.variance)), outcome)
     reasons = Table.grid(padding=(0, 1))
     for (reason, advice), number in numbers.items():
@@ -116,7 +122,9 @@ def to_html(rows: Sequence[Row], lines: Iterable[str]) -> str:
     body = ""
     for row in rows:
         name, *cells = map(escape, (row.name, row.shape, row.axes, row.variance))
-        kind, outcome = ("folded",) * 2 if row.folded else ("left", f"left ({numbers[row.words]})")
+        kind, outcome = "folded", row.outcome
+        if not row.folded:
+            kind, outcome = "left", f"left ({numbers[row.words]})"
         plain = "".join(f"<td>{cell}</td>" for cell in cells)
         body += f'<tr><td>{name}</td><td class="{kind}">{outcome}</td>{plain}</tr>'
     table = f"<table><tr>{head}</tr>{body}</table>" if body else ""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .api import Folded
+from .difference import float_outputs, largest, largest_difference
 from .errors import FoldError
 from .program import trace
 from .trees import check_devices, check_leaves
@@ -58,8 +59,8 @@ def verify(apply_fn: Callable[..., Any], params: Any, folded: Folded, *inputs: A
     check_leaves(inputs, "inputs")
     check_devices(params, inputs)
     trace(apply_fn, params, inputs)
-    original = _outputs(jax.jit(apply_fn)(params, *inputs))
-    result = _outputs(jax.jit(folded.apply)(folded.params, *inputs))
+    original = float_outputs(jax.jit(apply_fn)(params, *inputs))
+    result = float_outputs(jax.jit(folded.apply)(folded.params, *inputs))
     if not original:
         raise FoldError(
             "apply_fn: returns no floating-point array, so there is nothing to compare; return the "
@@ -71,24 +72,15 @@ def verify(apply_fn: Callable[..., Any], params: Any, folded: Folded, *inputs: A
         )
     with jax.enable_x64(True):
         wide_params, wide_inputs = jax.tree.map(_widen, (params, inputs))
-        reference = _outputs(jax.jit(apply_fn)(wide_params, *wide_inputs))
+        reference = float_outputs(jax.jit(apply_fn)(wide_params, *wide_inputs))
     return Verification(
-        original_error=_largest(original, reference),
-        folded_error=_largest(result, reference),
-        difference=_largest(original, result),
-        scale=max(float(np.max(np.abs(r), initial=0.0)) for r in reference),
+        original_error=largest_difference(original, reference),
+        folded_error=largest_difference(result, reference),
+        difference=largest_difference(original, result),
+        scale=largest(reference),
     )
 
 
 def _widen(x: Any) -> Any:
     floating = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
     return jnp.asarray(np.asarray(x, np.float64)) if floating else x
-
-
-def _outputs(tree: Any) -> list[np.ndarray]:
-    arrays = (x for x in jax.tree.leaves(tree) if hasattr(x, "dtype"))
-    return [np.asarray(x, np.float64) for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
-
-
-def _largest(a: list[np.ndarray], b: list[np.ndarray]) -> float:
-    return max(float(np.max(np.abs(x - y), initial=0.0)) for x, y in zip(a, b, strict=True))

@@ -29,7 +29,7 @@ class Node:
     """How a value can be zero-mean along a set: it is, by edit, by insertion, or by its operands.
 
     `needs` is None where the operands cannot help; `obstacle` then says why. The costs are None
-    where the way is barred.
+    where the way is barred. `approximate` if it is so by its operands on request only.
     """
 
     is_zero: bool = False
@@ -37,6 +37,7 @@ class Node:
     insert: int | None = None
     needs: list[Claim] | None = None
     obstacle: Blocker | None = None
+    approximate: bool = False
     intolerant: Blocker | None = None
 
 
@@ -127,6 +128,7 @@ class ZeroMeanGraph:
             node.obstacle = Blocker(op, pulled.why)
         else:
             node.needs = [(op.inputs[i], s) for i, s in pulled.needs]
+            node.approximate = pulled.approximate
         return node
 
     def _is_zero(self, value: int, along: AxisSet) -> bool:

@@ -780,7 +780,7 @@ def opaque_things(x: Any, key: Any) -> Any:
     first, second = jax.random.split(jax.random.fold_in(jax.random.key(0), 1))
     wrapped = jax.random.bits(jax.random.wrap_key_data(jax.random.key_data(first)))
     old = jax.extend.random.threefry_2x32(key, jnp.arange(4, dtype=jnp.uint32))
-    looked_up = [lax.top_k(x, 2), lax.sort(x), lax.iota(int, 3)]
+    looked_up = [lax.top_k(x, 2), lax.sort(x), lax.iota(int, 3), x.view(jnp.uint64)]
     return cumulated, reduced, second, wrapped, old, looked_up
 
 

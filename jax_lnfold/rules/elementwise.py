@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from ..axes import ALL, FREE, AxisSet
+from ..graph import DROPOUT
 from ..primitives import IDENTITIES, IDENTITIES_OF_EACH, NONLINEAR
 from .registry import Context, Opaque, Pull, Push, Rule, register
 
@@ -122,12 +123,31 @@ def _push_select(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
     return ((0, shifted),)
 
 
+def _pull_dropout(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
+    """As it is where whole groups are dropped, else as if nothing were."""
+    rule = _pull_select if ctx.op.eqn.primitive.name == "select_n" else _pull_mul
+    exact = rule(ctx, out, along)
+    if isinstance(exact, Pull):
+        return exact
+    data = ctx.graph.dropouts[ctx.op.index]
+    need = data, project(along, ctx.in_shape(data))
+    return Pull((need,), exact=False, approximate=True)
+
+
+def _push_dropout(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+    if operand != ctx.graph.dropouts[ctx.op.index]:
+        return Opaque("drops by the shifted value")
+    return ((0, lift(along, ctx.out_shape())),)
+
+
 register("add sub neg add_any", Rule(_pull_sum, _push_sum))
 register(IDENTITIES - {"convert_element_type"}, Rule(_pull_sum, _push_sum))
 register("convert_element_type", Rule(_pull_convert, _push_convert, elementwise=True))
 register(IDENTITIES_OF_EACH, Rule(_pull_each, _push_each))
 register("mul div", Rule(_pull_mul, _push_mul, elementwise=True))
 register("select_n", Rule(_pull_select, _push_select))
+
+register(DROPOUT, Rule(_pull_dropout, _push_dropout))
 
 # Opaque to means and shifts, but uniform where all operands are.
 register(NONLINEAR, Rule(elementwise=True))

@@ -34,11 +34,13 @@ class Pull:
     """Operands that must be zero-mean, as (operand position, axis set).
 
     `exact` says that nothing was refined on the way: the output is then also uniform along the
-    asked set if the operands are uniform along theirs.
+    asked set if the operands are uniform along theirs. `approximate` says that this is not so at
+    all, but taken to be so on request.
     """
 
     needs: tuple[tuple[int, AxisSet], ...]
     exact: bool = True
+    approximate: bool = False
 
 
 Push = tuple[tuple[int, AxisSet], ...]
