@@ -31,7 +31,6 @@ class Net(nnx.Module):
 def main(reparameterised: bool = False, steps: int = 300) -> float:
     """Train and return the accuracy on the last 360 digits."""
     x, y = load_digits(return_X_y=True)
-    x = np.float32(x / 16)
     graph, state = nnx.split(model := Net(nnx.Rngs(0)))
     folded = jax_lnfold.fold(lambda state, x: nnx.merge(graph, state)(x), state, x[:1])
     nnx.update(model, folded.params)
