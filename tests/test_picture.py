@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -14,7 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from zoo import ZOO
+from zoo import ZOO, vision
+from zoo.base import recipe
 
 import jax_lnfold
 from jax_lnfold.layout import Layout, lay_out
@@ -94,6 +96,19 @@ def test_a_stream_that_is_returned() -> None:
     assert [e.kind for e in events] == ["written", "left", "noticed"]
     assert events[-1].name == "returned as an output"
     assert events[-1].detail.startswith("dot_general test_picture.py:")
+
+
+README_PICTURE = Path(__file__).parent.parent / "examples" / "vit_qk_norm.svg"
+
+
+def readme_picture() -> str:
+    model = recipe(partial(vision.vit, depth=12, normalize_qk=True), *vision.IMAGES)()
+    return jax_lnfold.analyze(model.apply_fn, model.params, *model.inputs).to_svg()
+
+
+def test_picture_of_the_readme() -> None:
+    """`python tests/test_picture.py` draws it again."""
+    assert README_PICTURE.read_text("utf-8") == readme_picture()
 
 
 # --- repeats -------------------------------------------------------------------------------------
@@ -263,3 +278,8 @@ def test_dot(name: str) -> None:
     for i, row in enumerate(layout.rows):
         reads = row.events[0].kind in ("folded", "left", "noticed")
         assert ((f"s{i}", f"n{i}") if reads else (f"n{i}", f"s{i}")) in arrows
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_enable_x64", True)
+    README_PICTURE.write_text(readme_picture(), "utf-8")
