@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from ._compat import ClosedJaxpr, is_tracer, jaxpr_as_fun
+from .describe import make_report
 from .difference import float_outputs, largest, largest_difference
 from .errors import FoldError, NotAnalysedError
 from .options import Options, check_options
@@ -18,7 +19,7 @@ from .placement import Placement, place
 from .plan import FoldPlan, check_donate
 from .planning import make_plan, place_again
 from .program import Traced, signature, trace
-from .report import Report, make_report
+from .report import Report
 from .rewrite import rewrite
 from .trees import check_devices, check_leaves
 

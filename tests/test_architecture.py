@@ -38,6 +38,7 @@ FLOORS = [
     {"layout"},
     {"picture"},
     {"report"},
+    {"describe"},
     {"api"},
     {"cli", "verify"},
     {"__init__", "__main__"},

@@ -1,0 +1,1 @@
+"""Benchmarks: how much of a norm's cost a fold removes."""
