@@ -7,9 +7,8 @@ table. Forward, and forward with backward and AdamW, for CPU and, if libtpu is t
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,37 +19,32 @@ set_up_environment()
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import optax  # noqa: E402
-from jax.extend.core import jaxpr_as_fun  # noqa: E402
 from rich.console import Console  # noqa: E402
-from rich.progress import track  # noqa: E402
+from rich.progress import Progress  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 import jax_lnfold  # noqa: E402
 
-from .models import MODELS, NORMS  # noqa: E402
+from .programs import BOUND, FOLDED, ORIGINAL, VARIANTS, variants  # noqa: E402
+from .store import Store  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "training_step.json"
-KEYS = ("model", "batch", "spelling", "dtype", "part", "variant", "kind")
-CASES = (("vit_s", 16), ("vit_b", 8), ("gpt2", 2))
+PARTS = ("forward", "training step")
+KEYS = ("model", "batch", "spelling", "dtype", "part", "kind", "variant")
+CASES = (("vit_s", 16, "one_pass"), ("vit_s", 16, "two_pass"), ("gpt2", 2, "one_pass"))
+DTYPE = "bfloat16"
 
 
-def programs(name: str, batch: int, spelling: str, dtype: Any) -> Iterator[tuple[str, str, Any]]:
+def programs(name: str, batch: int, spelling: str) -> Iterator[tuple[str, str, Any]]:
     """(variant, part, (function, arguments)) of each program to compile."""
-    entry = MODELS[name]
-    kind = jnp.int32 if entry.integers else dtype
-    x = jax.ShapeDtypeStruct((batch, *entry.sample), kind)
-    for variant in ("LayerNorm", "folded", "no norms"):
-        norm = NORMS["none" if variant == "no norms" else spelling]
-        model = entry.make(replace(entry.config, norm=norm, dtype=dtype))
-        shapes = jax.eval_shape(model.init, jax.random.key(0), x)
-        apply, tx = model.apply, optax.adamw(1e-3)
-        if variant == "folded":
-            apply = folded_function(model.apply, shapes, x)
-            plan = jax_lnfold.plan_fold(model.apply, shapes, x)
-            tx = optax.chain(jax_lnfold.center_gradients(plan), tx, jax_lnfold.center_updates(plan))
-        state = jax.eval_shape(tx.init, shapes)
+    for program in variants(name, batch, spelling, DTYPE):
+        tx = optax.adamw(1e-3)
+        if program.plan is not None:
+            first = jax_lnfold.center_gradients(program.plan)
+            tx = optax.chain(first, tx, jax_lnfold.center_updates(program.plan))
+        state = jax.eval_shape(tx.init, program.params)
 
-        def step(params: Any, state: Any, x: Any, apply: Any = apply, tx: Any = tx) -> Any:
+        def step(params: Any, state: Any, x: Any, apply: Any = program.apply, tx: Any = tx) -> Any:
             def loss(params: Any) -> jax.Array:
                 logits = apply(params, x)
                 labels = jnp.zeros(logits.shape[:-1], jnp.int32)
@@ -60,79 +54,70 @@ def programs(name: str, batch: int, spelling: str, dtype: Any) -> Iterator[tuple
             updates, state = tx.update(jax.grad(loss)(params), state, params)
             return optax.apply_updates(params, updates), state
 
-        yield variant, "forward", (apply, (shapes, x))
-        yield variant, "training step", (step, (shapes, state, x))
+        yield program.variant, "forward", (program.apply, (program.params, program.x))
+        yield program.variant, "training step", (step, (program.params, state, program.x))
 
 
-def folded_function(apply_fn: Callable[..., Any], *shapes: Any) -> Callable[..., Any]:
-    """The folded program of a model with one output, from shapes alone."""
-    report = jax_lnfold.analyze(apply_fn, *shapes)
-    assert report.programs is not None
-    run = jaxpr_as_fun(report.programs()[1])
-    return lambda *arguments: run(*jax.tree.leaves(arguments))[0]
-
-
-def compile_all(spelling: str, dtype: str, done: Container[Any]) -> Iterator[dict[str, Any]]:
-    """The estimates of every program on every platform there is, but not of those `done`."""
-    kinds = [kind for kind in TOPOLOGIES if _has(kind)]
-    for name, batch in CASES:
-        for variant, part, (function, arguments) in programs(
-            name, batch, spelling, jnp.dtype(dtype)
-        ):
-            for kind in ("cpu", *kinds):
-                what = (name, batch, spelling, dtype, part, variant, kind)
-                if what in done:
+def fill(store: Store, kinds: Sequence[str], progress: Progress) -> None:
+    """Compile what is not stored yet."""
+    task = progress.add_task("Compiling", total=len(CASES) * len(PARTS) * len(VARIANTS))
+    for name, batch, spelling in CASES:
+        for variant, part, (function, arguments) in programs(name, batch, spelling):
+            for kind in kinds:
+                what = (name, batch, spelling, DTYPE, part, kind, variant)
+                if store.has(*what):
                     continue
                 if kind == "cpu":
                     found = read(jax.jit(function).lower(*arguments).compile())
                 else:
                     found = estimate(function, *arguments, kind=kind)
-                yield dict(zip(KEYS, what, strict=True)) | asdict(found)
-
-
-def _has(kind: str) -> bool:
-    try:
-        return bool(devices(kind))
-    except Exception:  # no libtpu: the rows are missing, and the table says so
-        return False
+                store.add(what, **asdict(found))
+            progress.advance(task)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """Ratios of folded to LayerNorm, next to the bound."""
-    shown = Table("model", "part", "norm", "kind", "cycles", "bytes", "flops", "bound (cycles)")
+    quantities = ("cycles", "bytes", "flops")
+    titles = [f"{v} {q}" for v in ("folded", "bound") for q in quantities]
+    shown = Table("model", "part", "norm", "kind", *titles)
     groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for row in rows:
-        key = (row["model"], row["part"], f"{row['spelling']} {row['dtype']}", row["kind"])
-        groups.setdefault(key, {})[row["variant"]] = row
-    for key, found in groups.items():
-        base, folded, bound = (found[v] for v in ("LayerNorm", "folded", "no norms"))
-        ratios = [
-            f"{folded[q] / base[q]:.4f}" if base[q] else "-" for q in ("cycles", "bytes", "flops")
-        ]
-        last = f"{bound['cycles'] / base['cycles']:.4f}" if base["cycles"] else "-"
-        shown.add_row(*key, *ratios, last)
+        groups.setdefault(tuple(row[k] for k in KEYS[:-1]), {})[row["variant"]] = row
+    for (model, batch, spelling, dtype, part, kind), found in groups.items():
+        if len(found) == len(VARIANTS):
+            base = found[ORIGINAL]
+            ratios = [
+                f"{found[v][q] / base[q]:.3f}" if base[q] else "-"
+                for v in (FOLDED, BOUND)
+                for q in quantities
+            ]
+            shown.add_row(f"{model}, batch {batch}", part, f"{spelling} {dtype}", kind, *ratios)
     return shown
+
+
+def has_compiler(kind: str) -> bool:
+    """Whether there is a compiler for this kind of device."""
+    try:
+        return kind == "cpu" or bool(devices(kind))
+    except Exception:  # no libtpu: its rows are missing, and the output says so
+        return False
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Compile, write the JSON and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.training_step", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE")
+    parser.add_argument("--kinds", nargs="+", default=["cpu", "v5e"], choices=["cpu", *TOPOLOGIES])
     options = parser.parse_args(argv)
-    console = Console()
-    versions = {"jax": jax.__version__, "jax_lnfold": jax_lnfold.__version__}
-    known = json.loads(options.output.read_text()) if options.output.exists() else {}
-    rows = known.get("rows", []) if known.get("versions") == versions else []
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    for spelling, dtype in (("one_pass", "bfloat16"), ("two_pass", "bfloat16")):
-        found = compile_all(spelling, dtype, {tuple(row[k] for k in KEYS) for row in rows})
-        for row in track(found, f"{spelling} {dtype}", disable=not console.is_terminal):
-            rows.append(row)  # written at once: an interrupted run goes on from here
-            text = json.dumps({"versions": versions, "rows": rows}, indent=1)
-            options.output.write_text(text + "\n")
-    console.print(table(rows))
-    if len({row["kind"] for row in rows}) == 1:
-        console.print("TPU rows are missing: libtpu is not installed.")
+    console, store = Console(), Store(options.output, KEYS)
+    kinds = [kind for kind in options.kinds if has_compiler(kind)]
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        fill(store, kinds, progress)
+    console.print(table(store.rows))
+    for kind in sorted({*options.kinds} - {*kinds}):
+        console.print(f"Rows of {kind} are missing: libtpu is not installed.")
 
 
 if __name__ == "__main__":
