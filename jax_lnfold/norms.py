@@ -30,6 +30,7 @@ _SCALING = _CASTS | frozenset(
 )
 _CARRIES = _SCALING | frozenset("add sub max min clamp pow sqrt rsqrt integer_pow select_n".split())
 Sum = tuple[Op, list[Claim]]
+SumsOf = dict[int, list[tuple[Op, AxisSet]]]
 _ROOTS = frozenset({"rsqrt", "sqrt", "pow"})
 
 
@@ -64,6 +65,10 @@ def find_norms(facts: Facts) -> Norms:
     """Every LayerNorm of the program, foldable or not."""
     graph = facts.graph
     every_sum = _sums(graph)
+    sums_of: SumsOf = {}
+    for op, claims in every_sum:
+        for value, axes in claims:
+            sums_of.setdefault(value, []).append((op, axes))
     found: dict[int, LayerNorm] = {}
     centered: dict[int, AxisSet] = {}
     source: dict[Claim, LayerNorm] = {}  # what a centered value is centered from
@@ -86,7 +91,7 @@ def find_norms(facts: Facts) -> Norms:
                     if c.whole:
                         source[c.value, own] = replace(norm, sums=_in_order(sums))
             known_zero = {x} if origin else set()
-            for root, two_pass in _normalising_roots(graph, tracker, every_sum, known_zero):
+            for root, two_pass in _normalising_roots(graph, tracker, sums_of, known_zero):
                 if (known := found.get(root.index)) is not None:
                     sums |= {op.index: op for op in known.sums}
                 found[root.index] = replace(
@@ -172,7 +177,7 @@ def _unscaled(graph: Graph, op: Op) -> int | None:
 
 
 def _normalising_roots(
-    graph: Graph, tracker: Tracker, sums: Iterable[Sum], known: set[int]
+    graph: Graph, tracker: Tracker, sums_of: SumsOf, known: set[int]
 ) -> list[tuple[Op, bool]]:
     """Roots of a variance by which a value without a mean (`known` ones included) is scaled.
 
@@ -183,7 +188,7 @@ def _normalising_roots(
     squares: set[int] = set()
     for c in tracker.cancelled:
         if c.whole and c.centered:
-            squares |= _mean_squares(graph, sums, c.value, c.centered)
+            squares |= _mean_squares(graph, sums_of, c.value, c.centered)
     if not variances and not squares:
         return []
     second = {op.index for op in _uses_within(graph, _reach(graph, squares, stop=_ROOTS))}
@@ -210,9 +215,7 @@ def _joins(op: Op, scale: int, numerators: set[int], scales: set[int]) -> bool:
     return other in numerators and other not in scales
 
 
-def _mean_squares(
-    graph: Graph, sums: Iterable[Sum], centered: int, axes: frozenset[int]
-) -> set[int]:
+def _mean_squares(graph: Graph, sums_of: SumsOf, centered: int, axes: frozenset[int]) -> set[int]:
     """Sums over S of squares of a value centered along `axes`: the two-pass variance."""
     squares = set()
     for v in _reach(graph, {centered}, through=_CASTS):
@@ -222,8 +225,9 @@ def _mean_squares(
                 squares.add(op.outputs[0])
     return {
         op.outputs[0]
-        for op, claims in sums
-        if any(v in squares and axes <= {*summed.axes} for v, summed in claims)
+        for v in squares
+        for op, summed in sums_of.get(v, ())
+        if axes <= {*summed.axes}
     }
 
 
