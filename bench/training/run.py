@@ -52,6 +52,7 @@ class Program:
     settings: Settings
     data: Data
     variant: str
+    shapes: PyTree  # of the parameters
     init: Callable[[int], PyTree]  # parameters of a seed
     center: Callable[[PyTree], PyTree]
     apply: Callable[..., jax.Array]
@@ -72,6 +73,13 @@ class Program:
         loss, gradients = jax.value_and_grad(loss_fn)(params)
         updates, state = self.optimizer.update(gradients, state, params)
         return (optax.apply_updates(params, updates), state), loss
+
+    def scan(
+        self, arrays: PyTree, key: jax.Array, carry: PyTree, drawn: tuple[jax.Array, jax.Array]
+    ) -> tuple[PyTree, jax.Array]:
+        """Steps one after the other, and their mean loss."""
+        carry, losses = jax.lax.scan(lambda c, d: self.step(arrays, key, c, d), carry, drawn)
+        return carry, losses.mean()
 
     def evaluate(self, params: PyTree, arrays: PyTree) -> tuple[jax.Array, jax.Array]:
         """Loss and metric on the held-out examples."""
@@ -113,14 +121,15 @@ def _program(task: Task, settings: Settings, data: Data, variant: str) -> Progra
         return initial(jax.random.key(seed), *example)
 
     optimizer = settings.optimizer()
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *example)
     if variant != FOLDED:
-        shapes = jax.eval_shape(model.init, jax.random.key(0), *example)
         report = jax_lnfold.analyze(model.apply, shapes, *example)
         norms = Norms(len(report.norms), 0, 0)
         return Program(
-            task, settings, data, variant, init, lambda p: p, model.apply, optimizer, norms
+            task, settings, data, variant, shapes, init, lambda p: p, model.apply, optimizer, norms
         )
-    folded = jax_lnfold.fold(model.apply, init(0), *example)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)  # plans need no weights
+    folded = jax_lnfold.fold(model.apply, zeros, *example)
     plan, report = folded.plan, folded.report
     norms = Norms(len(report.norms), report.n_folded, report.n_inserted)
     assert norms.layernorms == norms.folded > 0, str(report)
@@ -128,7 +137,9 @@ def _program(task: Task, settings: Settings, data: Data, variant: str) -> Progra
     optimizer = optax.chain(
         jax_lnfold.center_gradients(plan), optimizer, jax_lnfold.center_updates(plan)
     )
-    return Program(task, settings, data, variant, init, plan.center, folded.apply, optimizer, norms)
+    return Program(
+        task, settings, data, variant, shapes, init, plan.center, folded.apply, optimizer, norms
+    )
 
 
 @dataclasses.dataclass
@@ -158,13 +169,7 @@ class Trainer:
         return (params, self.program.optimizer.init(params)), key
 
     def _compile(self, *args: Any) -> None:
-        def advance(arrays: PyTree, key: jax.Array, carry: PyTree, drawn: PyTree) -> Any:
-            carry, losses = jax.lax.scan(
-                lambda c, d: self.program.step(arrays, key, c, d), carry, drawn
-            )
-            return carry, losses.mean()
-
-        self._advance = jax.jit(advance, donate_argnums=2).lower(*args).compile()
+        self._advance = jax.jit(self.program.scan, donate_argnums=2).lower(*args).compile()
         self._evaluate = jax.jit(self.program.evaluate)
         jax.block_until_ready(self._evaluate(args[2][0], self._test))
 
