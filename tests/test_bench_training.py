@@ -204,7 +204,7 @@ def test_numbers_of_the_tables(content: dict[str, Any]) -> None:
         for x, n in ((folded - base, 2), (plain - base, 1))
     ]
     assert f"| images | {' | '.join(deltas)} |" in text
-    assert "| images | never (of 30), never (of 30), 30 | 1.0e-02 | 0.5 | — | — |" in text
+    assert "| images | never, never, 30 (of 30) | 1.0e-02 | 0.5 | — | — |" in text
     assert "| 3 of 3 | 20.0 | 0.900 (0.800 to 0.950) | 0.9000 | 0.7500 | 7 |" in text
     assert f"`{FOLDED}` against `layernorm`: images: on a par." in text
     assert "`rmsnorm` against `layernorm`: images: worse." in text

@@ -16,6 +16,7 @@ BEGIN = "<!-- results: written by `python -m bench.training`, do not edit -->"
 END = "<!-- end of results -->"
 REFERENCE, FOLDED = "layernorm", "cbwc_rmsnorm"
 ORDER = (REFERENCE, FOLDED, "rmsnorm", "none")
+SMALL = 5e-5  # deviations below are written with exponents
 APART = 1e-3  # of the training loss, as a share of it
 
 
@@ -44,6 +45,11 @@ class Spread(NamedTuple):
         """Mean and deviation with the digits that the deviation allows."""
         if not self.n:
             return "—"
+        if self.std == self.mean == 0:
+            return "0 ± 0"
+        if 0 < self.std < SMALL:
+            mean = "0" if abs(self.mean) < self.std / 2 else f"{self.mean:.0e}"
+            return f"{mean} ± {self.std:.0e}"
         digits = 4
         if np.isfinite(self.std) and self.std > 0:
             digits = int(np.clip(1 - np.floor(np.log10(self.std)), 0, 4))
@@ -162,14 +168,14 @@ def _agreement(content: Content) -> str:
         if not (single := agreement(content, name)):
             continue
         steps = task["settings"]["steps"]
-        apart = ", ".join(
-            f"never (of {steps})" if a.apart is None else str(a.apart) for a in single
-        )
+        apart = ", ".join("never" if a.apart is None else str(a.apart) for a in single)
+        if all(a.apart is None for a in single):
+            apart = "never"
         double = agreement(content, name, "float64")
         rows.append(
             [
                 name,
-                apart,
+                f"{apart} (of {steps})",
                 f"{max(a.largest for a in single):.1e}",
                 f"{max(a.final for a in single):.2g}",
                 *([f"{double[0].largest:.1e}", f"{double[0].final:.1e}"] if double else "——"),
@@ -225,9 +231,10 @@ def _verdict(content: Content) -> str:
             d = differences(content, name, variant)
             if d.n < 2:
                 continue
+            par = abs(d.mean) <= max(d.interval, 0.1 * finals(content, name, REFERENCE).std)
             better = (d.mean > 0) == content["tasks"][name]["higher_is_better"]
             word = "better" if better else "worse"
-            verdicts.append(f"{name}: {'on a par' if abs(d.mean) <= d.interval else word}")
+            verdicts.append(f"{name}: {'on a par' if par else word}")
         if verdicts:
             lines.append(f"- Metric of `{variant}` against `{REFERENCE}`: {', '.join(verdicts)}.")
     verdicts = []
@@ -241,7 +248,8 @@ def _verdict(content: Content) -> str:
     if not lines:
         return ""
     return (
-        "**In words.** *On a par*: the 95 % confidence interval of the mean difference holds zero. "
+        "**In words.** *On a par*: the 95 % confidence interval of the mean difference holds zero, "
+        f"or the difference is under a tenth of the deviation of `{REFERENCE}`. "
         "*Faster*, *slower*: both quartiles of the ratio are on one side of 1.\n\n"
     ) + "\n".join(lines)
 
