@@ -17,7 +17,8 @@ for requirement in ("flax", "optax", "sklearn", "tqdm"):
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench.training import cli, report  # noqa: E402
+from bench.training import cli, measures, report  # noqa: E402
+from bench.training.costs import median  # noqa: E402
 from bench.training.results import versions  # noqa: E402
 from bench.training.run import FOLDED, VARIANTS, program  # noqa: E402
 from bench.training.tasks import TASKS  # noqa: E402
@@ -173,9 +174,15 @@ def content() -> dict[str, Any]:
             off = 1.01 if variant == FOLDED and seed == 2 else 1.0
             named = {"task": "images", "variant": variant, "dtype": "float32", "seed": seed}
             runs.append(named | synthetic_run([2.0, 1.0 + seed, 0.5 * off], final))
-    program = {"layernorms": 3, "folded": 0, "inserted": 0, "flops": 100.0, "bytes": 200.0}
-    program |= {"reductions": 7, "seconds_per_step": 0.02, "time_ratio": [1.0, 1.0, 1.0]}
-    folded = program | {"folded": 3, "flops": 90.0, "bytes": 150.0, "time_ratio": [0.8, 0.9, 0.95]}
+    norms = {"layernorms": 3, "folded": 0, "inserted": 0}
+    cost = {"flops": 100.0, "bytes": 200.0, "reductions": 7}
+    cost |= {"seconds": 0.02, "time_ratio": [1.0, 1.0, 1.0]}
+    less = cost | {"flops": 90.0, "bytes": 150.0, "time_ratio": [0.8, 0.9, 0.95]}
+    more = cost | {"reductions": 9, "time_ratio": [0.9, 1.001, 1.1]}
+    programs = {
+        "layernorm": norms | {"step": cost, "gradient": cost},
+        FOLDED: norms | {"folded": 3, "step": more, "gradient": less},
+    }
     return {
         "versions": {"python": "3.x", "jax": "0.y"},
         "hardware": {"processor": "Abacus", "cores": 4},
@@ -188,7 +195,7 @@ def content() -> dict[str, Any]:
                 "settings": {"log_every": 10, "steps": 30},
             }
         },
-        "programs": {"images": {"layernorm": program, FOLDED: folded}},
+        "programs": {"images": programs},
         "runs": runs,
     }
 
@@ -206,17 +213,26 @@ def test_numbers_of_the_tables(content: dict[str, Any]) -> None:
     assert f"| images | {' | '.join(deltas)} |" in text
     assert "| images | never, never, 30 (of 30) | 1.0e-02 | 0.5 | — | — |" in text
     assert "| 3 of 3 | 20.0 | 0.900 (0.800 to 0.950) | 0.9000 | 0.7500 | 7 |" in text
+    assert "| 3 of 3 | 20.0 | 1.001 (0.900 to 1.100) | 1.0000 | 1.0000 | 9 |" in text
     assert f"`{FOLDED}` against `layernorm`: images: on a par." in text
     assert "`rmsnorm` against `layernorm`: images: worse." in text
-    assert "faster (-10.0 %)" in text
-    found = report.differences(content, "images", "rmsnorm")
+    assert f"Training step of `{FOLDED}`: images: no clear difference (+0.1 %)." in text
+    assert f"Loss and gradients of `{FOLDED}`: images: faster (-10.0 %)." in text
+    found = measures.differences(content, "images", "rmsnorm")
     assert found.interval == pytest.approx(4.302653 * found.std / 3**0.5)
+
+
+def test_the_interval_of_a_median_holds_it_19_times_of_20() -> None:
+    drawn = np.random.default_rng(0).normal(size=(2000, 100))
+    low, middle, high = np.array([median(x) for x in drawn]).T
+    np.testing.assert_array_equal(middle, np.median(drawn, axis=1))
+    assert 0.94 < np.mean((low <= 0) & (high >= 0)) < 0.98
 
 
 def test_a_run_that_diverged_is_named(content: dict[str, Any]) -> None:
     content["runs"][-1] |= {"final": None, "diverged": True, "train_loss": [2.0, None, None]}
     assert "| 81.0 ± 1.4 (1 of 3 diverged) |" in report.markdown(content)
-    assert report.differences(content, "images", "rmsnorm").n == 2
+    assert measures.differences(content, "images", "rmsnorm").n == 2
 
 
 def test_the_report_goes_between_the_markers(tmp_path: Path, content: dict[str, Any]) -> None:
@@ -278,7 +294,7 @@ def test_everything_with_two_steps(tmp_path: Path) -> None:
     assert len(content["runs"]) == 4 * 4 + 4 * 2
     assert {len(found) for found in content["programs"].values()} == {4}
     for name in TASKS:
-        (double,) = report.agreement(content, name, "float64")
+        (double,) = measures.agreement(content, name, "float64")
         assert double.largest < 1e-12
-        (single,) = report.agreement(content, name)
+        (single,) = measures.agreement(content, name)
         assert single.largest < 1e-5

@@ -11,8 +11,9 @@ import jax
 from tqdm import tqdm
 
 from . import report
+from .costs import programs
 from .results import Key, Results, read
-from .run import FOLDED, VARIANTS, Program, Trainer, program, programs
+from .run import FOLDED, VARIANTS, Program, Trainer, program
 from .tasks import TASKS, Settings
 
 OUT = Path(__file__).with_name("results.json")

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .report import FOLDED, ORDER, REFERENCE, runs
+from .measures import FOLDED, ORDER, REFERENCE, runs
 
 # The palette of Okabe and Ito; the two that coincide are told apart by their strokes.
 STYLES: dict[str, dict[str, Any]] = {

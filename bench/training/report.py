@@ -5,101 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
 
-import numpy as np
-from scipy import stats
-
-Content: TypeAlias = dict[str, Any]
+from .costs import PARTS
+from .measures import (
+    APART,
+    FOLDED,
+    ORDER,
+    REFERENCE,
+    Content,
+    agreement,
+    differences,
+    finals,
+    runs,
+)
 
 BEGIN = "<!-- results: written by `python -m bench.training`, do not edit -->"
 END = "<!-- end of results -->"
-REFERENCE, FOLDED = "layernorm", "cbwc_rmsnorm"
-ORDER = (REFERENCE, FOLDED, "rmsnorm", "none")
-SMALL = 5e-5  # deviations below are written with exponents
-APART = 1e-3  # of the training loss, as a share of it
-
-
-class Spread(NamedTuple):
-    """Mean and sample standard deviation over seeds."""
-
-    n: int
-    mean: float
-    std: float
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> Spread:
-        """Of what was measured; the deviation of a single value is not known."""
-        x = np.array(list(values), float)
-        mean = float(x.mean()) if len(x) else np.nan
-        return cls(len(x), mean, float(x.std(ddof=1)) if len(x) > 1 else np.nan)
-
-    @property
-    def interval(self) -> float:
-        """Half of the 95 % confidence interval of the mean, by Student's t."""
-        if self.n < 2:
-            return np.nan
-        return float(stats.t.ppf(0.975, self.n - 1)) * self.std / self.n**0.5
-
-    def text(self, signed: bool = False) -> str:
-        """Mean and deviation with the digits that the deviation allows."""
-        if not self.n:
-            return "—"
-        if self.std == self.mean == 0:
-            return "0 ± 0"
-        if 0 < self.std < SMALL:
-            mean = "0" if abs(self.mean) < self.std / 2 else f"{self.mean:.0e}"
-            return f"{mean} ± {self.std:.0e}"
-        digits = 4
-        if np.isfinite(self.std) and self.std > 0:
-            digits = int(np.clip(1 - np.floor(np.log10(self.std)), 0, 4))
-        value = f"{self.mean:{'+' if signed else ''}.{digits}f}"
-        return f"{value} ± {self.std:.{digits}f}" if np.isfinite(self.std) else value
-
-
-class Agreement(NamedTuple):
-    """How close the folded run of a seed stays to the one with LayerNorms."""
-
-    apart: int | None  # steps until the training losses differ by `APART`
-    largest: float  # difference of the training losses on the way, as a share of the loss
-    final: float  # difference of the final metrics
-
-
-def runs(content: Content, task: str, variant: str, dtype: str = "float32") -> dict[int, Any]:
-    """Runs by seed."""
-    return {
-        run["seed"]: run
-        for run in content["runs"]
-        if (run["task"], run["variant"], run["dtype"]) == (task, variant, dtype)
-    }
-
-
-def finals(content: Content, task: str, variant: str) -> Spread:
-    """The final metric over the seeds that did not diverge."""
-    found = (run["final"] for run in runs(content, task, variant).values() if not run["diverged"])
-    return Spread.of(x for x in found if x is not None)
-
-
-def differences(content: Content, task: str, variant: str) -> Spread:
-    """The final metric less that of the LayerNorms, seed by seed."""
-    first, second = (runs(content, task, v) for v in (REFERENCE, variant))
-    pairs = [(first[s]["final"], second[s]["final"]) for s in sorted(first.keys() & second.keys())]
-    return Spread.of(b - a for a, b in pairs if a is not None and b is not None)
-
-
-def agreement(content: Content, task: str, dtype: str = "float32") -> list[Agreement]:
-    """Of each seed that has both runs."""
-    first, second = (runs(content, task, v, dtype) for v in (REFERENCE, FOLDED))
-    every = content["tasks"][task]["settings"]["log_every"]
-    found = []
-    for seed in sorted(first.keys() & second.keys()):
-        a, b = (np.array(r[seed]["train_loss"], float) for r in (first, second))
-        relative = np.abs(b - a) / np.abs(a)
-        above = np.flatnonzero(relative > APART)
-        final = abs((second[seed]["final"] or 0) - (first[seed]["final"] or 0))
-        apart = (int(above[0]) + 1) * every if len(above) else None
-        found.append(Agreement(apart, float(relative.max()), final))
-    return found
 
 
 # --- Markdown ------------------------------------------------------------------------------------
@@ -195,31 +116,33 @@ def _agreement(content: Content) -> str:
 
 
 def _costs(content: Content) -> str:
-    rows = []
-    for name, found in content["programs"].items():
-        base = found[REFERENCE]
-        for variant in (v for v in ORDER if v in found):
-            p = found[variant]
-            low, middle, high = p["time_ratio"]
-            folded = f"{p['folded']} of {p['layernorms']}" if p["layernorms"] else "none there"
-            rows.append(
-                [
-                    name,
-                    variant,
-                    folded,
-                    f"{1e3 * p['seconds_per_step']:.1f}",
-                    "1" if p is base else f"{middle:.3f} ({low:.3f} to {high:.3f})",
-                    f"{p['flops'] / base['flops']:.4f}",
-                    f"{p['bytes'] / base['bytes']:.4f}",
-                    str(p["reductions"]),
-                ]
-            )
-    if not rows:
+    found = content["programs"]
+    if not found:
         return ""
-    head = ["task", "variant", "LayerNorms folded", "ms per training step"]
-    head += [f"time, relative to `{REFERENCE}` (quartiles)", "flops, relative"]
+    head = ["task", "variant", "LayerNorms folded", "ms"]
+    head += [f"time, relative to `{REFERENCE}` (95 % interval)", "flops, relative"]
     head += ["bytes accessed, relative", "reductions in the program"]
-    return "**Cost of a training step (optimiser included)**\n\n" + _table(head, rows)
+    titles = {"step": "Cost of a training step", "gradient": "Of this, loss and gradients alone"}
+    return "\n\n".join(
+        f"**{titles[part]}**\n\n"
+        + _table(head, (_cost(t, v, part, found[t]) for t in found for v in ORDER if v in found[t]))
+        for part in PARTS
+    )
+
+
+def _cost(task: str, variant: str, part: str, found: Content) -> list[str]:
+    norms, p, base = found[variant], found[variant][part], found[REFERENCE][part]
+    low, middle, high = p["time_ratio"]
+    return [
+        task,
+        variant,
+        f"{norms['folded']} of {norms['layernorms']}" if norms["layernorms"] else "none there",
+        f"{1e3 * p['seconds']:.1f}",
+        "1" if p is base else f"{middle:.3f} ({low:.3f} to {high:.3f})",
+        f"{p['flops'] / base['flops']:.4f}",
+        f"{p['bytes'] / base['bytes']:.4f}",
+        str(p["reductions"]),
+    ]
 
 
 def _verdict(content: Content) -> str:
@@ -237,20 +160,22 @@ def _verdict(content: Content) -> str:
             verdicts.append(f"{name}: {'on a par' if par else word}")
         if verdicts:
             lines.append(f"- Metric of `{variant}` against `{REFERENCE}`: {', '.join(verdicts)}.")
-    verdicts = []
-    for name, found in content["programs"].items():
-        if FOLDED in found:
-            low, middle, high = found[FOLDED]["time_ratio"]
-            word = "faster" if high < 1 else "slower" if low > 1 else "no difference"
-            verdicts.append(f"{name}: {word} ({100 * (middle - 1):+.1f} %)")
-    if verdicts:
-        lines.append(f"- Training step of `{FOLDED}` against it: {', '.join(verdicts)}.")
+    for part in PARTS:
+        verdicts = []
+        for name, found in content["programs"].items():
+            if FOLDED in found:
+                low, middle, high = found[FOLDED][part]["time_ratio"]
+                word = "faster" if high < 1 else "slower" if low > 1 else "no clear difference"
+                verdicts.append(f"{name}: {word} ({100 * (middle - 1):+.1f} %)")
+        if verdicts:
+            what = {"step": "Training step", "gradient": "Loss and gradients"}[part]
+            lines.append(f"- {what} of `{FOLDED}`: {', '.join(verdicts)}.")
     if not lines:
         return ""
     return (
         "**In words.** *On a par*: the 95 % confidence interval of the mean difference holds zero, "
         f"or the difference is under a tenth of the deviation of `{REFERENCE}`. "
-        "*Faster*, *slower*: both quartiles of the ratio are on one side of 1.\n\n"
+        "*Faster*, *slower*: the 95 % interval of the ratio of times is on one side of 1.\n\n"
     ) + "\n".join(lines)
 
 

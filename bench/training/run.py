@@ -1,4 +1,4 @@
-"""Trains one task in one variant from one seed; counts and times the programs of a step."""
+"""Trains one task in one variant from one seed."""
 
 from __future__ import annotations
 
@@ -64,15 +64,21 @@ class Program:
     ) -> tuple[PyTree, jax.Array]:
         """One step with the examples `drawn` (their numbers, and the number of the step)."""
         params, state = carry
+        loss, gradients = self.gradient(arrays, key, params, drawn)
+        updates, state = self.optimizer.update(gradients, state, params)
+        return (optax.apply_updates(params, updates), state), loss
+
+    def gradient(
+        self, arrays: PyTree, key: jax.Array, params: PyTree, drawn: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, PyTree]:
+        """Loss and gradients, as of `step`."""
         index, number = drawn
         batch = self.task.draw(arrays, index, jax.random.fold_in(key, number))
 
         def loss_fn(params: PyTree) -> jax.Array:
             return self.task.loss(self.apply(params, *self.task.inputs(batch)), batch)
 
-        loss, gradients = jax.value_and_grad(loss_fn)(params)
-        updates, state = self.optimizer.update(gradients, state, params)
-        return (optax.apply_updates(params, updates), state), loss
+        return jax.value_and_grad(loss_fn)(params)
 
     def scan(
         self, arrays: PyTree, key: jax.Array, carry: PyTree, drawn: tuple[jax.Array, jax.Array]
@@ -151,7 +157,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         """Moves the data and compiles nothing yet."""
-        self._train = {k: jnp.asarray(v) for k, v in self.program.data.train.items()}
+        self.train = {k: jnp.asarray(v) for k, v in self.program.data.train.items()}
         self._test = {k: jnp.asarray(v) for k, v in self.program.data.test.items()}
         self._advance: Any = None
         self._evaluate: Any = None
@@ -161,7 +167,8 @@ class Trainer:
         with jax.enable_x64(self.dtype == "float64"):
             return self._run(seed, tick)
 
-    def _start(self, seed: int) -> tuple[PyTree, jax.Array]:
+    def start(self, seed: int) -> tuple[PyTree, jax.Array]:
+        """Parameters and state of the optimiser, and a key."""
         with jax.enable_x64(False):
             params, key = self.program.init(seed), jax.random.key(seed)
         params = jax.tree.map(lambda p: jnp.asarray(np.asarray(p), self.dtype), params)
@@ -175,16 +182,16 @@ class Trainer:
 
     def _run(self, seed: int, tick: Callable[[int], None]) -> dict[str, Any]:
         settings = self.program.settings
-        carry, key = self._start(seed)
-        calls = list(self._drawn(seed))
+        carry, key = self.start(seed)
+        calls = list(self.drawn(seed))
         if self._advance is None:
-            self._compile(self._train, key, carry, calls[0])
+            self._compile(self.train, key, carry, calls[0])
         losses, times = [], []
         evals: dict[str, list[Any]] = {"steps": [], "loss": [], "metric": []}
         began = time.perf_counter()
         for i, drawn in enumerate(calls, 1):
             at = time.perf_counter()
-            carry, loss = self._advance(self._train, key, carry, drawn)
+            carry, loss = self._advance(self.train, key, carry, drawn)
             assert loss.dtype == self.dtype
             losses.append(float(loss))
             times.append((time.perf_counter() - at) / settings.log_every)
@@ -192,20 +199,20 @@ class Trainer:
             if done % settings.eval_every == 0 or i == len(calls):
                 loss, metric = self._evaluate(carry[0], self._test)
                 for name, value in (("steps", done), ("loss", loss), ("metric", metric)):
-                    evals[name].append(_rounded(value, self.dtype))
+                    evals[name].append(rounded(value, self.dtype))
             tick(done)
         states = [s for s in carry[1] if isinstance(s, jax_lnfold.CenterState)]
         return {
             "final": evals["metric"][-1],
             "diverged": not all(map(math.isfinite, losses)),
-            "drift": _rounded(states[0].drift) if states else None,
-            "seconds_per_step": _rounded(np.median(times)),
-            "seconds": _rounded(time.perf_counter() - began),
-            "train_loss": [_rounded(x, self.dtype) for x in losses],
+            "drift": rounded(states[0].drift) if states else None,
+            "seconds_per_step": rounded(np.median(times)),
+            "seconds": rounded(time.perf_counter() - began),
+            "train_loss": [rounded(x, self.dtype) for x in losses],
             "eval": evals,
         }
 
-    def _drawn(self, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def drawn(self, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Examples of the steps of each call; the same for all variants."""
         settings = self.program.settings
         rng = np.random.default_rng(seed)
@@ -215,44 +222,7 @@ class Trainer:
             yield index, np.arange(start, start + settings.log_every, dtype=np.int32)
 
 
-def programs(found: list[Program], rounds: int) -> dict[str, dict[str, Any]]:
-    """XLA's cost of one step of each program, and their times, taken in turns.
-
-    Each round runs every program once, in an order that changes; the ratio to the first program is
-    the median of the rounds' ratios, so that what else the machine does falls on both.
-    """
-    with jax.enable_x64(False):
-        trainers = [Trainer(p) for p in found]
-        compiled, args = [], []
-        for trainer in trainers:
-            carry, key = trainer._start(0)
-            index, numbers = next(trainer._drawn(0))
-            drawn = jnp.asarray(index[0]), jnp.asarray(numbers[0])
-            args.append((trainer._train, key, carry, drawn))
-            compiled.append(jax.jit(trainer.program.step).lower(*args[-1]).compile())
-        times = np.zeros((rounds, len(found)))
-        for i in range(-2, rounds):  # two to warm up
-            for j in np.roll(range(len(found)), i):
-                at = time.perf_counter()
-                jax.block_until_ready(compiled[j](*args[j]))
-                if i >= 0:
-                    times[i, j] = time.perf_counter() - at
-    result = {}
-    for j, (p, c) in enumerate(zip(found, compiled, strict=True)):
-        cost = c.cost_analysis()
-        quartiles = np.quantile(times[:, j] / times[:, 0], [0.25, 0.5, 0.75])
-        result[p.variant] = {
-            **p.norms._asdict(),
-            "flops": cost["flops"],
-            "bytes": cost["bytes accessed"],
-            "reductions": c.as_text().count(" reduce("),
-            "seconds_per_step": _rounded(np.median(times[:, j])),
-            "time_ratio": [_rounded(q) for q in quartiles],
-        }
-    return result
-
-
-def _rounded(x: Any, dtype: Dtype = "float32") -> int | float | None:
+def rounded(x: Any, dtype: Dtype = "float32") -> int | float | None:
     """A few digits; nothing for what is not finite, which JSON cannot say."""
     if isinstance(x, int):
         return x
