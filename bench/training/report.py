@@ -157,7 +157,7 @@ def _verdict(content: Content) -> str:
             par = abs(d.mean) <= max(d.interval, 0.1 * finals(content, name, REFERENCE).std)
             better = (d.mean > 0) == content["tasks"][name]["higher_is_better"]
             word = "better" if better else "worse"
-            verdicts.append(f"{name}: {'on a par' if par else word}")
+            verdicts.append(f"{name}: {'no clear difference' if par else word}")
         if verdicts:
             lines.append(f"- Metric of `{variant}` against `{REFERENCE}`: {', '.join(verdicts)}.")
     for part in PARTS:
@@ -173,7 +173,8 @@ def _verdict(content: Content) -> str:
     if not lines:
         return ""
     return (
-        "**In words.** *On a par*: the 95 % confidence interval of the mean difference holds zero, "
+        "**In words.** *No clear difference*: the 95 % confidence interval of the mean difference "
+        "holds zero, "
         f"or the difference is under a tenth of the deviation of `{REFERENCE}`. "
         "*Faster*, *slower*: the 95 % interval of the ratio of times is on one side of 1.\n\n"
     ) + "\n".join(lines)
