@@ -16,8 +16,9 @@ import numpy as np
 from ._compat import is_tracer
 from .axes import AxisSet
 from .center import group_means
+from .edits import LeafEdit
 from .errors import FoldError, TreeError
-from .plan import FoldPlan, LeafEdit
+from .plan import FoldPlan
 from .trees import is_numeric, leaf_paths
 
 if TYPE_CHECKING:
@@ -43,9 +44,9 @@ def center_updates(plan: FoldPlan) -> optax.GradientTransformation:
     ``optax.chain(optax.adamw(1e-3), center_updates(folded.plan))`` trains ``folded.apply`` from
     ``folded.params``. Each update ``u`` of an edited leaf ``p`` becomes ``C(p + u) - p``, so that
     rounding does not add up. Groups whose update is zero stay as they are, and so do leaves that
-    the plan does not edit; scales that the plan merged stay one. Elements that are not finite do
-    not spread: means are taken of the others. Means are taken in at least float32; the updates
-    keep structure, dtype and sharding. Traceable, also in `scan`.
+    the plan does not edit; scales and shifts that the plan merged stay one and zero. Elements that
+    are not finite do not spread: means are taken of the others. Means are taken in at least
+    float32; the updates keep structure, dtype and sharding. Traceable, also in `scan`.
 
     It must see parameters and the final updates, so it belongs behind everything that is not the
     same for all elements of a group (Adam, clipping by value, masks and `multi_transform`).
@@ -180,14 +181,14 @@ def _check_leaf(path: str, x: Any, shape: tuple[int, ...], name: str) -> None:
 
 def _centered_update(u: Any, p: Any, edit: LeafEdit) -> Any:
     """``C(p + u) - p``, by subtracting means from ``u``: no digits are lost in the sum."""
-    if edit.sets is None:  # a scale that was merged stays one
+    if edit.recipe.fill is not None:  # what was merged stays as it is
         return jnp.zeros_like(u)
     dtype = jnp.result_type(u)
     wide = jnp.promote_types(
         dtype, jnp.float32 if p is None else jnp.promote_types(p.dtype, jnp.float32)
     )
     new = u = jnp.asarray(u, wide)
-    for along in edit.sets:
+    for along in edit.recipe.sets:
         at = new if p is None else jnp.asarray(p, wide) + new
         moved = group_means((u != 0).astype(wide), along, jnp) > 0
         new = new - jnp.where(moved, _finite_means(at, along), 0)
@@ -208,10 +209,10 @@ def _drift(p: Any, edit: LeafEdit) -> jax.Array:
     wide = jnp.promote_types(dtype, jnp.float32)
     x = jnp.asarray(p, wide)
     tolerance = float(jnp.finfo(dtype).eps) + 32 * float(jnp.finfo(wide).eps)
-    if edit.sets is None:
-        return (jnp.max(jnp.abs(x - 1)) / tolerance).astype(jnp.float32)
+    if edit.recipe.fill is not None:
+        return (jnp.max(jnp.abs(x - edit.recipe.fill)) / tolerance).astype(jnp.float32)
     largest = [jnp.zeros((), wide)]
-    for along in edit.sets:
+    for along in edit.recipe.sets:
         size = _finite_means(jnp.abs(x), along)
         largest.append(jnp.max(jnp.abs(_finite_means(x, along)) / jnp.where(size == 0, 1, size)))
     return (jnp.max(jnp.stack(largest)) / tolerance).astype(jnp.float32)
