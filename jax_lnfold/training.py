@@ -43,7 +43,7 @@ def center_updates(plan: FoldPlan) -> optax.GradientTransformation:
 
     ``optax.chain(optax.adamw(1e-3), center_updates(folded.plan))`` trains ``folded.apply`` from
     ``folded.params``. Each update ``u`` of an edited leaf ``p`` becomes ``C(p + u) - p``, so that
-    rounding does not add up. Groups whose update is zero stay as they are, and so do leaves that
+    rounding does not add up. Groups whose update has no mean stay as they are, as do leaves that
     the plan does not edit; scales and shifts that the plan merged stay one and zero. Elements that
     are not finite do not spread: means are taken of the others. Means are taken in at least
     float32; the updates keep structure, dtype and sharding. Traceable, also in `scan`.
@@ -180,27 +180,34 @@ def _check_leaf(path: str, x: Any, shape: tuple[int, ...], name: str) -> None:
 
 
 def _centered_update(u: Any, p: Any, edit: LeafEdit) -> Any:
-    """``C(p + u) - p``, by subtracting means from ``u``: no digits are lost in the sum."""
+    """``C(p + u) - p``, by subtracting means from ``u``: no digits are lost in the sum.
+
+    A group is left alone if the mean of its update is zero already.
+    """
     if edit.recipe.fill is not None:  # what was merged stays as it is
         return jnp.zeros_like(u)
     dtype = jnp.result_type(u)
-    wide = jnp.promote_types(
-        dtype, jnp.float32 if p is None else jnp.promote_types(p.dtype, jnp.float32)
-    )
-    new = u = jnp.asarray(u, wide)
+    wide = jnp.promote_types(dtype, jnp.float32)
+    if p is not None:
+        wide = jnp.promote_types(wide, p.dtype)
+    new = jnp.asarray(u, wide)
     for along in edit.recipe.sets:
-        at = new if p is None else jnp.asarray(p, wide) + new
-        moved = group_means((u != 0).astype(wide), along, jnp) > 0
-        new = new - jnp.where(moved, _finite_means(at, along), 0)
+        mean = _finite_means(new, along)
+        rest = 0 if p is None else _finite_means(jnp.asarray(p, wide), along)
+        new = new - jnp.where(mean == 0, 0, mean + rest)
     return new.astype(dtype)
 
 
 def _finite_means(x: Any, along: AxisSet) -> Any:
-    """Group means of what is finite."""
-    finite = jnp.isfinite(x)
-    means = group_means(jnp.where(finite, x, 0), along, jnp)
-    share = group_means(finite.astype(x.dtype), along, jnp)
-    return means / jnp.where(share == 0, 1, share)
+    """Group means of what is finite: one pass, and another one only if something is not."""
+    means = group_means(x, along, jnp)
+
+    def of_the_finite() -> Any:
+        finite = jnp.isfinite(x)
+        share = group_means(finite.astype(x.dtype), along, jnp)
+        return group_means(jnp.where(finite, x, 0), along, jnp) / jnp.where(share == 0, 1, share)
+
+    return jax.lax.cond(jnp.isfinite(means).all(), lambda: means, of_the_finite)
 
 
 def _drift(p: Any, edit: LeafEdit) -> jax.Array:
@@ -213,8 +220,9 @@ def _drift(p: Any, edit: LeafEdit) -> jax.Array:
         return (jnp.max(jnp.abs(x - edit.recipe.fill)) / tolerance).astype(jnp.float32)
     largest = [jnp.zeros((), wide)]
     for along in edit.recipe.sets:
-        size = _finite_means(jnp.abs(x), along)
-        largest.append(jnp.max(jnp.abs(_finite_means(x, along)) / jnp.where(size == 0, 1, size)))
+        size = group_means(jnp.abs(x), along, jnp)
+        means = jnp.abs(_finite_means(x, along))
+        largest.append(jnp.max(means / jnp.where(size == 0, 1, size)))
     return (jnp.max(jnp.stack(largest)) / tolerance).astype(jnp.float32)
 
 
