@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._compat import is_tracer
-from .axes import AxisSet
 from .center import group_means
 from .edits import LeafEdit
 from .errors import FoldError, TreeError
@@ -44,9 +43,10 @@ def center_updates(plan: FoldPlan) -> optax.GradientTransformation:
     ``optax.chain(optax.adamw(1e-3), center_updates(folded.plan))`` trains ``folded.apply`` from
     ``folded.params``. Each update ``u`` of an edited leaf ``p`` becomes ``C(p + u) - p``, so that
     rounding does not add up. Groups whose update has no mean stay as they are, as do leaves that
-    the plan does not edit; scales and shifts that the plan merged stay one and zero. Elements that
-    are not finite do not spread: means are taken of the others. Means are taken in at least
-    float32; the updates keep structure, dtype and sharding. Traceable, also in `scan`.
+    the plan does not edit; scales and shifts that the plan merged stay one and zero. Groups with
+    elements that are not finite are left alone: these do not spread. Means are taken in at least
+    float32; the updates keep structure, dtype and sharding. Traceable, also in `scan`; outside of
+    `jit`, parameters must be centered to the precision of their dtype.
 
     It must see parameters and the final updates, so it belongs behind everything that is not the
     same for all elements of a group (Adam, clipping by value, masks and `multi_transform`).
@@ -182,7 +182,7 @@ def _check_leaf(path: str, x: Any, shape: tuple[int, ...], name: str) -> None:
 def _centered_update(u: Any, p: Any, edit: LeafEdit) -> Any:
     """``C(p + u) - p``, by subtracting means from ``u``: no digits are lost in the sum.
 
-    A group is left alone if the mean of its update is zero already.
+    A group is left alone if the mean of its update is zero already, or not finite.
     """
     if edit.recipe.fill is not None:  # what was merged stays as it is
         return jnp.zeros_like(u)
@@ -192,26 +192,14 @@ def _centered_update(u: Any, p: Any, edit: LeafEdit) -> Any:
         wide = jnp.promote_types(wide, p.dtype)
     new = jnp.asarray(u, wide)
     for along in edit.recipe.sets:
-        mean = _finite_means(new, along)
-        rest = 0 if p is None else _finite_means(jnp.asarray(p, wide), along)
-        new = new - jnp.where(mean == 0, 0, mean + rest)
+        mean = group_means(new, along, jnp)
+        rest = 0 if p is None else group_means(jnp.asarray(p, wide), along, jnp)
+        new = new - jnp.where((mean != 0) & jnp.isfinite(mean + rest), mean + rest, 0)
     return new.astype(dtype)
 
 
-def _finite_means(x: Any, along: AxisSet) -> Any:
-    """Group means of what is finite: one pass, and another one only if something is not."""
-    means = group_means(x, along, jnp)
-
-    def of_the_finite() -> Any:
-        finite = jnp.isfinite(x)
-        share = group_means(finite.astype(x.dtype), along, jnp)
-        return group_means(jnp.where(finite, x, 0), along, jnp) / jnp.where(share == 0, 1, share)
-
-    return jax.lax.cond(jnp.isfinite(means).all(), lambda: means, of_the_finite)
-
-
 def _drift(p: Any, edit: LeafEdit) -> jax.Array:
-    """The largest group mean, as a multiple of what rounding explains."""
+    """The largest finite group mean, as a multiple of what rounding explains."""
     dtype = jnp.result_type(p)
     wide = jnp.promote_types(dtype, jnp.float32)
     x = jnp.asarray(p, wide)
@@ -221,8 +209,8 @@ def _drift(p: Any, edit: LeafEdit) -> jax.Array:
     largest = [jnp.zeros((), wide)]
     for along in edit.recipe.sets:
         size = group_means(jnp.abs(x), along, jnp)
-        means = jnp.abs(_finite_means(x, along))
-        largest.append(jnp.max(means / jnp.where(size == 0, 1, size)))
+        means = jnp.abs(group_means(x, along, jnp)) / jnp.where(size == 0, 1, size)
+        largest.append(jnp.max(jnp.where(jnp.isfinite(means), means, 0)))
     return (jnp.max(jnp.stack(largest)) / tolerance).astype(jnp.float32)
 
 
