@@ -17,7 +17,7 @@ from .errors import FoldError, NotAnalysedError
 from .options import Options, check_options
 from .placement import Placement, place
 from .plan import FoldPlan, check_donate
-from .planning import make_plan, place_again
+from .planning import make_plan, place_again, with_affine
 from .program import Traced, signature, trace
 from .report import Report
 from .rewrite import rewrite
@@ -31,6 +31,7 @@ def fold(
     donate: bool = False,
     explicit_cost: float = 2.0,
     approximate: Collection[str] = (),
+    fold_affine: bool = False,
 ) -> Folded:
     """Turn the LayerNorms of a model into RMSNorms wherever that is exact.
 
@@ -49,6 +50,10 @@ def fold(
             trace with dropout the folded program is then an approximation (the mean that dropping
             leaves is not removed), which the report says and measures. Without dropout the same
             parameters are exact. Everything else is exact always.
+        fold_affine: also move scales and shifts, as of LayerNorms, into the linear layers that
+            alone read what they scale (shifts only where these have biases). The scales become
+            one, the shifts zero, and both leave the program: gradients with respect to them are
+            zero (theory, section 6).
 
     Returns:
         The folded function and parameters, with a plan and a report.
@@ -58,7 +63,7 @@ def fold(
             leaves than arrays, or an option has no such value. Nothing has been changed then.
     """
     _check_callable(apply_fn)
-    options = check_options(explicit_cost, approximate)
+    options = check_options(explicit_cost, approximate, fold_affine)
     check_donate(donate)
     check_leaves(params, "params")
     check_leaves(example_inputs, "example_inputs", abstract=True)
@@ -74,6 +79,7 @@ def analyze(
     *inputs: Any,
     explicit_cost: float = 2.0,
     approximate: Collection[str] = (),
+    fold_affine: bool = False,
 ) -> Report:
     """Report what `fold` would do, without editing anything.
 
@@ -82,7 +88,7 @@ def analyze(
     Raises:
         FoldError: as for `fold`, or the inputs that `apply_fn` needs are missing.
     """
-    options = check_options(explicit_cost, approximate)
+    options = check_options(explicit_cost, approximate, fold_affine)
     traced, placement = _analysis(apply_fn, params, inputs, options)
 
     def programs() -> tuple[ClosedJaxpr, ClosedJaxpr]:
@@ -97,13 +103,14 @@ def plan_fold(
     *inputs: Any,
     explicit_cost: float = 2.0,
     approximate: Collection[str] = (),
+    fold_affine: bool = False,
 ) -> FoldPlan:
     """The plan that `fold` would follow, from shapes alone as in `analyze`.
 
     Raises:
         FoldError: as for `fold`, or the inputs that `apply_fn` needs are missing.
     """
-    options = check_options(explicit_cost, approximate)
+    options = check_options(explicit_cost, approximate, fold_affine)
     return make_plan(params, _analysis(apply_fn, params, inputs, options)[1])
 
 
@@ -114,7 +121,7 @@ def _analysis(
     check_leaves(params, "params", abstract=True)
     check_leaves(inputs, "inputs", abstract=True)
     traced = trace(apply_fn, params, inputs)
-    return traced, place(traced.graph(options.see_through_dropout), options.explicit_cost)
+    return traced, _placed(traced, options)
 
 
 class Folded:
@@ -214,8 +221,7 @@ class Folded:
     def _analyse(self, inputs: tuple[Any, ...]) -> None:
         params = self._given
         traced = trace(self._apply_fn, params, inputs)
-        graph = traced.graph(self._options.see_through_dropout)
-        placement = place(graph, self._options.explicit_cost)
+        placement = _placed(traced, self._options)
         plan = make_plan(params, placement)
         rewritten = rewrite(traced.closed, placement)
         program = jaxpr_as_fun(rewritten), traced.out_tree
@@ -241,6 +247,11 @@ class Folded:
                 f"{name}: not known before the first call; fold was given no example inputs, so "
                 "call folded(*inputs) once, or pass inputs to fold"
             )
+
+
+def _placed(traced: Traced, options: Options) -> Placement:
+    placement = place(traced.graph(options.see_through_dropout), options.explicit_cost)
+    return with_affine(placement) if options.fold_affine else placement
 
 
 def _check_callable(apply_fn: Any) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -28,55 +29,80 @@ def center_array(x: Any, along: AxisSet) -> Any:
     return (once - group_means(once, along, jnp)).astype(x.dtype)
 
 
-def edit_leaf(
-    x: Any,
-    factor: Any,
-    axes: tuple[int, ...],
-    sets: tuple[AxisSet, ...] | None,
-    donate: bool,
-) -> tuple[Any, Any]:
-    """One leaf scaled by `factor` along `axes`, then centered; `sets` None sets it to one.
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What is done to one leaf, with the other leaves (`sources`) that it takes, in this order.
+
+    With `fill`, all elements become that number. Otherwise first, if there are `summed` axes, the
+    product of a shift and a kernel is added: the shift runs along `axes` of the kernel, `summed`
+    axes are summed over and the leaf's own axes run along the rest. Then the leaf is scaled by a
+    factor along each of `factors`, and at last centered along `sets`.
+    """
+
+    fill: float | None = None
+    axes: tuple[int, ...] = ()
+    summed: tuple[int, ...] = ()
+    factors: tuple[tuple[int, ...], ...] = ()
+    sets: tuple[AxisSet, ...] = ()
+
+
+def edit_leaf(x: Any, sources: Sequence[Any], recipe: Recipe, donate: bool) -> tuple[Any, Any]:
+    """One leaf after its recipe.
 
     Shape, dtype and sharding stay. With `donate` a JAX array gives up its memory. The second
     result is whether finite numbers became too large for the dtype (a bool, maybe on a device).
     """
-    if is_tracer(x) or is_tracer(factor):
-        return _edited(x, _aligned(factor, axes, x), sets), False
+    if is_tracer(x) or any(map(is_tracer, sources)):
+        return _edited(x, *_terms(x, sources, recipe), recipe), False
     if not isinstance(x, jax.Array):
         x = np.asarray(x)
         with np.errstate(over="ignore", invalid="ignore"):
-            new = _edited_in_blocks(x, _aligned(factor, axes, x), sets)
-        return new, not _finite(new, np) and _finite(x, np) and _finite(factor, np)
+            new = _edited_in_blocks(x, *_terms(x, sources, recipe), recipe)
+        given = _finite(x, np) and all(_finite(source, np) for source in sources)
+        return new, not _finite(new, np) and given
     placed = x.sharding if x.committed else None
-    return _compiled_edit(axes, sets, donate, placed)(x, factor)
+    return _compiled_edit(recipe, donate, placed)(x, *sources)
 
 
-def overflows(x: Any, factor: Any, axes: tuple[int, ...], sets: tuple[AxisSet, ...] | None) -> bool:
+def overflows(x: Any, sources: Sequence[Any], recipe: Recipe) -> bool:
     """Whether finite numbers would become too large for the dtype in `edit_leaf`."""
-    return bool(edit_leaf(x, factor, axes, sets, donate=False)[1])
+    return bool(edit_leaf(x, sources, recipe, donate=False)[1])
 
 
 def _finite(x: Any, xp: Any) -> Any:
-    return x is None or xp.isfinite(x).all()
+    return xp.isfinite(x).all()
 
 
-def _aligned(factor: Any, axes: tuple[int, ...], x: Any) -> Any:
-    """The factor with its axes where they are in `x`, in the dtype of the arithmetic."""
-    if factor is None:
-        return None
-    xp = np if isinstance(x, np.ndarray) else jnp
-    shape = [n if d in axes else 1 for d, n in enumerate(x.shape)]
-    scale = xp.asarray(factor, _wide_type(x)).squeeze().transpose(*np.argsort(axes))
-    return scale.reshape(shape)
+def _terms(x: Any, sources: Sequence[Any], recipe: Recipe) -> tuple[Any, Any]:
+    """What to add to `x` and by what to scale it, in the dtype of the arithmetic."""
+    xp, wide = np if isinstance(x, np.ndarray) else jnp, _wide_type(x)
+    added, factor, rest = None, None, list(sources)
+    if recipe.summed:
+        shift, kernel, *rest = rest
+        kernel = xp.asarray(kernel, wide)
+        aligned = _aligned(xp.asarray(shift, wide), recipe.axes, kernel.shape, xp)
+        added = (aligned * kernel).sum(axis=recipe.summed).reshape(x.shape)
+    for source, axes in zip(rest, recipe.factors, strict=True):
+        aligned = _aligned(xp.asarray(source, wide), axes, x.shape, xp)
+        factor = aligned if factor is None else factor * aligned
+    return added, factor
 
 
-def _edited(x: Any, scale: Any, sets: tuple[AxisSet, ...] | None) -> Any:
-    if sets is None:
-        return np.ones_like(x) if isinstance(x, np.ndarray) else jnp.ones_like(x)
+def _aligned(source: Any, axes: tuple[int, ...], shape: tuple[int, ...], xp: Any) -> Any:
+    """The source with its axes where they are in an array of this shape."""
+    kept = [n if d in axes else 1 for d, n in enumerate(shape)]
+    return xp.squeeze(source).transpose(*np.argsort(axes)).reshape(kept)
+
+
+def _edited(x: Any, added: Any, factor: Any, recipe: Recipe) -> Any:
+    if recipe.fill is not None:
+        return (np if isinstance(x, np.ndarray) else jnp).full_like(x, recipe.fill)
     wide = x.astype(_wide_type(x))
-    if scale is not None:
-        wide = wide * scale
-    for along in sets:
+    if added is not None:
+        wide = wide + added
+    if factor is not None:
+        wide = wide * factor
+    for along in recipe.sets:
         wide = center_array(wide, along)
     return wide.astype(x.dtype)
 
@@ -85,33 +111,34 @@ _BLOCK = 1 << 18
 """About as many numbers of a NumPy array are held in double precision at a time."""
 
 
-def _edited_in_blocks(x: np.ndarray, scale: Any, sets: tuple[AxisSet, ...] | None) -> np.ndarray:
+def _edited_in_blocks(x: np.ndarray, added: Any, factor: Any, recipe: Recipe) -> np.ndarray:
     """`_edited` in blocks along the longest axis that no mean is taken over, if there is one."""
-    free = [d for d in range(x.ndim) if all(along.entries[d] == FREE for along in sets or ())]
-    if x.size <= _BLOCK or not free:
-        return _edited(x, scale, sets)
+    free = [d for d in range(x.ndim) if all(along.entries[d] == FREE for along in recipe.sets)]
+    if x.size <= _BLOCK or not free or added is not None:
+        return _edited(x, added, factor, recipe)
     axis = max(free, key=lambda d: x.shape[d])
     new = np.empty_like(x)
     step = max(1, _BLOCK * x.shape[axis] // x.size)
     for start in range(0, x.shape[axis], step):
         part = (slice(None),) * axis + (slice(start, start + step),)
-        block, factor = x[part], scale
-        if scale is not None and scale.shape[axis] > 1:
-            factor = scale[part]
-        inside = sets and tuple(AxisSet(block.shape, along.entries) for along in sets)
-        new[part] = _edited(block, factor, inside)
+        block, scale = x[part], factor
+        if factor is not None and factor.shape[axis] > 1:
+            scale = factor[part]
+        inside = tuple(AxisSet(block.shape, along.entries) for along in recipe.sets)
+        new[part] = _edited(block, None, scale, replace(recipe, sets=inside))
     return new
 
 
 @lru_cache(maxsize=256)
-def _compiled_edit(
-    axes: tuple[int, ...], sets: tuple[AxisSet, ...] | None, donate: bool, sharding: Any
-) -> Callable[[Any, Any], tuple[Any, Any]]:
+def _compiled_edit(recipe: Recipe, donate: bool, sharding: Any) -> Callable[..., tuple[Any, Any]]:
     """The edit under `jit`, so that a sharded leaf stays where it is."""
 
-    def edit(x: Any, factor: Any) -> tuple[Any, Any]:
-        new = _edited(x, _aligned(factor, axes, x), sets)
-        return new, ~_finite(new, jnp) & _finite(x, jnp) & _finite(factor, jnp)
+    def edit(x: Any, *sources: Any) -> tuple[Any, Any]:
+        new = _edited(x, *_terms(x, sources, recipe), recipe)
+        too_large = ~_finite(new, jnp) & _finite(x, jnp)
+        for source in sources:
+            too_large &= _finite(source, jnp)
+        return new, too_large
 
     donated = (0,) if donate else ()
     return jax.jit(edit, donate_argnums=donated, out_shardings=(sharding, None))

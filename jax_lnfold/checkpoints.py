@@ -11,8 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from .center import edit_leaf
+from .edits import LeafEdit
 from .errors import FoldError, TreeError
-from .plan import FoldPlan, LeafEdit, overflow_error
+from .plan import FoldPlan, overflow_error
 from .stores import FLOATS, LeafStore, StoredLeaf, open_store
 
 Edits = Iterable[tuple[str, LeafEdit]]
@@ -65,8 +66,8 @@ def center_checkpoint(
 
 
 def _edited(store: LeafStore, names: Mapping[str, str], path: str, edit: LeafEdit) -> np.ndarray:
-    scale = None if edit.scale is None else store.read(names[edit.scale])
-    new, too_large = edit_leaf(store.read(names[path]), scale, edit.axes, edit.sets, donate=False)
+    sources = [store.read(names[source]) for source in edit.sources]
+    new, too_large = edit_leaf(store.read(names[path]), sources, edit.recipe, donate=False)
     if too_large:
         raise overflow_error("source", names[path])
     return new

@@ -51,12 +51,15 @@ def make_report(placement: Placement, plan: FoldPlan, programs: Programs | None)
     facts = placement.facts
     unknown = (facts.unknown[i] for i in sorted(facts.unknown))
     opaque = Counter(op.eqn.primitive.name for op in unknown)
-    widened = (v for v in placement.leaf_sets if _is_widened(graph, v))
+    taken_up = {leaf for m in placement.affine for r in m.readers for leaf in (r.kernel, r.bias)}
+    edited = (v for v, i in graph.leaves.items() if v in placement.leaf_sets or i in taken_up)
+    widened = (v for v in edited if _is_widened(graph, v))
     return Report(
         norms=norms,
         insertions=insertions,
         edits=plan.edits,
         scales=plan.scales,
+        affine=plan.affine,
         opaque=dict(opaque),
         visits=facts.visits,
         rounded=tuple(key_paths[graph.leaves[v]] for v in widened),
@@ -69,8 +72,7 @@ def make_report(placement: Placement, plan: FoldPlan, programs: Programs | None)
 
 
 def _edited_bytes(graph: Graph, plan: FoldPlan, key_paths: list[str]) -> int:
-    edited = {edit.key_path for edit in (*plan.edits, *plan.scales)}
-    edited |= {path for scale in plan.scales for path, _ in scale.targets}
+    edited = plan.leaf_edits()
     avals = (graph.avals[v] for v, i in graph.leaves.items() if key_paths[i] in edited)
     return sum(prod(aval.shape) * np.dtype(aval.dtype).itemsize for aval in avals)
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+import numpy as np
+
 from .errors import FoldError
 
 APPROXIMATIONS = frozenset({"dropout"})
@@ -20,9 +22,10 @@ class Options:
 
     explicit_cost: float
     see_through_dropout: bool
+    fold_affine: bool
 
 
-def check_options(explicit_cost: Any, approximate: Any) -> Options:
+def check_options(explicit_cost: Any, approximate: Any, fold_affine: Any) -> Options:
     """Raise a `FoldError` unless the options have a meaning."""
     if not (isinstance(explicit_cost, Real) and 0 < float(explicit_cost) < math.inf):
         raise FoldError(f"explicit_cost: {explicit_cost!r} is not a positive number; try 2.0")
@@ -33,4 +36,6 @@ def check_options(explicit_cost: Any, approximate: Any) -> Options:
             f'approximate: {approximate!r} is no set of names among {{"dropout"}}; pass '
             'approximate={"dropout"}, or leave it out'
         )
-    return Options(float(explicit_cost), "dropout" in names)
+    if not isinstance(fold_affine, (bool, np.bool_)):
+        raise FoldError(f"fold_affine: {fold_affine!r} is not a bool; pass True or False")
+    return Options(float(explicit_cost), "dropout" in names, bool(fold_affine))

@@ -11,6 +11,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from .affine import AffineMerge
 from .axes import AxisSet
 from .facts import Blocker, Claim, Facts, solve
 from .graph import Graph, Op
@@ -56,7 +57,8 @@ class Placement:
     Leaves and values are numbers of the graph that the `search` is about. `left` maps positions in
     `norms` to reasons, `inserted` says why what feeds a value of `explicit` was not centered
     instead, `zero` lists what is zero-mean at run time once the centerings are made. The positions
-    in `approximate` are of folded norms that rest on a dropout taken for the identity.
+    in `approximate` are of folded norms that rest on a dropout taken for the identity. What is in
+    `affine` is taken up by the linear layers behind it.
     """
 
     search: ZeroMeanGraph
@@ -70,6 +72,7 @@ class Placement:
     constants: dict[int, tuple[AxisSet, ...]]
     zero: tuple[Claim, ...]
     approximate: frozenset[int] = frozenset()
+    affine: tuple[AffineMerge, ...] = ()
 
     @property
     def facts(self) -> Facts:

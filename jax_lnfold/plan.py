@@ -7,77 +7,38 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .axes import ALL, FREE, AxisSet, Labels
-from .center import edit_leaf, overflows
-from .errors import FoldError, PlanFormatError, TreeError
+from .axes import AxisSet
+from .center import Recipe, edit_leaf, overflows
+from .edits import AffineEdit, AffineReader, CenterEdit, LeafEdit, LeafSpec, ScaleEdit
+from .errors import FoldError, TreeError
+from .planfile import parse
 from .trees import check_leaves, committed_to
-
-PLAN_VERSION = 2
-
-
-@dataclass(frozen=True, slots=True)
-class LeafSpec:
-    """A leaf of the parameter tree: its key path (``a/b/kernel``) and shape."""
-
-    key_path: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class CenterEdit:
-    """Subtract group means from one leaf (CBWC); `along` says which positions form a group."""
-
-    key_path: str
-    along: AxisSet
-
-    def __str__(self) -> str:
-        """The edit in words, ``a/b/kernel centered along axis 1``."""
-        return f"{self.key_path} centered along {self.along}"
-
-    @property
-    def axes(self) -> tuple[int, ...]:
-        """The axes averaged over, wholly or in part; empty when the leaf is set to zero."""
-        return self.along.axes
-
-
-@dataclass(frozen=True, slots=True)
-class ScaleEdit:
-    """Multiply `targets` (key path, axes) by the scale at `key_path`, then set that to one."""
-
-    key_path: str
-    targets: tuple[tuple[str, tuple[int, ...]], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class LeafEdit:
-    """All that is done to one leaf: merge the scale at key path `scale` along `axes`, then center.
-
-    `sets` None: the leaf is such a scale and becomes one.
-    """
-
-    scale: str | None = None
-    axes: tuple[int, ...] = ()
-    sets: tuple[AxisSet, ...] | None = ()
 
 
 @dataclass(frozen=True, slots=True)
 class FoldPlan:
     """How to edit a parameter tree so that the folded program computes the original function.
 
-    `leaves` describes the tree that the plan fits, `scales` is applied before `edits`.
+    `leaves` describes the tree that the plan fits; `affine` is applied before `scales`, and these
+    before `edits`.
     """
 
     leaves: tuple[LeafSpec, ...]
     edits: tuple[CenterEdit, ...]
     scales: tuple[ScaleEdit, ...] = ()
-    version: int = PLAN_VERSION
+    affine: tuple[AffineEdit, ...] = ()
+
+    @property
+    def version(self) -> int:
+        """Of the plan file: 3 if scales and shifts are taken up by what reads them, else 2."""
+        return 3 if self.affine else 2
 
     def center(self, params: Any, donate: bool = False) -> Any:
         """The edited copy of `params`, a tree of the structure and shapes the plan was made for.
@@ -97,14 +58,14 @@ class FoldPlan:
         self.check(params)
         leaves, treedef = jax.tree.flatten(params)
         position = {leaf.key_path: i for i, leaf in enumerate(self.leaves)}
-        jobs: dict[int, tuple[Any, tuple[int, ...], tuple[AxisSet, ...] | None]] = {}
+        jobs: dict[int, tuple[list[Any], Recipe]] = {}
         for path, edit in self.leaf_edits().items():
-            factor = None if edit.scale is None else leaves[position[edit.scale]]
-            jobs[i := position[path]] = (factor, edit.axes, edit.sets)
-            if len({committed_to(leaves[i]), committed_to(factor)} - {None}) > 1:
+            sources = [leaves[position[source]] for source in edit.sources]
+            jobs[i := position[path]] = (sources, edit.recipe)
+            if len({committed_to(x) for x in (leaves[i], *sources)} - {None}) > 1:
                 raise TreeError(
-                    f"params: leaf {path!r} is on other devices than the scale to merge into it; "
-                    "put them together with jax.device_put"
+                    f"params: leaf {path!r} is on other devices than what is to be merged into "
+                    "it; put them together with jax.device_put"
                 )
         places = Counter(map(id, leaves))  # an array at two key paths keeps its memory
         arrays = [i for i in jobs if isinstance(leaves[i], jax.Array)]
@@ -119,19 +80,43 @@ class FoldPlan:
         return treedef.unflatten(changed.values())
 
     def leaf_edits(self) -> dict[str, LeafEdit]:
-        """What is done to each leaf, by key path, in tree order; the scales come last.
+        """What is done to each leaf, by key path.
 
-        Every scale is merged as it was before the edits.
+        Every edit takes other leaves as they were before all edits. In this order an edit may
+        replace its leaf at once: nothing after it takes that.
         """
         sets: dict[str, tuple[AxisSet, ...]] = {}
         for edit in self.edits:
             sets[edit.key_path] = (*sets.get(edit.key_path, ()), edit.along)
-        merged = {path: (s.key_path, axes) for s in self.scales for path, axes in s.targets}
-        scales = {s.key_path: LeafEdit(sets=None) for s in self.scales}
-        changed = {*sets, *merged}
-        paths = [leaf.key_path for leaf in self.leaves if leaf.key_path in changed]
-        edits = {p: LeafEdit(*merged.get(p, (None, ())), sets.get(p, ())) for p in paths}
-        return edits | scales
+        factors: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+        shifted: dict[str, tuple[str, AffineReader]] = {}
+        fills: dict[str, float] = {}
+        for merge in self.affine:
+            fills[merge.key_path] = 1.0
+            for reader in merge.readers:
+                factors.setdefault(reader.kernel, []).append((merge.key_path, reader.axes))
+                if merge.shift is not None and reader.bias is not None:
+                    shifted[reader.bias] = (merge.shift, reader)
+            if merge.shift is not None:
+                fills[merge.shift] = 0.0
+        for scale in self.scales:
+            fills[scale.key_path] = 1.0
+            for path, axes in scale.targets:
+                factors.setdefault(path, []).append((scale.key_path, axes))
+        found: dict[str, LeafEdit] = {}
+        changed = {*sets, *factors, *shifted}
+        in_order = [leaf.key_path for leaf in self.leaves if leaf.key_path in changed]
+        for path in (*(p for p in in_order if p in shifted), *in_order):
+            sources, axes = (
+                zip(*factors.get(path, ()), strict=True) if path in factors else ((), ())
+            )
+            recipe = Recipe(factors=axes, sets=sets.get(path, ()))
+            if path in shifted:
+                shift, reader = shifted[path]
+                sources = (shift, reader.kernel, *sources)
+                recipe = replace(recipe, axes=reader.axes, summed=reader.summed)
+            found.setdefault(path, LeafEdit(sources, recipe))
+        return found | {path: LeafEdit((), Recipe(fill)) for path, fill in fills.items()}
 
     def _refuse(self, too_large: dict[int, Any]) -> None:
         for i, overflow in too_large.items():
@@ -154,8 +139,7 @@ class FoldPlan:
                     f"params: leaf {path!r} has shape {np.shape(x)}, the folded tree had "
                     f"{leaf.shape}; fold the model again for other sizes"
                 )
-        targets = (path for scale in self.scales for path, _ in scale.targets)
-        edited = {*targets, *(edit.key_path for edit in (*self.edits, *self.scales))}
+        edited = self.leaf_edits().keys()
         for path, x in found:
             dtype = jax.typeof(x).dtype
             if path in edited and not jnp.issubdtype(dtype, jnp.floating):
@@ -179,9 +163,16 @@ class FoldPlan:
           every position is a group of its own (``"free"``), or a list with the number of the group
           that each position is in, -1 for those that are left as they are. Two positions of the
           leaf are in one group if they are along every axis. All ``"free"`` sets the leaf to zero.
-        - ``version``: 2.
+        - ``affine`` (version 3 only): before all that, the kernel of every reader is multiplied by
+          the leaf at ``key_path`` along ``axes``, as above, and that leaf is set to one. Unless
+          ``shift`` is null, the leaf at ``bias`` takes up the product of the leaf at ``shift`` with
+          the kernel as it was, summed over the axes ``summed``; then ``shift`` is set to zero.
+        - ``version``: 3 if there is an ``affine``, else 2.
         """
-        return json.dumps(asdict(self), indent=1)
+        data = asdict(self) | {"version": self.version}
+        if not self.affine:
+            del data["affine"]
+        return json.dumps(data, indent=1)
 
     @staticmethod
     def from_json(text: str) -> FoldPlan:
@@ -191,33 +182,7 @@ class FoldPlan:
             PlanFormatError: `text` is not such JSON, of another version, or its parts do not
                 fit together.
         """
-        try:
-            data = json.loads(text)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise PlanFormatError(f"text: not JSON ({error}); pass what `to_json` wrote") from error
-        version = data.get("version") if isinstance(data, dict) else None
-        if version != PLAN_VERSION:
-            raise PlanFormatError(
-                f"text: plan version {version!r}, this library reads version {PLAN_VERSION}; "
-                "make the plan again with `fold` or `analyze`"
-            )
-        try:
-            plan = FoldPlan(
-                tuple(LeafSpec(leaf["key_path"], _ints(leaf["shape"])) for leaf in data["leaves"]),
-                tuple(CenterEdit(e["key_path"], _axis_set(e["along"])) for e in data["edits"]),
-                tuple(
-                    ScaleEdit(
-                        s["key_path"], tuple((path, _ints(axes)) for path, axes in s["targets"])
-                    )
-                    for s in data["scales"]
-                ),
-            )
-            _check_plan(plan)
-        except (KeyError, TypeError, ValueError) as error:
-            raise PlanFormatError(
-                f"text: broken plan ({type(error).__name__}: {error}); write it with `to_json`"
-            ) from error
-        return plan
+        return FoldPlan(*parse(text))
 
 
 def check_donate(donate: Any) -> None:
@@ -237,38 +202,3 @@ def overflow_error(name: str, path: str) -> TreeError:
 def _some(paths: set[str]) -> str:
     shown = ", ".join(sorted(paths)[:3]) or "none"
     return f"{shown} and {len(paths) - 3} more" if len(paths) > 3 else shown
-
-
-def _check_plan(plan: FoldPlan) -> None:
-    """Raise a `ValueError` unless the edits fit the leaves of the plan."""
-    shapes = {leaf.key_path: leaf.shape for leaf in plan.leaves}
-    if len(shapes) < len(plan.leaves) or not all(isinstance(path, str) for path in shapes):
-        raise ValueError("the key paths of its leaves are not different strings")
-    for edit in plan.edits:
-        if edit.along.shape != shapes.get(edit.key_path):
-            raise ValueError(f"no leaf {edit.key_path!r} of shape {edit.along.shape} to center")
-        for entry, size in zip(edit.along.entries, edit.along.shape, strict=True):
-            if isinstance(entry, Labels):
-                groups = {*entry} - {-1}
-                if len(entry) != size or groups != {*range(len(groups))}:
-                    raise ValueError(f"no labels for {size} positions of leaf {edit.key_path!r}")
-    merged = [path for s in plan.scales for path in (s.key_path, *(p for p, _ in s.targets))]
-    if len({*merged}) < len(merged) or not shapes.keys() >= {*merged}:
-        raise ValueError("its scales and their targets are not different leaves")
-    for scale in plan.scales:
-        sizes = [n for n in shapes[scale.key_path] if n != 1]
-        for path, axes in scale.targets:
-            found = [shapes[path][d] for d in axes if 0 <= d < len(shapes[path])]
-            if found != sizes or len({*axes}) < len(axes):
-                raise ValueError(f"axes {axes} of leaf {path!r} do not fit {scale.key_path!r}")
-
-
-def _axis_set(data: dict[str, Any]) -> AxisSet:
-    entries = [e if e in (ALL, FREE) else Labels(_ints(e)) for e in data["entries"]]
-    return AxisSet.of(_ints(data["shape"]), entries)
-
-
-def _ints(data: Any) -> tuple[int, ...]:
-    if not isinstance(data, list) or not all(type(n) is int for n in data):
-        raise TypeError(f"{str(data)[:60]} is not a list of integers")
-    return tuple(data)

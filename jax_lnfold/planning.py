@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from .affine import AffineMerge, Reader, find_affine
 from .axes import AxisSet
+from .edits import AffineEdit, AffineReader, CenterEdit, LeafSpec, ScaleEdit
 from .errors import PlanMismatchError
 from .facts import Facts
 from .graph import Graph
 from .placement import Placement, place_within
-from .plan import CenterEdit, FoldPlan, LeafSpec, ScaleEdit
+from .plan import FoldPlan
 from .scales import ScaleMerge, find_merges
 from .trees import leaf_paths
 
@@ -34,7 +37,28 @@ def make_plan(params: Any, placement: Placement) -> FoldPlan:
             ScaleEdit(paths[m.scale], tuple((paths[i], axes) for i, axes in m.targets))
             for m in placement.merges
         ),
+        affine=tuple(
+            AffineEdit(
+                key_path=paths[m.scale],
+                shift=None if m.shift is None else paths[m.shift],
+                readers=tuple(
+                    AffineReader(
+                        paths[r.kernel], r.axes, None if r.bias is None else paths[r.bias], r.summed
+                    )
+                    for r in m.readers
+                ),
+            )
+            for m in placement.affine
+        ),
     )
+
+
+def with_affine(placement: Placement) -> Placement:
+    """The placement with every scale and shift that linear layers can take up, and it leaves."""
+    graph = placement.graph
+    busy = {graph.leaves[v] for v in placement.leaf_sets} | {m.scale for m in placement.merges}
+    found = find_affine(graph).values()
+    return replace(placement, affine=tuple(m for m in found if not {m.scale, m.shift} & busy))
 
 
 def place_again(plan: FoldPlan, params: Any, graph: Graph, explicit_cost: float) -> Placement:
@@ -53,7 +77,36 @@ def place_again(plan: FoldPlan, params: Any, graph: Graph, explicit_cost: float)
     facts = Facts(graph, frozenset(value[s.scale] for s in scales))
     _check_edits(facts, fixed, scales, merges, value, plan)
     merges = {v: m for v, m in merges.items() if m in scales}
-    return place_within(facts, merges, explicit_cost, fixed)
+    placement = place_within(facts, merges, explicit_cost, fixed)
+    return replace(placement, affine=_affine_again(plan, index, value, graph))
+
+
+def _affine_again(
+    plan: FoldPlan, index: Mapping[str, int], value: Mapping[int, int], graph: Graph
+) -> tuple[AffineMerge, ...]:
+    """The affine edits of `plan` as merges of this trace, in which not all readers need appear."""
+    found = find_affine(graph) if plan.affine else {}
+    merges = []
+    for edit in plan.affine:
+        readers = {
+            Reader(index[r.kernel], r.axes, None if r.bias is None else index[r.bias], r.summed)
+            for r in edit.readers
+        }
+        shift = None if edit.shift is None else index[edit.shift]
+        merge = AffineMerge(index[edit.key_path], shift, tuple(readers))
+        here = found.get(value[merge.scale])
+        same = here is not None and here.shift == shift and {*here.readers} <= readers
+        absent = readers - {*here.readers} if here is not None and same else readers
+        touched = {leaf for r in absent for leaf in (r.kernel, r.bias)} - {None}
+        touched |= set() if same else {merge.scale, merge.shift} - {None}
+        if any(graph.uses[value[i]] for i in touched if i is not None):
+            raise PlanMismatchError(
+                f"inputs: for these inputs the scale {edit.key_path!r}, or what takes it up, is "
+                "used in another way than in the example the plan was made for; fold again with "
+                "these inputs"
+            )
+        merges.append(merge)
+    return tuple(merges)
 
 
 def _check_edits(

@@ -14,9 +14,9 @@ from . import picture
 from ._compat import ClosedJaxpr
 from .axes import AxisSet
 from .cost import Cost, measure, si
+from .edits import AffineEdit, CenterEdit, ScaleEdit
 from .errors import NotAnalysedError
 from .graph import Place
-from .plan import CenterEdit, ScaleEdit
 from .streams import Event
 from .table import Row, grouped, to_html, to_rich, to_text
 from .trees import first_line
@@ -90,6 +90,7 @@ class Report:
     insertions: tuple[Insertion, ...]
     edits: tuple[CenterEdit, ...]
     scales: tuple[ScaleEdit, ...]
+    affine: tuple[AffineEdit, ...]
     opaque: dict[str, int]
     visits: int
     rounded: tuple[str, ...] = ()
@@ -187,6 +188,9 @@ def summary(report: Report) -> list[str]:
     edited = f"{_count(len({edit.key_path for edit in report.edits}), 'parameter')} centered"
     if report.scales:
         edited += f", {_count(len(report.scales), 'scale')} merged"
+    if report.affine:
+        taken_up = sum(1 + (edit.shift is not None) for edit in report.affine)
+        edited += f", {_count(taken_up, 'scale or shift', 'scales and shifts')} taken up"
     if report.edited_bytes:
         edited += f" ({si(report.edited_bytes)}B)"
     lines = [
@@ -229,5 +233,5 @@ def cost_line(report: Report) -> str:
         return f"XLA's cost analysis is not to be had: {first_line(error)}"
 
 
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+def _count(n: int, noun: str, plural: str = "") -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {plural or noun + 's'}"

@@ -61,6 +61,9 @@ class _Rewriter:
             if folded
             for op in norm.sums
         }
+        value = {i: v for v, i in self.graph.leaves.items()}
+        self.filled = {value[m.scale]: 1.0 for m in placement.affine}
+        self.filled |= {value[m.shift]: 0.0 for m in placement.affine if m.shift is not None}
 
     def closed(
         self, closed: ClosedJaxpr | Jaxpr, path: CallPath, zero_inputs: set[int]
@@ -118,6 +121,10 @@ class _Rewriter:
 
         for var in (*jaxpr.constvars, *jaxpr.invars):
             center(var)
+            if not path and (number := self.filled.get(env[var])) is not None:
+                known = renamed[var] = Var(var.aval)
+                eqns += _filled(known, number)
+                zeros.update({known} if number == 0 else ())
         for index, eqn in enumerate(jaxpr.eqns):
             invars, site = [read(a) for a in eqn.invars], (*path, index)
             if site in self.graph.op_at:
@@ -235,6 +242,12 @@ def _centering(var: Var, along: AxisSet, result: Var) -> JaxprEqn:
 
     (eqn,) = trace_like(jax.jit(explicit_centering), var.aval).eqns
     return eqn.replace(invars=[var], outvars=[result])
+
+
+def _filled(var: Var, number: float) -> list[JaxprEqn]:
+    """Equations that set `var`, which is no scalar, to a number."""
+    (*before, last) = trace_like(lambda x: jnp.full_like(x, number), var.aval).eqns
+    return [*before, last.replace(outvars=[var])]
 
 
 def _zero(var: Var) -> list[JaxprEqn]:

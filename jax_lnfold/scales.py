@@ -32,8 +32,8 @@ class ScaleMerge:
     targets: tuple[tuple[int, tuple[int, ...]], ...]
 
 
-class _CannotAbsorb(Exception):
-    pass
+class CannotAbsorb(Exception):
+    """A parameter has a use that rules out the merge."""
 
 
 def find_merges(graph: Graph) -> dict[int, ScaleMerge]:
@@ -46,7 +46,7 @@ def find_merges(graph: Graph) -> dict[int, ScaleMerge]:
             continue
         try:
             absorbed = _Absorber(graph, value).run()
-        except _CannotAbsorb:
+        except CannotAbsorb:
             continue
         targets = tuple(sorted((graph.leaves[v], axes) for v, axes in absorbed.items()))
         if targets and not any(t in taken or t == leaf for t, _ in targets) and leaf not in taken:
@@ -69,7 +69,7 @@ class _Absorber:
         self._follow(self.scale, self.axes)
         for leaf in self.absorbed:
             if any((op.index, i) not in self.followed for op, i in self.graph.uses[leaf]):
-                raise _CannotAbsorb  # something else reads the unscaled parameter
+                raise CannotAbsorb  # something else reads the unscaled parameter
         return self.absorbed
 
     def _fits(self, value: int, places: Places) -> bool:
@@ -81,37 +81,29 @@ class _Absorber:
     def _follow(self, value: int, places: Places) -> None:
         """Find the products of the scale, through reshapes, casts and rows of it."""
         if value in self.graph.outputs:
-            raise _CannotAbsorb
+            raise CannotAbsorb
         for op, position in self.graph.uses[value]:
             result = op.outputs[0] if op.outputs else value
             other = op.inputs[1 - position] if op.name in ("mul", "div") else value
             if other != value and self.graph.scalar(other) is not None:
                 if op.name == "div" and position == 1:
-                    raise _CannotAbsorb
+                    raise CannotAbsorb
                 self._follow(result, places)
             elif op.name == "mul" and other != value:
                 if not self._fits(result, places):
-                    raise _CannotAbsorb
+                    raise CannotAbsorb
                 self._absorb(op, 1 - position, places)
             elif op.name == "broadcast_in_dim":
-                self._follow(result, _renumbered(places, op.params["broadcast_dimensions"]))
+                self._follow(result, renumbered(places, op.params["broadcast_dimensions"]))
             elif op.name in ("reshape", "squeeze"):
-                self._follow(result, _renumbered(places, self._kept_axes(value, result)))
+                self._follow(result, renumbered(places, kept_axes(self.graph, value, result)))
             elif op.name == "convert_element_type":
                 self._follow(result, places)
             elif op.name == "loop_slice":
                 rows = (op.path if p == 0 else p - 1 if isinstance(p, int) else p for p in places)
                 self._follow(result, tuple(rows))
             else:
-                raise _CannotAbsorb
-
-    def _kept_axes(self, before: int, after: int) -> dict[int, int]:
-        """Axis before -> axis after a reshape that only adds or drops axes of size 1."""
-        shapes = [self.graph.shape(v) for v in (before, after)]
-        old, new = ([d for d, n in enumerate(shape) if n != 1] for shape in shapes)
-        if [shapes[0][d] for d in old] != [shapes[1][d] for d in new]:
-            raise _CannotAbsorb
-        return dict(zip(old, new, strict=True))
+                raise CannotAbsorb
 
     def _absorb(self, user: Op, position: int, places: Places) -> None:
         """Scale operand `position` of `user`, by scaling what it is made of."""
@@ -120,20 +112,20 @@ class _Absorber:
         if number is not None and number == 0:
             return
         if not jnp.issubdtype(graph.avals[value].dtype, jnp.floating):
-            raise _CannotAbsorb
+            raise CannotAbsorb
         if not self._fits(value, places):
-            raise _CannotAbsorb
+            raise CannotAbsorb
         if value in graph.leaves:
             axes = tuple(p for p in places if isinstance(p, int))
             use = (user.index, position)
             known = self.absorbed.setdefault(value, axes)
             if use in self.followed or known != axes or len(axes) != len(places):
-                raise _CannotAbsorb  # scaled twice over, along other axes, or not layer by layer
+                raise CannotAbsorb  # scaled twice over, along other axes, or not layer by layer
             self.followed.add(use)
             return
         made = graph.producer[value]
         if made is None or len(graph.uses[value]) != 1 or value in graph.outputs:
-            raise _CannotAbsorb
+            raise CannotAbsorb
         for operand, before in self._sources(made[0], places):
             self._absorb(made[0], operand, before)
 
@@ -153,7 +145,7 @@ class _Absorber:
         found = [self._source(op, p) for p in places if isinstance(p, int)]
         (operand, _), *rest = found
         if any(other != operand for other, _ in rest):
-            raise _CannotAbsorb
+            raise CannotAbsorb
         axes = iter(axis for _, axis in found)
         return [(operand, tuple(next(axes) if isinstance(p, int) else p for p in places))]
 
@@ -182,9 +174,19 @@ class _Absorber:
             before, after = shape(op.inputs[0]), shape(op.outputs[0])
             if before[-1:] == after[-1:] and axis == len(after) - 1:
                 return 0, len(before) - 1
-            return 0, self._kept_axes(op.outputs[0], op.inputs[0])[axis]
-        raise _CannotAbsorb
+            return 0, kept_axes(self.graph, op.outputs[0], op.inputs[0])[axis]
+        raise CannotAbsorb
 
 
-def _renumbered(places: Places, axes: Sequence[int] | Mapping[int, int]) -> Places:
+def kept_axes(graph: Graph, before: int, after: int) -> dict[int, int]:
+    """Axis before -> axis after a reshape that only adds or drops axes of size 1."""
+    shapes = [graph.shape(v) for v in (before, after)]
+    old, new = ([d for d, n in enumerate(shape) if n != 1] for shape in shapes)
+    if [shapes[0][d] for d in old] != [shapes[1][d] for d in new]:
+        raise CannotAbsorb
+    return dict(zip(old, new, strict=True))
+
+
+def renumbered(places: Places, axes: Sequence[int] | Mapping[int, int]) -> Places:
+    """Where the axes are after a value was moved; those in loops stay."""
     return tuple(int(axes[p]) if isinstance(p, int) else p for p in places)

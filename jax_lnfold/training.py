@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._compat import is_tracer
-from .axes import AxisSet
 from .center import group_means
+from .edits import LeafEdit
 from .errors import FoldError, TreeError
-from .plan import FoldPlan, LeafEdit
+from .plan import FoldPlan
 from .trees import is_numeric, leaf_paths
 
 if TYPE_CHECKING:
@@ -42,10 +42,11 @@ def center_updates(plan: FoldPlan) -> optax.GradientTransformation:
 
     ``optax.chain(optax.adamw(1e-3), center_updates(folded.plan))`` trains ``folded.apply`` from
     ``folded.params``. Each update ``u`` of an edited leaf ``p`` becomes ``C(p + u) - p``, so that
-    rounding does not add up. Groups whose update is zero stay as they are, and so do leaves that
-    the plan does not edit; scales that the plan merged stay one. Elements that are not finite do
-    not spread: means are taken of the others. Means are taken in at least float32; the updates
-    keep structure, dtype and sharding. Traceable, also in `scan`.
+    rounding does not add up. Groups whose update has no mean stay as they are, as do leaves that
+    the plan does not edit; scales and shifts that the plan merged stay one and zero. Groups with
+    elements that are not finite are left alone: these do not spread. Means are taken in at least
+    float32; the updates keep structure, dtype and sharding. Traceable, also in `scan`; outside of
+    `jit`, parameters must be centered to the precision of their dtype.
 
     It must see parameters and the final updates, so it belongs behind everything that is not the
     same for all elements of a group (Adam, clipping by value, masks and `multi_transform`).
@@ -179,41 +180,37 @@ def _check_leaf(path: str, x: Any, shape: tuple[int, ...], name: str) -> None:
 
 
 def _centered_update(u: Any, p: Any, edit: LeafEdit) -> Any:
-    """``C(p + u) - p``, by subtracting means from ``u``: no digits are lost in the sum."""
-    if edit.sets is None:  # a scale that was merged stays one
+    """``C(p + u) - p``, by subtracting means from ``u``: no digits are lost in the sum.
+
+    A group is left alone if the mean of its update is zero already, or not finite.
+    """
+    if edit.recipe.fill is not None:  # what was merged stays as it is
         return jnp.zeros_like(u)
     dtype = jnp.result_type(u)
-    wide = jnp.promote_types(
-        dtype, jnp.float32 if p is None else jnp.promote_types(p.dtype, jnp.float32)
-    )
-    new = u = jnp.asarray(u, wide)
-    for along in edit.sets:
-        at = new if p is None else jnp.asarray(p, wide) + new
-        moved = group_means((u != 0).astype(wide), along, jnp) > 0
-        new = new - jnp.where(moved, _finite_means(at, along), 0)
+    wide = jnp.promote_types(dtype, jnp.float32)
+    if p is not None:
+        wide = jnp.promote_types(wide, p.dtype)
+    new = jnp.asarray(u, wide)
+    for along in edit.recipe.sets:
+        mean = group_means(new, along, jnp)
+        rest = 0 if p is None else group_means(jnp.asarray(p, wide), along, jnp)
+        new = new - jnp.where((mean != 0) & jnp.isfinite(mean + rest), mean + rest, 0)
     return new.astype(dtype)
 
 
-def _finite_means(x: Any, along: AxisSet) -> Any:
-    """Group means of what is finite."""
-    finite = jnp.isfinite(x)
-    means = group_means(jnp.where(finite, x, 0), along, jnp)
-    share = group_means(finite.astype(x.dtype), along, jnp)
-    return means / jnp.where(share == 0, 1, share)
-
-
 def _drift(p: Any, edit: LeafEdit) -> jax.Array:
-    """The largest group mean, as a multiple of what rounding explains."""
+    """The largest finite group mean, as a multiple of what rounding explains."""
     dtype = jnp.result_type(p)
     wide = jnp.promote_types(dtype, jnp.float32)
     x = jnp.asarray(p, wide)
     tolerance = float(jnp.finfo(dtype).eps) + 32 * float(jnp.finfo(wide).eps)
-    if edit.sets is None:
-        return (jnp.max(jnp.abs(x - 1)) / tolerance).astype(jnp.float32)
+    if edit.recipe.fill is not None:
+        return (jnp.max(jnp.abs(x - edit.recipe.fill)) / tolerance).astype(jnp.float32)
     largest = [jnp.zeros((), wide)]
-    for along in edit.sets:
-        size = _finite_means(jnp.abs(x), along)
-        largest.append(jnp.max(jnp.abs(_finite_means(x, along)) / jnp.where(size == 0, 1, size)))
+    for along in edit.recipe.sets:
+        size = group_means(jnp.abs(x), along, jnp)
+        means = jnp.abs(group_means(x, along, jnp)) / jnp.where(size == 0, 1, size)
+        largest.append(jnp.max(jnp.where(jnp.isfinite(means), means, 0)))
     return (jnp.max(jnp.stack(largest)) / tolerance).astype(jnp.float32)
 
 

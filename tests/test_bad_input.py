@@ -359,7 +359,7 @@ BAD_CALLS: dict[str, tuple[Call, str, str]] = {
     ),
     "scale on another device": (
         lambda p, x: fold(scaled, {**put(1, 1)(p), "b": on_device(2, p["b"])}, x),
-        "params: leaf 'w' is on other devices than the scale",
+        "params: leaf 'w' is on other devices than what is to be merged",
         "device_put",
     ),
     "center: donate": (

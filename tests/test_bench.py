@@ -89,10 +89,11 @@ def test_estimates_of_the_tpu_compiler() -> None:
     assert (found.bytes, found.flops) == (64.0, 8.0)
 
 
-FOLDS = {"gpt2": 1, "gpt2_xl": 1, "whisper_base_encoder": 1}
+INSERTED = {"gpt2": 1, "whisper_base_encoder": 1}
+LARGE = {"gpt2_xl", "vit_b", "vit_l"}  # the same as others, but larger
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sorted({*MODELS} - LARGE))
 def test_models_fold_whole(name: str) -> None:
     """From shapes alone, at the published sizes; the bound has no reductions of a norm."""
     original, folded, bound = variants(name, 2, "one_pass", "float32")
@@ -101,7 +102,7 @@ def test_models_fold_whole(name: str) -> None:
     reductions = [
         count_equations("reduce_sum", p.apply, p.params, p.x) for p in (original, folded, bound)
     ]
-    assert reductions[0] - reductions[1] == norms - FOLDS.get(name, 0)
+    assert reductions[0] - reductions[1] == norms - INSERTED.get(name, 0)
     assert reductions[0] - reductions[2] == 2 * norms
     assert folded.plan is not None
     assert bound.plan is None

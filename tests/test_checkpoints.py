@@ -21,7 +21,7 @@ import jax_lnfold
 from jax_lnfold import FoldError, FoldPlan, TreeError
 from jax_lnfold.api import plan_fold
 from jax_lnfold.axes import ALL, FREE, AxisSet, Entry, Labels
-from jax_lnfold.center import edit_leaf
+from jax_lnfold.center import Recipe, edit_leaf
 from jax_lnfold.checkpoints import center_checkpoint
 from jax_lnfold.plan import CenterEdit, LeafSpec
 from jax_lnfold.trees import leaf_paths
@@ -490,11 +490,17 @@ def test_blocks(
     rng, sets = np.random.default_rng(0), (AxisSet(shape, entries),)
     x = rng.normal(size=shape).astype(np.float32)
     scale = rng.normal(size=[shape[d] for d in axes]).astype(np.float32)
-    for edit in ((None, (), sets), (scale, axes, sets), (scale, axes, ()), (None, (), None)):
+    recipes = {
+        Recipe(sets=sets): (),
+        Recipe(factors=(axes,), sets=sets): (scale,),
+        Recipe(factors=(axes, axes)): (scale, scale + 1),
+        Recipe(fill=0.0): (),
+    }
+    for recipe, sources in recipes.items():
         monkeypatch.setattr("jax_lnfold.center._BLOCK", x.size)
-        want = edit_leaf(x, *edit, donate=False)[0]
+        want = edit_leaf(x, sources, recipe, donate=False)[0]
         monkeypatch.setattr("jax_lnfold.center._BLOCK", block)
-        assert bits(edit_leaf(x, *edit, donate=False)[0]) == bits(want)
+        assert bits(edit_leaf(x, sources, recipe, donate=False)[0]) == bits(want)
 
 
 COUNT, SHAPE = 48, (640, 1024)

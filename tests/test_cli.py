@@ -291,7 +291,7 @@ def too_large(files: dict[str, np.ndarray]) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (spoil_plan, "text: plan version None, this library reads version 2"),
+        (spoil_plan, "text: plan version None, this library reads versions 2 and 3"),
         (binary_plan, "plan: plan.json is not text"),
         (no_plan, "No such file or directory: 'plan.json'; check the path"),
         (dest_exists, "dest: b.safetensors exists"),

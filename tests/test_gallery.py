@@ -7,7 +7,6 @@ import runpy
 from pathlib import Path
 
 import pytest
-from zoo import ZOO
 
 GALLERY = Path(__file__).parent.parent / "examples" / "gallery.py"
 
@@ -25,8 +24,3 @@ def test_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert 'name="viewport"' in html
     assert "color-scheme: light dark" in html
     assert not re.search(r"<script|<link|<img|src=|@import|url\(", html), "needs other files"
-
-
-def test_every_model_has_a_description() -> None:
-    for case in ZOO:
-        assert re.search(r"\(.* \d{4}\)|ViT|Mixer|Swin", case.build().about), case

@@ -60,5 +60,5 @@ def test_other_keys_are_notes() -> None:
 
 
 def test_another_version() -> None:
-    with pytest.raises(PlanFormatError, match="plan version 3, this library reads version 2"):
-        FoldPlan.from_json(json.dumps({**json.loads(TEXT), "version": 3}))
+    with pytest.raises(PlanFormatError, match="plan version 4, this library reads version"):
+        FoldPlan.from_json(json.dumps({**json.loads(TEXT), "version": 4}))

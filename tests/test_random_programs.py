@@ -89,6 +89,16 @@ def describe(claims: list[Claim]) -> str:
     return f"a shift of {shown}" if len(claims) < 4 else f"a shift of {len(claims)} values"
 
 
+def check_same(traced: Traced, network: Network, folded: jax_lnfold.Folded, want: Any) -> None:
+    """Both programs compute with the edited parameters what the original one did."""
+    program = trace(folded.apply, folded.params, network.inputs).closed
+    for name, closed in {"folded program": program, "original program": traced.closed}.items():
+        got = Interpreter().run(closed, folded.params, network.inputs)
+        difference = relative_difference(got, want)
+        assert difference < network.digits, f"the {name} is off by {difference:.1e}"
+    assert_drop_in(folded.params, network.params)
+
+
 def check(network: Network) -> Counter[str]:
     """Fold one network and check everything; what was found."""
     params, inputs, before = network.params, network.inputs, snapshot(network.params)
@@ -97,13 +107,11 @@ def check(network: Network) -> Counter[str]:
     assert report.n_inserted <= report.n_folded <= len(report.norms)
     traced = trace(network.apply, params, inputs)
     want = Interpreter().run(traced.closed, params, inputs)
-    program = trace(folded.apply, folded.params, inputs).closed
-    for name, closed in {"folded program": program, "original program": traced.closed}.items():
-        got = Interpreter().run(closed, folded.params, inputs)
-        difference = relative_difference(got, want)
-        assert difference < network.digits, f"the {name} is off by {difference:.1e}"
+    check_same(traced, network, folded, want)
+    with_affine = jax_lnfold.fold(network.apply, params, *inputs, fold_affine=True)
+    if with_affine.report.affine:
+        check_same(traced, network, with_affine, want)
     assert_identical(params, before)
-    assert_drop_in(folded.params, params)
     placement = place(traced.graph())
     assert sum(placement.folded) == report.n_folded
     facts = check_facts(traced, placement, network, folded.params)
@@ -113,6 +121,7 @@ def check(network: Network) -> Counter[str]:
         norms=len(report.norms),
         folded=report.n_folded,
         inserted=report.n_inserted,
+        affine=len(with_affine.report.affine),
         facts=facts,
         tolerances=claims,
     )
