@@ -190,7 +190,8 @@ def _centered_update(u: Any, p: Any, edit: LeafEdit) -> Any:
     wide = jnp.promote_types(dtype, jnp.float32)
     if p is not None:
         wide = jnp.promote_types(wide, p.dtype)
-    new = jnp.asarray(u, wide)
+    # Without the barrier compilers would rather compute the gradient's product twice.
+    new = jnp.asarray(jax.lax.optimization_barrier(u), wide)
     for along in edit.recipe.sets:
         mean = group_means(new, along, jnp)
         rest = 0 if p is None else group_means(jnp.asarray(p, wide), along, jnp)
