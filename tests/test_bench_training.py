@@ -12,8 +12,6 @@ import jax
 import numpy as np
 import pytest
 
-for requirement in ("flax", "optax", "sklearn", "tqdm"):
-    pytest.importorskip(requirement)
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -251,7 +249,6 @@ def test_the_report_goes_between_the_markers(tmp_path: Path, content: dict[str, 
 
 
 def test_figures_are_small_and_the_same_again(tmp_path: Path, content: dict[str, Any]) -> None:
-    pytest.importorskip("matplotlib")
     from bench.training.plots import draw
 
     content["runs"][-1] |= {"final": None, "diverged": True, "train_loss": [2.0, None, None]}
