@@ -56,7 +56,8 @@ def make_plan(params: Any, placement: Placement) -> FoldPlan:
 def with_affine(placement: Placement) -> Placement:
     """The placement with every scale and shift that linear layers can take up, and it leaves."""
     graph = placement.graph
-    busy = {graph.leaves[v] for v in placement.leaf_sets} | {m.scale for m in placement.merges}
+    busy = {graph.leaves[v] for v in placement.leaf_sets}
+    busy |= {leaf for m in placement.merges for leaf in (m.scale, *(t for t, _ in m.targets))}
     found = find_affine(graph).values()
     return replace(placement, affine=tuple(m for m in found if not {m.scale, m.shift} & busy))
 
