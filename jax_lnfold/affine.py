@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from .graph import CallPath, Graph, Op
 from .primitives import IDENTITIES
 from .rules.contraction import output_axes
-from .scales import CannotAbsorb, Places, kept_axes, renumbered
+from .scales import CannotAbsorb, Places, candidates, kept_axes, renumbered
 
 Origins = Mapping[int, int | CallPath]
 """Axis of a value -> axis of the leaf it is made of."""
@@ -48,10 +48,7 @@ def find_affine(graph: Graph) -> dict[int, AffineMerge]:
     """All scales that can be taken up, by leaf value; no leaf has a part in two of them."""
     found: dict[int, AffineMerge] = {}
     taken: set[int] = set()
-    for value in graph.leaves:
-        aval = graph.avals[value]
-        if not jnp.issubdtype(aval.dtype, jnp.floating) or all(n == 1 for n in aval.shape):
-            continue
+    for value in candidates(graph):
         try:
             merge = _Walk(graph, value).run()
         except CannotAbsorb:

@@ -20,7 +20,7 @@ from .checkpoints import Edits, center_checkpoint
 from .errors import FoldError
 from .plan import FoldPlan
 from .report import rows, summary
-from .table import to_html, to_rich
+from .table import counted, to_html, to_rich
 from .targets import load, place_of_error
 
 DONE, FAILED, USAGE, LEFT, INTERRUPTED = 0, 1, 2, 3, 130
@@ -135,15 +135,11 @@ def _center(args: argparse.Namespace) -> int:
     except UnicodeDecodeError as error:
         raise FoldError(f"plan: {args.plan} is not text; pass what `plan` wrote") from error
     done = center_checkpoint(plan, args.source, args.dest, args.prefix, _tracked)
-    what = [_count(len(plan.edits), "parameter") + " centered"]
-    what += [_count(len(plan.scales), "scale") + " merged"] * bool(plan.scales)
-    size = f"{decimal(done.nbytes)} in {_count(done.leaves, 'leaf', 'leaves')}"
+    what = [counted(len(plan.edits), "parameter") + " centered"]
+    what += [counted(len(plan.scales), "scale") + " merged"] * bool(plan.scales)
+    size = f"{decimal(done.nbytes)} in {counted(done.leaves, 'leaf', 'leaves')}"
     print(f"{', '.join(what)}: {size} of {args.dest}")
     return DONE
-
-
-def _count(n: int, one: str, many: str = "") -> str:
-    return f"{n} {one if n == 1 else many or one + 's'}"
 
 
 def _tracked(edits: Edits) -> Edits:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
 from .repeats import Repeat, fold_repeats
 from .streams import FOLDED, LEFT, Event
-from .table import merged
-
-_NUMBER = re.compile(r"\d+")
+from .table import merged, template
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +60,7 @@ def lay_out(events: Sequence[Event]) -> Layout:
 
     def key(i: int) -> Hashable:
         e = events[i]
-        words = (_NUMBER.sub("#", e.name), _NUMBER.sub("#", e.detail))
+        words = (template(e.name), template(e.detail))
         return e.kind, words, e.runs, bool(e.loop)
 
     rows: list[list[int]] = []

@@ -18,7 +18,7 @@ from .edits import AffineEdit, CenterEdit, ScaleEdit
 from .errors import NotAnalysedError
 from .graph import Place
 from .streams import Event
-from .table import Row, grouped, to_html, to_rich, to_text
+from .table import Row, counted, grouped, to_html, to_rich, to_text
 from .trees import first_line
 
 Programs = Callable[[], tuple[ClosedJaxpr, ClosedJaxpr]]
@@ -178,31 +178,30 @@ def headline(report: Report) -> str:
     """How many LayerNorms are folded."""
     if not report.norms:
         return "No LayerNorm found"
-    return f"{report.n_folded} of {_count(len(report.norms), 'LayerNorm')} folded"
+    return f"{report.n_folded} of {counted(len(report.norms), 'LayerNorm')} folded"
 
 
 def summary(report: Report) -> list[str]:
     """Counts, and what else there is to know."""
     if not report.norms:
         return [f"{headline(report)}; nothing was changed."]
-    edited = f"{_count(len({edit.key_path for edit in report.edits}), 'parameter')} centered"
+    edited = f"{counted(len({edit.key_path for edit in report.edits}), 'parameter')} centered"
     if report.scales:
-        edited += f", {_count(len(report.scales), 'scale')} merged"
+        edited += f", {counted(len(report.scales), 'scale')} merged"
     if report.affine:
         taken_up = sum(1 + (edit.shift is not None) for edit in report.affine)
-        edited += f", {_count(taken_up, 'scale or shift', 'scales and shifts')} taken up"
+        edited += f", {counted(taken_up, 'scale or shift', 'scales and shifts')} taken up"
     if report.edited_bytes:
         edited += f" ({si(report.edited_bytes)}B)"
-    lines = [
-        f"{headline(report)}, {edited}, {_count(report.n_inserted, 'explicit centering')} inserted."
-    ]
+    inserted = counted(report.n_inserted, "explicit centering")
+    lines = [f"{headline(report)}, {edited}, {inserted} inserted."]
     lines += map(str, report.insertions)
     if report.dropouts:
         measured = "not measured: pass arrays to fold"
         if report.deviation is not None:
             measured = f"{report.deviation:.2g} of the largest output on the example inputs"
         lines.append(
-            f"Approximate: {_count(report.dropouts, 'dropout')} taken for the identity; deviation "
+            f"Approximate: {counted(report.dropouts, 'dropout')} taken for the identity; deviation "
             f"{measured}. Without dropout the same parameters are exact."
         )
     if report.rounded:
@@ -231,7 +230,3 @@ def cost_line(report: Report) -> str:
         return str(report.cost)
     except Exception as error:  # a report is readable without it
         return f"XLA's cost analysis is not to be had: {first_line(error)}"
-
-
-def _count(n: int, noun: str, plural: str = "") -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {plural or noun + 's'}"

@@ -254,12 +254,11 @@ def _zero(var: Var) -> list[JaxprEqn]:
     """Equations that set `var` to zero; none for a scalar that varies over devices."""
     aval: Any = var.aval
     if aval.shape:
-        (*before, last) = trace_like(jnp.zeros_like, aval).eqns
-    elif varying_axes(aval):
+        return _filled(var, 0)
+    if varying_axes(aval):
         return []
-    else:
-        zero = jax.jit(lambda: jnp.zeros((), aval.dtype))
-        (*before, last) = open_jaxpr(jax.make_jaxpr(zero)()).eqns
+    zero = jax.jit(lambda: jnp.zeros((), aval.dtype))
+    (*before, last) = open_jaxpr(jax.make_jaxpr(zero)()).eqns
     return [*before, last.replace(outvars=[var])]
 
 

@@ -36,14 +36,18 @@ class CannotAbsorb(Exception):
     """A parameter has a use that rules out the merge."""
 
 
+def candidates(graph: Graph) -> list[int]:
+    """Leaf values that may be scales: floating-point numbers, more than one."""
+    avals = ((value, graph.avals[value]) for value in graph.leaves)
+    return [v for v, a in avals if jnp.issubdtype(a.dtype, jnp.floating) and {*a.shape} - {1}]
+
+
 def find_merges(graph: Graph) -> dict[int, ScaleMerge]:
     """All scales that can be merged, by leaf value."""
     merges: dict[int, ScaleMerge] = {}
     taken: set[int] = set()
-    for value, leaf in graph.leaves.items():
-        aval = graph.avals[value]
-        if not jnp.issubdtype(aval.dtype, jnp.floating) or all(n == 1 for n in aval.shape):
-            continue
+    for value in candidates(graph):
+        leaf = graph.leaves[value]
         try:
             absorbed = _Absorber(graph, value).run()
         except CannotAbsorb:

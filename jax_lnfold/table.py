@@ -52,8 +52,8 @@ def grouped(rows: Iterable[Row]) -> list[Row]:
     """Rows that are alike up to the numbers in paths as one, in the order of the first of each."""
     alike: dict[Row, list[Row]] = {}
     for row in rows:
-        words = (_NUMBER.sub("#", row.words[0]), _NUMBER.sub("#", row.words[1]))
-        key = replace(row, path=_NUMBER.sub("#", row.path), words=words)
+        words = (template(row.words[0]), template(row.words[1]))
+        key = replace(row, path=template(row.path), words=words)
         alike.setdefault(key, []).append(row)
     return [_together(group) for group in alike.values()]
 
@@ -62,6 +62,16 @@ def _together(group: Sequence[Row]) -> Row:
     reason, advice = (merged(texts) for texts in zip(*(row.words for row in group), strict=True))
     path = merged([row.path for row in group])
     return replace(group[0], path=path, words=(reason, advice), count=len(group))
+
+
+def template(text: str) -> str:
+    """The text without its numbers: those with the same one can be `merged`."""
+    return _NUMBER.sub("#", text)
+
+
+def counted(n: int, noun: str, plural: str = "") -> str:
+    """``1 leaf``, ``2 leaves``; the plural is that with an s unless given."""
+    return f"{n} {noun}" if n == 1 else f"{n} {plural or noun + 's'}"
 
 
 def merged(texts: Sequence[str]) -> str:
