@@ -39,9 +39,10 @@ from .primitives import MOVES
 from .rewrite import live
 from .rules import Opaque, rule_for
 from .rules.contraction import output_axes
+from .rules.elementwise import project
 
 _CONVERT = "convert_element_type"
-_AROUND = frozenset({"rsqrt", "sqrt", "dot_general"})
+_AROUND = frozenset({"dot_general", "integer_pow", "rsqrt", "sqrt", "square"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +167,10 @@ class _Deferrer:
                 return False
             ((_, along),) = pulled.needs
         env = self.graph.env[path]
-        if not self.facts.uniform(env[scaled.factor], along):
+        factor = project(along, _shape(scaled.factor))  # it may be broadcast
+        if _shape(scaled.base) != _shape(eqn.outvars[0]):
+            return False
+        if not self.facts.uniform(env[scaled.factor], factor):
             return False
         if self._is_centered_here(local.source(scaled.base), along, local, path):
             return False
@@ -181,14 +185,11 @@ class _Deferrer:
     def _is_centered_here(self, source: Any, along: AxisSet, local: _Local, path: CallPath) -> bool:
         """Whether a mean is taken off at run time: what remains is a copy, too."""
         made = local.maker(source)
-        return (
-            made is not None
-            and made.primitive.name in ("sub", "add")
-            and any(
-                isinstance(a, Var) and self.facts.uniform(self.graph.env[path][a], along)
-                for a in made.invars
-            )
-        )
+        if made is None or made.primitive.name not in ("sub", "add"):
+            return False
+        operands = (a for a in made.invars if isinstance(a, Var))
+        env = self.graph.env[path]
+        return any(self.facts.uniform(env[a], project(along, _shape(a))) for a in operands)
 
     def _pays(self, scaled: _Scaled, readers: Iterable[_Reader], local: _Local) -> bool:
         results = sum(_elements(local.jaxpr.eqns[r.index].outvars[0]) for r in readers)
@@ -290,7 +291,8 @@ def _deferred(product: JaxprEqn, scales: Sequence[tuple[_Scaled, _Reader]]) -> J
 
     def deferred_scale(*arrays: jax.Array) -> jax.Array:
         operands, factors = list(arrays[:2]), []
-        for factor, (_, reader) in zip(arrays[2:], scales, strict=True):
+        for factor, (scaled, reader) in zip(arrays[2:], scales, strict=True):
+            factor = jnp.broadcast_to(factor, _shape(scaled.base))
             for step in reader.steps:
                 bind = step.primitive.bind
                 operands[reader.position] = bind(operands[reader.position], **step.params)

@@ -108,9 +108,10 @@ def check(network: Network) -> Counter[str]:
     traced = trace(network.apply, params, inputs)
     want = Interpreter().run(traced.closed, params, inputs)
     check_same(traced, network, folded, want)
-    with_affine = jax_lnfold.fold(network.apply, params, *inputs, fold_affine=True)
-    if with_affine.report.affine:
-        check_same(traced, network, with_affine, want)
+    options = {"fold_affine": True, "defer_scale": True, "deferred_cost": 0.0}
+    everything = jax_lnfold.fold(network.apply, params, *inputs, **options)
+    if everything.report.affine or everything.report.deferred:
+        check_same(traced, network, everything, want)
     assert_identical(params, before)
     placement = place(traced.graph())
     assert sum(placement.folded) == report.n_folded
@@ -121,7 +122,8 @@ def check(network: Network) -> Counter[str]:
         norms=len(report.norms),
         folded=report.n_folded,
         inserted=report.n_inserted,
-        affine=len(with_affine.report.affine),
+        affine=len(everything.report.affine),
+        deferred=len(everything.report.deferred),
         facts=facts,
         tolerances=claims,
     )
