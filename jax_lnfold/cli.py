@@ -80,7 +80,8 @@ def _fail(message: str, code: int = FAILED) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     model = load(args.target)
-    report = analyze(model.apply_fn, model.params, *model.inputs)
+    options = {"fold_affine": args.fold_affine}
+    report = analyze(model.apply_fn, model.params, *model.inputs, **options)
     if args.no_cost:
         shown = to_rich(rows(report), summary(report))
         table = to_html(rows(report), summary(report))
@@ -110,7 +111,8 @@ h1 {font-size: 1.2em} svg {max-width: 100%; height: auto}
 
 def _plan(args: argparse.Namespace) -> int:
     model = load(args.target)
-    plan = plan_fold(model.apply_fn, model.params, *model.inputs)
+    options = {"fold_affine": args.fold_affine}
+    plan = plan_fold(model.apply_fn, model.params, *model.inputs, **options)
     return _write(args.output, plan.to_json() + "\n")
 
 
@@ -197,6 +199,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_target(plan)
     plan.add_argument("-o", "--output", metavar="FILE", type=Path, help="instead of stdout")
+
+    for parser_of_plans in (report, plan):
+        parser_of_plans.add_argument(
+            "--fold-affine",
+            action="store_true",
+            help="move scales and shifts into the linear layers behind them, too",
+        )
 
     draw = command(
         _draw, "draw what a fold does to a model", _TARGET, "my_model:target -o fold.svg"

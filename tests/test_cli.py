@@ -59,6 +59,9 @@ def left():
 def none():
     return (lambda p, x: x @ p["stem"]), PARAMS, of(2, 7)
 
+def scaled():
+    return (lambda p, x: (layer_norm(x @ p["stem"]) * p["scale"]) @ p["head"]), PARAMS, of(2, 7)
+
 class Nested:
     target = staticmethod(target)
 
@@ -203,6 +206,14 @@ def test_plan(module: str, tmp_path: Path, capsys: Capture) -> None:
     rng = np.random.default_rng(0)
     params = {name: rng.normal(size=s.shape).astype(np.float32) for name, s in shapes.items()}
     assert FoldPlan.from_json(text) == fold(apply_fn, params, x).plan
+
+
+def test_fold_affine(module: str, capsys: Capture) -> None:
+    for flags, taken_up in (([], 0), (["--fold-affine"], 1)):
+        assert main(["plan", f"{module}:scaled", *flags]) == 0
+        assert len(FoldPlan.from_json(capsys.readouterr().out).affine) == taken_up
+        assert main(["report", f"{module}:scaled", "--no-cost", *flags]) == 0
+        assert ("1 scale or shift taken up" in capsys.readouterr().out) == taken_up
 
 
 def test_draw(module: str, tmp_path: Path, capsys: Capture) -> None:
