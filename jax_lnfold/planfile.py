@@ -84,6 +84,9 @@ def _check(plan: Parts) -> None:
     for paths, names in ((merged, "scales and their targets"), (affine, "scales and readers")):
         if len({*paths}) < len(paths) or not shapes.keys() >= {*paths}:
             raise ValueError(f"its {names} are not different leaves")
+    filled = {m.key_path for m in plan.affine} | {m.shift for m in plan.affine}
+    if twice := filled & {*merged, *(edit.key_path for edit in plan.edits)}:
+        raise ValueError(f"leaf {min(map(str, twice))!r} is taken up, and edited besides")
     for scale in plan.scales:
         for path, axes in scale.targets:
             _check_axes(shapes, scale.key_path, path, axes)

@@ -359,6 +359,18 @@ def test_broken_plan_files(name: str) -> None:
         FoldPlan.from_json(json.dumps(data))
 
 
+@pytest.mark.parametrize("part", ["key_path", "shift"])
+def test_what_is_taken_up_is_not_edited_besides(part: str) -> None:
+    apply, params, x = stacked()
+    data = json.loads(jax_lnfold.plan_fold(apply, params, x, fold_affine=True).to_json())
+    path = data["affine"][0][part]
+    (shape,) = (leaf["shape"] for leaf in data["leaves"] if leaf["key_path"] == path)
+    along = {"shape": shape, "entries": ["all"] * len(shape)}
+    data["edits"].append({"key_path": path, "along": along})
+    with pytest.raises(PlanFormatError, match=f"leaf '{path}' is taken up, and edited besides"):
+        FoldPlan.from_json(json.dumps(data))
+
+
 def test_checkpoint(tmp_path: Path) -> None:
     apply, params, x = stacked()
     plan = jax_lnfold.plan_fold(apply, params, x, fold_affine=True)
