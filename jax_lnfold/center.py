@@ -25,10 +25,10 @@ def center_array(x: Any, along: AxisSet, part: Shape | None = None) -> Any:
     is wider, with a second pass that removes the rounding of the first. The result has the shape
     and dtype of ``x``, rounded once. `part` is the shape of what one device holds (all of it).
     """
-    wide = x.astype(_wide_type(x))
     if isinstance(x, np.ndarray):
-        wide -= group_means(wide, along, np)
-        return wide.astype(x.dtype, copy=False)
+        wide = x.astype(_wide_type(x), copy=False)
+        return (wide - group_means(wide, along, np)).astype(x.dtype, copy=False)
+    wide = x.astype(_wide_type(x))
     once = wide - group_means(wide, along, jnp, part)
     return (once - group_means(once, along, jnp, part)).astype(x.dtype)
 
@@ -90,9 +90,15 @@ def _terms(x: Any, sources: Sequence[Any], recipe: Recipe) -> tuple[Any, Any]:
     added, factor, rest = None, None, list(sources)
     if recipe.summed:
         shift, kernel, *rest = rest
-        kernel = xp.asarray(kernel, wide)
-        aligned = _aligned(xp.asarray(shift, wide), recipe.axes, kernel.shape, xp)
-        added = (aligned * kernel).sum(axis=recipe.summed).reshape(x.shape)
+        if xp is np:  # which would store all products
+            shift, kernel = np.squeeze(shift), np.asarray(kernel)
+            kept = [d for d in range(kernel.ndim) if d not in recipe.summed]
+            terms = shift, recipe.axes, kernel, range(kernel.ndim), kept
+            added = np.einsum(*terms, dtype=wide, casting="same_kind").reshape(x.shape)
+        else:
+            kernel = jnp.asarray(kernel, wide)
+            aligned = _aligned(jnp.asarray(shift, wide), recipe.axes, kernel.shape, jnp)
+            added = (aligned * kernel).sum(axis=recipe.summed).reshape(x.shape)
     for source, axes in zip(rest, recipe.factors, strict=True):
         aligned = _aligned(xp.asarray(source, wide), axes, x.shape, xp)
         factor = aligned if factor is None else factor * aligned
