@@ -71,6 +71,8 @@ def overflows(x: Any, sources: Sequence[Any], recipe: Recipe) -> bool:
     """Whether finite numbers would become too large for the dtype in `edit_leaf`."""
     if not isinstance(x, jax.Array):
         return bool(edit_leaf(x, sources, recipe, donate=False)[1])
+    if _compiled_bound(recipe)(x, *sources):
+        return False
     return bool(_compiled_check(recipe, _placed(x))(x, *sources))
 
 
@@ -79,9 +81,7 @@ def _placed(x: jax.Array) -> Any:
 
 
 def _finite(x: Any) -> Any:
-    if isinstance(x, np.ndarray):
-        return np.isfinite(x).all()
-    return jnp.max(jnp.abs(x), initial=0) < jnp.inf  # stores no bool for every number
+    return (np if isinstance(x, np.ndarray) else jnp).isfinite(x).all()
 
 
 def _terms(x: Any, sources: Sequence[Any], recipe: Recipe) -> tuple[Any, Any]:
@@ -158,17 +158,41 @@ def _compiled_edit(recipe: Recipe, donate: bool, sharding: Any) -> Callable[...,
 
     def edit(x: Any, *sources: Any) -> tuple[Any, Any]:
         part = None if sharding is None else sharding.shard_shape(x.shape)
-        new = _edited(x, *_terms(x, sources, recipe), recipe, part)
+        terms = _terms(x, sources, recipe)
+        new = _edited(x, *terms, recipe, part)
         if donate:  # a look at `x` afterwards would take a copy of it
             return new, False
-        too_large = ~_finite(new) & _finite(x)
-        for source in sources:
-            too_large &= _finite(source)
-        return new, too_large
+
+        def look() -> Any:
+            return ~_finite(new) & jnp.stack([_finite(given) for given in (x, *sources)]).all()
+
+        return new, jax.lax.cond(_is_small(x, *terms, recipe), lambda: jnp.array(False), look)
 
     donated = (0,) if donate else ()
     shardings = (sharding, None)
     return jax.jit(edit, donate_argnums=donated, out_shardings=shardings, keep_unused=True)
+
+
+def _is_small(x: Any, added: Any, factor: Any, recipe: Recipe) -> Any:
+    """Whether the largest number shows that no edit overflows, without a closer look.
+
+    Where some are NaN it may be either (XLA's maximum on CPUs overlooks them).
+    """
+    wide = _wide_type(x)
+    largest = jnp.max(jnp.abs(x), initial=0).astype(wide)
+    if added is not None:
+        largest += jnp.max(jnp.abs(added), initial=0)
+    if factor is not None:
+        largest *= jnp.max(jnp.abs(factor), initial=0)
+    largest *= 2.0 ** (1 + len(recipe.sets))  # a mean is no larger; once more for rounding
+    sums = largest * float(x.size)
+    return (largest < float(jnp.finfo(x.dtype).max)) & (sums < float(jnp.finfo(wide).max))
+
+
+@lru_cache(maxsize=256)
+def _compiled_bound(recipe: Recipe) -> Callable[..., Any]:
+    """`_is_small` under `jit`: it takes next to no memory."""
+    return jax.jit(lambda x, *sources: _is_small(x, *_terms(x, sources, recipe), recipe))
 
 
 @lru_cache(maxsize=256)
@@ -219,7 +243,7 @@ def _label_means(x: Any, labels: np.ndarray, axis: int, xp: Any, held: int) -> A
     means = xp.zeros_like(sums)
     if np.count_nonzero(of >= 0) == count:  # one run each
         means = xp.where(of >= 0, sums / width, means)
-    elif xp is np:
+    elif xp is np or count <= 4:  # compilers fuse the few
         for group in range(count):
             means = add_group(group, means)
     else:
