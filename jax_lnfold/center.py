@@ -145,9 +145,11 @@ def _edited_in_blocks(
     for start in range(0, x.shape[axis], step):
         part = (slice(None),) * axis + (slice(start, start + step),)
         block = x[part]
-        terms = (t[part] if t is not None and t.shape[axis] > 1 else t for t in (added, factor))
+        more, scale = (
+            t[part] if t is not None and t.shape[axis] > 1 else t for t in (added, factor)
+        )
         inside = tuple(AxisSet(block.shape, along.entries) for along in recipe.sets)
-        new[part] = edited = _edited(block, *terms, replace(recipe, sets=inside))
+        new[part] = edited = _edited(block, more, scale, replace(recipe, sets=inside))
         finite = finite and bool(_finite(edited))
     return new, finite
 
