@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import gcd
 from typing import Any
 
 import jax
@@ -14,19 +15,22 @@ import numpy as np
 from ._compat import is_tracer
 from .axes import ALL, FREE, AxisSet
 
+Shape = tuple[int, ...]
 
-def center_array(x: Any, along: AxisSet) -> Any:
+
+def center_array(x: Any, along: AxisSet, part: Shape | None = None) -> Any:
     """``x`` minus its mean over every group of `along` (theory: the operator C_S).
 
     Computed in float64 for NumPy arrays; for JAX arrays in the dtype of ``x`` or float32, whichever
     is wider, with a second pass that removes the rounding of the first. The result has the shape
-    and dtype of ``x``, rounded once.
+    and dtype of ``x``, rounded once. `part` is the shape of what one device holds (all of it).
     """
-    wide = x.astype(_wide_type(x))
     if isinstance(x, np.ndarray):
-        return (wide - group_means(wide, along, np)).astype(x.dtype)
-    once = wide - group_means(wide, along, jnp)
-    return (once - group_means(once, along, jnp)).astype(x.dtype)
+        wide = x.astype(_wide_type(x), copy=False)
+        return (wide - group_means(wide, along, np)).astype(x.dtype, copy=False)
+    wide = x.astype(_wide_type(x))
+    once = wide - group_means(wide, along, jnp, part)
+    return (once - group_means(once, along, jnp, part)).astype(x.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,27 +54,34 @@ def edit_leaf(x: Any, sources: Sequence[Any], recipe: Recipe, donate: bool) -> t
     """One leaf after its recipe.
 
     Shape, dtype and sharding stay. With `donate` a JAX array gives up its memory. The second
-    result is whether finite numbers became too large for the dtype (a bool, maybe on a device).
+    result is whether finite numbers became too large for the dtype (a bool, maybe on a device);
+    with `donate` it is false, and to be asked before (see `overflows`).
     """
     if is_tracer(x) or any(map(is_tracer, sources)):
         return _edited(x, *_terms(x, sources, recipe), recipe), False
     if not isinstance(x, jax.Array):
         x = np.asarray(x)
         with np.errstate(over="ignore", invalid="ignore"):
-            new = _edited_in_blocks(x, *_terms(x, sources, recipe), recipe)
-        given = _finite(x, np) and all(_finite(source, np) for source in sources)
-        return new, not _finite(new, np) and given
-    placed = x.sharding if x.committed else None
-    return _compiled_edit(recipe, donate, placed)(x, *sources)
+            new, finite = _edited_in_blocks(x, *_terms(x, sources, recipe), recipe)
+        return new, not finite and all(_finite(np.asarray(v)) for v in (x, *sources))
+    return _compiled_edit(recipe, donate, _placed(x))(x, *sources)
 
 
 def overflows(x: Any, sources: Sequence[Any], recipe: Recipe) -> bool:
     """Whether finite numbers would become too large for the dtype in `edit_leaf`."""
-    return bool(edit_leaf(x, sources, recipe, donate=False)[1])
+    if not isinstance(x, jax.Array):
+        return bool(edit_leaf(x, sources, recipe, donate=False)[1])
+    if _compiled_bound(recipe)(x, *sources):
+        return False
+    return bool(_compiled_check(recipe, _placed(x))(x, *sources))
 
 
-def _finite(x: Any, xp: Any) -> Any:
-    return xp.isfinite(x).all()
+def _placed(x: jax.Array) -> Any:
+    return x.sharding if x.committed else None
+
+
+def _finite(x: Any) -> Any:
+    return (np if isinstance(x, np.ndarray) else jnp).isfinite(x).all()
 
 
 def _terms(x: Any, sources: Sequence[Any], recipe: Recipe) -> tuple[Any, Any]:
@@ -79,9 +90,15 @@ def _terms(x: Any, sources: Sequence[Any], recipe: Recipe) -> tuple[Any, Any]:
     added, factor, rest = None, None, list(sources)
     if recipe.summed:
         shift, kernel, *rest = rest
-        kernel = xp.asarray(kernel, wide)
-        aligned = _aligned(xp.asarray(shift, wide), recipe.axes, kernel.shape, xp)
-        added = (aligned * kernel).sum(axis=recipe.summed).reshape(x.shape)
+        if xp is np:  # which would store all products
+            shift, kernel = np.squeeze(shift), np.asarray(kernel)
+            kept = [d for d in range(kernel.ndim) if d not in recipe.summed]
+            terms = shift, recipe.axes, kernel, range(kernel.ndim), kept
+            added = np.einsum(*terms, dtype=wide, casting="same_kind").reshape(x.shape)
+        else:
+            kernel = jnp.asarray(kernel, wide)
+            aligned = _aligned(jnp.asarray(shift, wide), recipe.axes, kernel.shape, jnp)
+            added = (aligned * kernel).sum(axis=recipe.summed).reshape(x.shape)
     for source, axes in zip(rest, recipe.factors, strict=True):
         aligned = _aligned(xp.asarray(source, wide), axes, x.shape, xp)
         factor = aligned if factor is None else factor * aligned
@@ -94,7 +111,7 @@ def _aligned(source: Any, axes: tuple[int, ...], shape: tuple[int, ...], xp: Any
     return xp.squeeze(source).transpose(*np.argsort(axes)).reshape(kept)
 
 
-def _edited(x: Any, added: Any, factor: Any, recipe: Recipe) -> Any:
+def _edited(x: Any, added: Any, factor: Any, recipe: Recipe, part: Shape | None = None) -> Any:
     if recipe.fill is not None:
         return (np if isinstance(x, np.ndarray) else jnp).full_like(x, recipe.fill)
     wide = x.astype(_wide_type(x))
@@ -103,30 +120,38 @@ def _edited(x: Any, added: Any, factor: Any, recipe: Recipe) -> Any:
     if factor is not None:
         wide = wide * factor
     for along in recipe.sets:
-        wide = center_array(wide, along)
+        wide = center_array(wide, along, part)
     return wide.astype(x.dtype)
 
 
-_BLOCK = 1 << 18
+_BLOCK = 1 << 16
 """About as many numbers of a NumPy array are held in double precision at a time."""
 
 
-def _edited_in_blocks(x: np.ndarray, added: Any, factor: Any, recipe: Recipe) -> np.ndarray:
-    """`_edited` in blocks along the longest axis that no mean is taken over, if there is one."""
+def _edited_in_blocks(
+    x: np.ndarray, added: Any, factor: Any, recipe: Recipe
+) -> tuple[np.ndarray, bool]:
+    """`_edited` in blocks along the longest axis that no mean is taken over, if there is one.
+
+    With it, whether all numbers of the result are finite.
+    """
     free = [d for d in range(x.ndim) if all(along.entries[d] == FREE for along in recipe.sets)]
-    if x.size <= _BLOCK or not free or added is not None:
-        return _edited(x, added, factor, recipe)
-    axis = max(free, key=lambda d: x.shape[d])
+    if x.size <= _BLOCK or not free:
+        new = _edited(x, added, factor, recipe)
+        return new, bool(_finite(new))
+    axis, finite = max(free, key=lambda d: x.shape[d]), True
     new = np.empty_like(x)
     step = max(1, _BLOCK * x.shape[axis] // x.size)
     for start in range(0, x.shape[axis], step):
         part = (slice(None),) * axis + (slice(start, start + step),)
-        block, scale = x[part], factor
-        if factor is not None and factor.shape[axis] > 1:
-            scale = factor[part]
+        block = x[part]
+        more, scale = (
+            t[part] if t is not None and t.shape[axis] > 1 else t for t in (added, factor)
+        )
         inside = tuple(AxisSet(block.shape, along.entries) for along in recipe.sets)
-        new[part] = _edited(block, None, scale, replace(recipe, sets=inside))
-    return new
+        new[part] = edited = _edited(block, more, scale, replace(recipe, sets=inside))
+        finite = finite and bool(_finite(edited))
+    return new, finite
 
 
 @lru_cache(maxsize=256)
@@ -134,14 +159,49 @@ def _compiled_edit(recipe: Recipe, donate: bool, sharding: Any) -> Callable[...,
     """The edit under `jit`, so that a sharded leaf stays where it is."""
 
     def edit(x: Any, *sources: Any) -> tuple[Any, Any]:
-        new = _edited(x, *_terms(x, sources, recipe), recipe)
-        too_large = ~_finite(new, jnp) & _finite(x, jnp)
-        for source in sources:
-            too_large &= _finite(source, jnp)
-        return new, too_large
+        part = None if sharding is None else sharding.shard_shape(x.shape)
+        terms = _terms(x, sources, recipe)
+        new = _edited(x, *terms, recipe, part)
+        if donate:  # a look at `x` afterwards would take a copy of it
+            return new, False
+
+        def look() -> Any:
+            return ~_finite(new) & jnp.stack([_finite(given) for given in (x, *sources)]).all()
+
+        return new, jax.lax.cond(_is_small(x, *terms, recipe), lambda: jnp.array(False), look)
 
     donated = (0,) if donate else ()
-    return jax.jit(edit, donate_argnums=donated, out_shardings=(sharding, None))
+    shardings = (sharding, None)
+    return jax.jit(edit, donate_argnums=donated, out_shardings=shardings, keep_unused=True)
+
+
+def _is_small(x: Any, added: Any, factor: Any, recipe: Recipe) -> Any:
+    """Whether the largest number shows that no edit overflows, without a closer look.
+
+    Where some are NaN it may be either (XLA's maximum on CPUs overlooks them).
+    """
+    wide = _wide_type(x)
+    largest = jnp.max(jnp.abs(x), initial=0).astype(wide)
+    if added is not None:
+        largest += jnp.max(jnp.abs(added), initial=0)
+    if factor is not None:
+        largest *= jnp.max(jnp.abs(factor), initial=0)
+    largest *= 2.0 ** (1 + len(recipe.sets))  # a mean is no larger; once more for rounding
+    sums = largest * float(x.size)
+    return (largest < float(jnp.finfo(x.dtype).max)) & (sums < float(jnp.finfo(wide).max))
+
+
+@lru_cache(maxsize=256)
+def _compiled_bound(recipe: Recipe) -> Callable[..., Any]:
+    """`_is_small` under `jit`: it takes next to no memory."""
+    return jax.jit(lambda x, *sources: _is_small(x, *_terms(x, sources, recipe), recipe))
+
+
+@lru_cache(maxsize=256)
+def _compiled_check(recipe: Recipe, sharding: Any) -> Callable[..., Any]:
+    """Whether `_compiled_edit` overflows, without the memory for its result."""
+    edit = _compiled_edit(recipe, False, sharding)
+    return jax.jit(lambda x, *sources: edit(x, *sources)[1])
 
 
 def _wide_type(x: Any) -> Any:
@@ -151,7 +211,7 @@ def _wide_type(x: Any) -> Any:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def group_means(x: Any, along: AxisSet, xp: Any) -> Any:
+def group_means(x: Any, along: AxisSet, xp: Any, part: Shape | None = None) -> Any:
     """The mean of every group, at each of its positions; zero outside the region."""
     if all(isinstance(e, str) for e in along.entries):
         return xp.mean(x, axis=along.axes, keepdims=True) if along.axes else x
@@ -160,29 +220,34 @@ def group_means(x: Any, along: AxisSet, xp: Any) -> Any:
         if entry == ALL:
             means = xp.mean(means, axis=d, keepdims=True)
         elif entry != FREE:
-            means = _label_means(means, along.labels(d), d, xp)
+            held = len(along.labels(d)) if part is None else part[d]
+            means = _label_means(means, along.labels(d), d, xp, held)
     return means
 
 
-def _label_means(x: Any, labels: np.ndarray, axis: int, xp: Any) -> Any:
-    """The mean over equal labels along one axis, zero where the label is -1."""
+def _label_means(x: Any, labels: np.ndarray, axis: int, xp: Any, held: int) -> Any:
+    """The mean over equal labels along one axis, zero where the label is -1.
+
+    Runs of equal labels are summed up first. None reaches beyond the `held` positions of one
+    device, so that devices exchange these sums only.
+    """
     size, count = len(labels), int(labels.max()) + 1
-    if count == 0:
-        return xp.zeros_like(x)
-    width = size // count
-    if size == count * width and np.array_equal(labels, np.arange(size) // width):
-        split = x.reshape(*x.shape[:axis], count, width, *x.shape[axis + 1 :])
-        return xp.repeat(xp.mean(split, axis=axis + 1), width, axis=axis)
-    inside = np.flatnonzero(labels >= 0)
-    rows = xp.moveaxis(x, axis, 0)
-    sizes = np.bincount(labels[inside], minlength=count).reshape(-1, *[1] * (x.ndim - 1))
-    order = inside[np.argsort(labels[inside], kind="stable")]
-    groups = np.sort(labels[inside])
-    if xp is np:
-        starts = np.searchsorted(groups, np.arange(count))
-        sums = np.add.reduceat(rows[order], starts, axis=0)
+    width = gcd(size, held, *(np.flatnonzero(np.diff(labels)) + 1).tolist())
+    runs = x.reshape(*x.shape[:axis], size // width, width, *x.shape[axis + 1 :])
+    sums = runs.sum(axis=axis + 1)
+    of = labels[::width].reshape(-1, *[1] * (x.ndim - axis - 1))
+
+    def add_group(group: Any, means: Any) -> Any:
+        member = of == group
+        total = xp.where(member, sums, xp.zeros((), x.dtype)).sum(axis=axis, keepdims=True)
+        return xp.where(member, total / (width * member.sum()).astype(x.dtype), means)
+
+    means = xp.zeros_like(sums)
+    if np.count_nonzero(of >= 0) == count:  # one run each
+        means = xp.where(of >= 0, sums / width, means)
+    elif xp is np or count <= 4:  # compilers fuse the few
+        for group in range(count):
+            means = add_group(group, means)
     else:
-        sums = jax.ops.segment_sum(rows[order], groups, count, indices_are_sorted=True)
-    means = (sums / sizes.astype(x.dtype))[np.maximum(labels, 0)]
-    outside = (labels < 0).reshape(-1, *[1] * (x.ndim - 1))
-    return xp.moveaxis(xp.where(outside, xp.zeros((), x.dtype), means), 0, axis)
+        means = jax.lax.fori_loop(0, count, add_group, means)
+    return xp.repeat(means, width, axis=axis)

@@ -29,11 +29,13 @@ from ._compat import (
     manual,
     open_jaxpr,
 )
+from .collector import collector_paused
 from .dropout import dropped_operand, note_noise
 from .graph import DROPOUT, NO_RULE, CallPath, Graph, Op
 from .lanes import Lanes, collect, per_lane, spread, with_lanes
 
 
+@collector_paused()
 def flatten(closed: ClosedJaxpr, n_leaves: int, see_through_dropout: bool = False) -> Graph:
     """The graph of `closed`, whose first `n_leaves` inputs are the parameter leaves."""
     graph, jaxpr = Graph(), open_jaxpr(closed)

@@ -13,6 +13,7 @@ from fractions import Fraction
 
 from .affine import AffineMerge
 from .axes import AxisSet
+from .collector import collector_paused
 from .facts import Blocker, Claim, Facts, solve
 from .graph import Graph, Op
 from .mincut import MinCut
@@ -101,6 +102,7 @@ def _is_needed(merge: ScaleMerge, placement: Placement) -> bool:
     return any(leaf in edited for leaf, _ in merge.targets)
 
 
+@collector_paused()
 def place_within(
     facts: Facts,
     merges: Mapping[int, ScaleMerge],
