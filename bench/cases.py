@@ -1,0 +1,120 @@
+"""What is run by default: plain tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import product
+from typing import Any
+
+BOTH = ("one_pass", "two_pass")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with its inputs, its spelling of LayerNorm and its dtype; a row per variant."""
+
+    model: str
+    batch: int
+    length: int | None  # of the input: positions, a side of images; None is the model's own
+    spelling: str
+    dtype: str
+    rounds: int = field(default=11, compare=False)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What rows of this case are known by, but for the variant."""
+        return self.model, self.batch, self.length, self.spelling, self.dtype
+
+    def __str__(self) -> str:
+        """For progress."""
+        return " ".join(map(str, filter(None, self.key)))
+
+
+KEYS = (*(f.name for f in fields(Case) if f.compare), "variant")
+
+
+def sweep(
+    model: str,
+    batches: Sequence[int],
+    lengths: Sequence[int | None] = (None,),
+    spellings: Sequence[str] = BOTH,
+    dtypes: Sequence[str] = ("float32",),
+    rounds: int = 11,
+) -> tuple[Case, ...]:
+    """All combinations."""
+    found = product(dtypes, lengths, batches, spellings)
+    return tuple(Case(model, b, n, s, d, rounds) for d, n, b, s in found)
+
+
+CPU = (
+    *sweep("vit_s", (1, 4, 16)),
+    *sweep("vit_b", (1, 4)),
+    *sweep("vit_l", (1,), rounds=5),
+    *sweep("vit_b_qk_norm", (1,)),
+    *sweep("dinov2_b", (1,)),
+    *sweep("swin_t", (1, 8)),
+    *sweep("gpt2", (1,), (128, 512)),
+    *sweep("gpt2", (1,), (1024,), rounds=5),
+    *sweep("gpt2_xl", (1,), (128,), rounds=3),
+    *sweep("gpt2_decode", (1, 16)),
+    *sweep("gpt2_xl_decode", (1,), rounds=5),
+    *sweep("whisper_base_encoder", (1,)),
+    *sweep("clip_l_text", (1, 16)),
+    *sweep("vit_s", (4,), dtypes=("bfloat16",)),
+    *sweep("gpt2", (1,), (128,), dtypes=("bfloat16",)),
+)
+LOW = ("bfloat16",)
+GPU = (
+    *sweep("vit_s", (1, 16, 64, 256), dtypes=LOW),
+    *sweep("vit_b", (1, 4, 16, 64), dtypes=("bfloat16", "float32")),
+    *sweep("vit_l", (16,), dtypes=LOW),
+    *sweep("vit_b_qk_norm", (16,), dtypes=LOW),
+    *sweep("dinov2_b", (16,), dtypes=LOW),
+    *sweep("swin_t", (16, 64), dtypes=LOW),
+    *sweep("gpt2", (8,), (128, 512, 1024), dtypes=("bfloat16", "float32")),
+    *sweep("gpt2_xl", (2,), (512,), dtypes=LOW),
+    *sweep("gpt2_decode", (1, 16, 64), dtypes=LOW),
+    *sweep("gpt2_xl_decode", (1, 16), dtypes=LOW),
+    *sweep("whisper_base_encoder", (8,), dtypes=LOW),
+    *sweep("clip_l_text", (16, 64), dtypes=LOW),
+)
+TPU = {  # each program takes the compiler half a minute on v5e, and a minute on v6e
+    "v5e": (
+        *sweep("vit_b", (16,), dtypes=LOW),
+        *sweep("gpt2", (4,), (512,), dtypes=LOW),
+        *sweep("whisper_base_encoder", (4,), dtypes=LOW),
+        *sweep("clip_l_text", (16,), dtypes=LOW),
+        *sweep("gpt2_decode", (16,), dtypes=LOW),
+        *sweep("swin_t", (16,), dtypes=LOW),
+        *sweep("vit_b", (1, 64), spellings=("one_pass",), dtypes=LOW),
+        *sweep("gpt2", (4,), (128,), spellings=("one_pass",), dtypes=LOW),
+        *sweep("gpt2_decode", (1,), spellings=("one_pass",), dtypes=LOW),
+        *sweep("whisper_base_encoder", (4,), spellings=("one_pass",)),
+    ),
+    "v6e": (
+        *sweep("gpt2", (4,), (512,), dtypes=LOW),
+        *sweep("whisper_base_encoder", (4,), dtypes=LOW),
+        *sweep("gpt2_decode", (16,), dtypes=LOW),
+        *sweep("vit_b", (16,), dtypes=LOW),
+    ),
+}
+
+
+def pick(table: Sequence[Case], **given: Sequence[Any] | None) -> list[Case]:
+    """Cases of a table; what is given replaces what the table has, but for models: these choose.
+
+    A model that the table lacks takes part once, with the model's own length.
+    """
+    models = given.pop("model", None) or list(dict.fromkeys(case.model for case in table))
+    known = {case.model for case in table}
+    cases: Iterable[Case] = [
+        case
+        for name in models
+        for case in (table if name in known else sweep(name, (1,), dtypes=(table[0].dtype,)))
+        if case.model == name
+    ]
+    for name, values in given.items():
+        if values:
+            cases = [replace(case, **{name: value}) for case in cases for value in values]
+    return list(dict.fromkeys(cases))
