@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +108,10 @@ def run(cases: list[Case], options: argparse.Namespace) -> None:
     store = Store(path, KEYS)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(cases))
-        compiler = Compiler(options.tpu) if options.tpu else None
         for case in cases:
             progress.update(task, description=str(case))
-            if compiler:
-                compiler.fill(store, case)
+            if options.tpu:
+                compile_all(store, case, options.tpu)
             else:
                 measure(store, case)
             progress.advance(task)
@@ -122,25 +122,18 @@ def run(cases: list[Case], options: argparse.Namespace) -> None:
     draw_all([path])
 
 
-class Compiler:
-    """Estimates for a kind of TPU; programs that are the same are compiled once."""
+def compile_all(store: Any, case: Case, kind: str) -> None:
+    """Estimates for the rows of one case that are missing; the same program is compiled once."""
+    from .programs import FORWARD, variants
 
-    def __init__(self, kind: str) -> None:
-        """Nothing is compiled yet."""
-        self.kind = kind
-        self.known: dict[str, Estimate] = {}
-
-    def fill(self, store: Any, case: Case) -> None:
-        """The rows of one case that are missing."""
-        from .programs import FORWARD, variants
-
-        absent = [v for v in FORWARD if not store.has(*case.key, v)]
-        for program in variants(*base(case), **others(case), chosen=absent):
-            low = lowered(program.apply, program.params, program.x, kind=self.kind)
-            text = low.as_text()
-            if text not in self.known:
-                self.known[text] = read(low.compile())
-            store.add((*case.key, program.variant), **asdict(self.known[text]))
+    absent = [v for v in FORWARD if not store.has(*case.key, v)]
+    for program in variants(*base(case), **others(case), chosen=absent):
+        low = lowered(program.apply, program.params, program.x, kind=kind)
+        digest = sha256(low.as_text().encode()).hexdigest()[:16]
+        same = [row for row in store.rows if row["program"] == digest]
+        names = [f.name for f in fields(Estimate)]
+        found = {n: same[0][n] for n in names} if same else asdict(read(low.compile()))
+        store.add((*case.key, program.variant), **found, program=digest)
 
 
 def base(case: Case) -> tuple[str, int, str, str]:

@@ -79,24 +79,23 @@ GPU = (
     *sweep("whisper_base_encoder", (8,), dtypes=LOW),
     *sweep("clip_l_text", (16, 64), dtypes=LOW),
 )
-TPU = {  # each program takes the compiler half a minute on v5e, and a minute on v6e
+ONE = ("one_pass",)
+TPU = {  # a program takes the compiler half a minute of one core for v5e, and a minute for v6e
     "v5e": (
         *sweep("vit_b", (16,), dtypes=LOW),
-        *sweep("gpt2", (4,), (512,), dtypes=LOW),
+        *sweep("gpt2", (4,), dtypes=LOW),
         *sweep("whisper_base_encoder", (4,), dtypes=LOW),
-        *sweep("clip_l_text", (16,), dtypes=LOW),
         *sweep("gpt2_decode", (16,), dtypes=LOW),
-        *sweep("swin_t", (16,), dtypes=LOW),
-        *sweep("vit_b", (1, 64), spellings=("one_pass",), dtypes=LOW),
-        *sweep("gpt2", (4,), (128,), spellings=("one_pass",), dtypes=LOW),
-        *sweep("gpt2_decode", (1,), spellings=("one_pass",), dtypes=LOW),
-        *sweep("whisper_base_encoder", (4,), spellings=("one_pass",)),
+        *sweep("clip_l_text", (16,), dtypes=LOW),
+        *sweep("gpt2", (4,), (128,), ONE, LOW),
+        *sweep("gpt2_decode", (1,), (None,), ONE, LOW),
+        *sweep("vit_b", (1,), (None,), ONE, LOW),
+        *sweep("whisper_base_encoder", (4,), (None,), ONE),
+        *sweep("swin_t", (16,), (None,), ONE, LOW),
     ),
     "v6e": (
-        *sweep("gpt2", (4,), (512,), dtypes=LOW),
+        *sweep("gpt2", (4,), dtypes=LOW),
         *sweep("whisper_base_encoder", (4,), dtypes=LOW),
-        *sweep("gpt2_decode", (16,), dtypes=LOW),
-        *sweep("vit_b", (16,), dtypes=LOW),
     ),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -31,10 +32,18 @@ class Program:
     """One variant of a model: a function of (params, inputs), and the shapes of these."""
 
     variant: str
+    original: Callable[..., Any]
     apply: Callable[..., Any]
     params: Any
     x: Any
-    plan: jax_lnfold.FoldPlan | None = None
+    for_plan: dict[str, Any] | None = None
+
+    @cached_property
+    def plan(self) -> jax_lnfold.FoldPlan | None:
+        """What a fold edits; an analysis of its own, on demand."""
+        if self.for_plan is None:
+            return None
+        return jax_lnfold.plan_fold(self.original, self.params, self.x, **self.for_plan)
 
 
 def variants(
@@ -66,16 +75,11 @@ def variants(
 def program(variant: str, apply_fn: Callable[..., Any], params: Any, x: Any) -> Program:
     """A variant of a function, from shapes alone."""
     if variant not in FOLDS:
-        return Program(variant, apply_fn, params, x)
+        return Program(variant, apply_fn, apply_fn, params, x)
     options = FOLDS[variant]
     for_plan = {key: value for key, value in options.items() if key not in ONLY_THE_PROGRAM}
-    return Program(
-        variant,
-        folded_function(apply_fn, params, x, **options),
-        params,
-        x,
-        jax_lnfold.plan_fold(apply_fn, params, x, **for_plan),
-    )
+    run = folded_function(apply_fn, params, x, **options)
+    return Program(variant, apply_fn, run, params, x, for_plan)
 
 
 def folded_function(
