@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .cases import CPU, GPU, KEYS, TPU, Case, pick
+from .models import MODELS
 from .tpu import TOPOLOGIES, Estimate, devices, lowered, read, set_up_environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -47,8 +48,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         return draw_all([options.output] if options.output else sorted(RESULTS.glob("*.json")))
     if options.tpu:
         set_up_environment()
-    from .models import MODELS
-
     if unknown := {*(options.models or ())} - {*MODELS}:
         parser().error(f"unknown: {', '.join(sorted(unknown))}; models are {', '.join(MODELS)}")
     cases = chosen(options)
@@ -104,6 +103,8 @@ def run(cases: list[Case], options: argparse.Namespace) -> None:
     from .tables import table
 
     console = Console()
+    if not console.is_terminal:
+        console.width = 200  # a file has room
     path = options.output or RESULTS / f"{f'tpu_{options.tpu}' if options.tpu else backend()}.json"
     store = Store(path, KEYS)
     with Progress(console=console, disable=not console.is_terminal) as progress:

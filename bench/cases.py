@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from typing import Any
 
+from .models import MODELS
+
 BOTH = ("one_pass", "two_pass")
 
 
@@ -16,7 +18,7 @@ class Case:
 
     model: str
     batch: int
-    length: int | None  # of the input: positions, a side of images; None is the model's own
+    length: int  # of the input: positions, a side of images
     spelling: str
     dtype: str
     rounds: int = field(default=11, compare=False)
@@ -28,7 +30,7 @@ class Case:
 
     def __str__(self) -> str:
         """For progress."""
-        return " ".join(map(str, filter(None, self.key)))
+        return " ".join(map(str, self.key))
 
 
 KEYS = (*(f.name for f in fields(Case) if f.compare), "variant")
@@ -37,13 +39,13 @@ KEYS = (*(f.name for f in fields(Case) if f.compare), "variant")
 def sweep(
     model: str,
     batches: Sequence[int],
-    lengths: Sequence[int | None] = (None,),
+    lengths: Sequence[int] = (),
     spellings: Sequence[str] = BOTH,
     dtypes: Sequence[str] = ("float32",),
     rounds: int = 11,
 ) -> tuple[Case, ...]:
-    """All combinations."""
-    found = product(dtypes, lengths, batches, spellings)
+    """All combinations; the model's own length unless others are given."""
+    found = product(dtypes, lengths or (MODELS[model].length,), batches, spellings)
     return tuple(Case(model, b, n, s, d, rounds) for d, n, b, s in found)
 
 
@@ -88,10 +90,10 @@ TPU = {  # a program takes the compiler half a minute of one core for v5e, and a
         *sweep("gpt2_decode", (16,), dtypes=LOW),
         *sweep("clip_l_text", (16,), dtypes=LOW),
         *sweep("gpt2", (4,), (128,), ONE, LOW),
-        *sweep("gpt2_decode", (1,), (None,), ONE, LOW),
-        *sweep("vit_b", (1,), (None,), ONE, LOW),
-        *sweep("whisper_base_encoder", (4,), (None,), ONE),
-        *sweep("swin_t", (16,), (None,), ONE, LOW),
+        *sweep("gpt2_decode", (1,), (), ONE, LOW),
+        *sweep("vit_b", (1,), (), ONE, LOW),
+        *sweep("whisper_base_encoder", (4,), (), ONE),
+        *sweep("swin_t", (16,), (), ONE, LOW),
     ),
     "v6e": (
         *sweep("gpt2", (4,), dtypes=LOW),

@@ -14,10 +14,8 @@ from .programs import BOUND, FOLDS, ORIGINAL
 from .tables import complete, ratios
 
 # The palette of Okabe and Ito; every mark has a shape of its own besides.
-MARKS = dict(
-    zip(FOLDS, ({"color": "#0072B2", "marker": "o"}, {"color": "#D55E00", "marker": "^"},
-                {"color": "#009E73", "marker": "s"}), strict=True)
-)  # fmt: skip
+COLORS = ("#0072B2", "o"), ("#D55E00", "^"), ("#009E73", "s")
+MARKS = {v: {"color": color, "marker": mark} for v, (color, mark) in zip(FOLDS, COLORS)}  # noqa: B905
 TITLES = {"one_pass": "one-pass variance", "two_pass": "two-pass variance"}
 
 
@@ -25,8 +23,7 @@ def draw(rows: Iterable[Mapping[str, Any]], path: Path) -> Path | None:
     """A line per model and size from 1 (original) to the bound, a panel per spelling."""
     panels: dict[str, dict[str, Mapping[str, Any]]] = {}
     for (model, batch, length, spelling, dtype), found in complete(rows).items():
-        size = f"{batch}" + (f" x {length}" if length else "")
-        panels.setdefault(spelling, {})[f"{model}, {size}, {short(dtype)}"] = found
+        panels.setdefault(spelling, {})[f"{model}, {batch} x {length}, {short(dtype)}"] = found
     if not panels:
         return None
     names = list(dict.fromkeys(name for panel in panels.values() for name in panel))[::-1]
@@ -48,6 +45,7 @@ def draw(rows: Iterable[Mapping[str, Any]], path: Path) -> Path | None:
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set_title(TITLES.get(spelling, spelling), fontsize=10)
         axes.set_xlabel("ratio to the original")
+        axes.set_ylim(-0.6, len(names) - 0.4)
         axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

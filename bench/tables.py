@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,8 @@ from .timing import spread
 Row = Mapping[str, Any]
 Found = Mapping[str, Row]
 """Rows of a case by variant."""
+Cases = Mapping[tuple[Any, ...], Found]
+"""By (model, batch, length, spelling, dtype)."""
 
 
 def table(rows: Iterable[Row], quantity: str = "cycles") -> Table:
@@ -22,12 +24,13 @@ def table(rows: Iterable[Row], quantity: str = "cycles") -> Table:
     found = complete(rows)
     shown = Table("model", "batch", "length", "norm", *FOLDS, BOUND)
     for (model, batch, length, spelling, dtype), by_variant in found.items():
-        about = model, str(batch), str(length or ""), f"{spelling} {dtype}"
+        about = model, str(batch), str(length), f"{spelling} {dtype}"
         shown.add_row(*about, *cells(by_variant, quantity))
-    for spelling in dict.fromkeys(case[KEYS.index("spelling")] for case in found):
-        some = [v for case, v in found.items() if case[KEYS.index("spelling")] == spelling]
+    for kind in dict.fromkeys(case[-2:] for case in found):
+        some = {case: v for case, v in found.items() if case[-2:] == kind}
         values = [together(some, variant, quantity) for variant in (*FOLDS, BOUND)]
-        shown.add_row(f"all {len(some)}", "", "", spelling, *values, style="bold")
+        models = len({case[0] for case in some})
+        shown.add_row(f"all {models} models", "", "", " ".join(kind), *values, style="bold")
     return shown
 
 
@@ -82,49 +85,50 @@ def share(folded: float, bound: float) -> float:
     return (1 - folded) / (1 - bound)
 
 
-def overall(
-    found: Sequence[Found], variant: str, quantity: str = "cycles"
-) -> tuple[float, float, int]:
-    """Geometric means over cases of the ratios of a variant and of the bound, and how many cases.
+def overall(found: Cases, variant: str, quantity: str = "cycles") -> tuple[float, float]:
+    """Geometric means over models of the ratios of a variant and of the bound; NaN without any.
 
-    The share of several cases is that of these two means. Shares themselves have no geometric
+    The share of several models is that of these two means. Shares themselves have no geometric
     mean, as they may be negative, and no useful mean either: where norms cost next to nothing, a
-    share is any number. Ratios are positive, and a case counts by what its norms cost.
+    share is any number. Ratios are positive, and a model counts by what its norms cost. Several
+    sizes of a model count as one: their geometric mean.
     """
-    some = [v for v in found if variant in v]
-    medians = [
-        [np.median(ratios(v[name], v[ORIGINAL], quantity)) for name in (variant, BOUND)]
-        for v in some
-    ]
-    folded, bound = np.exp(np.log(medians).mean(axis=0)) if some else (np.nan, np.nan)
-    return float(folded), float(bound), len(some)
+    logs: dict[str, list[list[float]]] = {}
+    for case, rows in found.items():
+        if variant in rows:
+            both = [ratios(rows[v], rows[ORIGINAL], quantity) for v in (variant, BOUND)]
+            logs.setdefault(case[0], []).append([float(np.log(np.median(r))) for r in both])
+    if not logs:
+        return np.nan, np.nan
+    folded, bound = np.exp(np.mean([np.mean(sizes, axis=0) for sizes in logs.values()], axis=0))
+    return float(folded), float(bound)
 
 
-def interval(found: Sequence[Found], variant: str, draws: int = 400) -> tuple[float, float]:
+def interval(found: Cases, variant: str, draws: int = 400) -> tuple[float, float]:
     """Quartiles of the overall share of measured cases, by drawing rounds with replacement."""
     rng, shares = np.random.default_rng(0), []
     for _ in range(draws):
-        drawn = []
-        for rows in found:
-            if variant in rows:
-                rounds = len(rows[ORIGINAL]["seconds"])
-                index = rng.integers(rounds, size=rounds)
-                drawn.append(
-                    {k: {"seconds": np.array(r["seconds"])[index]} for k, r in rows.items()}
-                )
-        shares.append(share(*overall(drawn, variant)[:2]))
+        drawn: dict[tuple[Any, ...], dict[str, Row]] = {}
+        for case, rows in found.items():
+            index = rng.integers(
+                len(rows[ORIGINAL]["seconds"]), size=len(rows[ORIGINAL]["seconds"])
+            )
+            drawn[case] = {
+                v: {"seconds": np.array(row["seconds"])[index]} for v, row in rows.items()
+            }
+        shares.append(share(*overall(drawn, variant)))
     low, high = np.quantile(shares, (0.25, 0.75))
     return float(low), float(high)
 
 
-def together(found: Sequence[Found], variant: str, quantity: str) -> str:
+def together(found: Cases, variant: str, quantity: str) -> str:
     """The geometric mean of ratios, and the share of the cost that it means."""
-    ratio, bound, number = overall(found, variant, quantity)
-    if not number:
+    ratio, bound = overall(found, variant, quantity)
+    if np.isnan(ratio):
         return ""
     if variant == BOUND:
         return f"{ratio:.3f}"
     removed = share_removed(ratio, bound)
-    if bound < 1 and "seconds" in found[0][ORIGINAL]:
+    if bound < 1 and all("seconds" in rows[ORIGINAL] for rows in found.values()):
         removed += " ({:.0%} to {:.0%})".format(*interval(found, variant))
     return f"{ratio:.3f} {removed}"
