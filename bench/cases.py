@@ -49,24 +49,27 @@ def sweep(
     return tuple(Case(model, b, n, s, d, rounds) for d, n, b, s in found)
 
 
-CPU = (
-    *sweep("vit_s", (1, 4, 16)),
-    *sweep("vit_b", (1, 4)),
+ONE = ("one_pass",)
+LOW = ("bfloat16",)
+CPU = (  # about 25 minutes on two cores
+    *sweep("vit_s", (1, 4)),
+    *sweep("vit_b", (1,)),
+    *sweep("vit_b", (4,), (), ONE),
     *sweep("vit_l", (1,), rounds=5),
     *sweep("vit_b_qk_norm", (1,)),
     *sweep("dinov2_b", (1,)),
-    *sweep("swin_t", (1, 8)),
+    *sweep("swin_t", (1,)),
+    *sweep("swin_t", (4,), (), ONE),
     *sweep("gpt2", (1,), (128, 512)),
-    *sweep("gpt2", (1,), (1024,), rounds=5),
-    *sweep("gpt2_xl", (1,), (128,), rounds=3),
+    *sweep("gpt2", (1,), (1024,), ONE, rounds=5),
+    *sweep("gpt2_xl", (1,), (128,), ONE, rounds=3),
     *sweep("gpt2_decode", (1, 16)),
-    *sweep("gpt2_xl_decode", (1,), rounds=5),
+    *sweep("gpt2_xl_decode", (1,), (), ONE, rounds=5),
     *sweep("whisper_base_encoder", (1,)),
-    *sweep("clip_l_text", (1, 16)),
-    *sweep("vit_s", (4,), dtypes=("bfloat16",)),
-    *sweep("gpt2", (1,), (128,), dtypes=("bfloat16",)),
+    *sweep("clip_l_text", (1, 4)),
+    *sweep("vit_s", (1,), (), ONE, LOW),
+    *sweep("gpt2_decode", (1,), (), ONE, LOW),
 )
-LOW = ("bfloat16",)
 GPU = (
     *sweep("vit_s", (1, 16, 64, 256), dtypes=LOW),
     *sweep("vit_b", (1, 4, 16, 64), dtypes=("bfloat16", "float32")),
@@ -81,7 +84,6 @@ GPU = (
     *sweep("whisper_base_encoder", (8,), dtypes=LOW),
     *sweep("clip_l_text", (16, 64), dtypes=LOW),
 )
-ONE = ("one_pass",)
 TPU = {  # a program takes the compiler half a minute of one core for v5e, and a minute for v6e
     "v5e": (
         *sweep("vit_b", (16,), dtypes=LOW),

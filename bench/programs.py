@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
 import jax_lnfold
@@ -95,15 +96,14 @@ def folded_function(
 
 def random_arrays(shapes: Any, seed: int = 0) -> Any:
     """Weights or inputs for shapes: normal numbers of spread 0.02, and integers below 1000."""
-    leaves, tree = jax.tree.flatten(shapes)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    rng = np.random.default_rng(seed)
 
-    def fill(key: jax.Array, s: jax.ShapeDtypeStruct) -> jax.Array:
+    def fill(s: jax.ShapeDtypeStruct) -> jax.Array:
         if jnp.issubdtype(s.dtype, jnp.integer):
-            return jax.random.randint(key, s.shape, 0, 1000, s.dtype)
-        return 0.02 * jax.random.normal(key, s.shape, s.dtype)
+            return jnp.asarray(rng.integers(1000, size=s.shape), s.dtype)
+        return jnp.asarray(np.float32(0.02) * rng.standard_normal(s.shape, np.float32), s.dtype)
 
-    return tree.unflatten([fill(k, s) for k, s in zip(keys, leaves, strict=True)])
+    return jax.tree.map(fill, shapes)
 
 
 class SharedArrays:
