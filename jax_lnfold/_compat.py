@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ __all__ = [
     "consts_of",
     "control_flow",
     "has_effects",
+    "is_explicit",
+    "is_plain_call",
     "is_stranger",
     "is_tracer",
     "jaxpr_as_fun",
@@ -215,6 +218,26 @@ def is_stranger(eqn: JaxprEqn) -> bool:
     return _PRIMITIVES.get(eqn.primitive.name, eqn.primitive) is not eqn.primitive
 
 
+def is_plain_call(eqn: JaxprEqn) -> bool:
+    """Whether the equation calls a function jitted without options, outside of any mesh."""
+    p, plain = eqn.params, _plain_call()
+    return (
+        eqn.primitive.name in ("jit", "pjit")
+        and p.keys() == plain.keys()
+        and p["ctx_mesh"].empty
+        and all(x == plain[name][0] for name in _OF_EACH_ARGUMENT for x in p[name])
+        and all(p[name] == plain[name] for name in ("keep_unused", "compiler_options_kvs"))
+    )
+
+
+_OF_EACH_ARGUMENT = ("in_shardings", "out_shardings", "in_layouts", "out_layouts", "donated_invars")
+
+
+@cache
+def _plain_call() -> dict[str, Any]:
+    return open_jaxpr(jax.make_jaxpr(jax.jit(lambda x: x))(0.0)).eqns[0].params
+
+
 def has_effects(eqn: JaxprEqn) -> bool:
     """Whether the equation does more than compute its results; naming a mesh axis is no effect."""
     return any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects)
@@ -238,18 +261,27 @@ def varying_axes(aval: Any) -> tuple[str, ...]:
     return tuple(sorted(aval.manual_axis_type.varying))
 
 
-def trace_like(fn: Callable[[jax.Array], jax.Array], aval: Any) -> Jaxpr:
-    """The jaxpr of a function of one array, traced where `aval` stands.
+def is_explicit(aval: Any) -> bool:
+    """Whether the type of a value says how it is spread over devices."""
+    return AxisType.Explicit in aval.sharding.mesh.axis_types
+
+
+def trace_like(fn: Callable[..., jax.Array], *avals: Any) -> Jaxpr:
+    """The jaxpr of a function of arrays, traced where these stand.
 
     Inside of a `shard_map` types say along which mesh axes a value varies, and so must those of
-    new equations.
+    new equations; there is one array then.
     """
-    explicit = None if aval.sharding.mesh.empty else aval.sharding
-    like = jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=explicit)
-    varying = varying_axes(aval)
-    if not varying:
-        return open_jaxpr(jax.make_jaxpr(fn)(like))
-    mesh = aval.sharding.mesh
+    likes = [
+        jax.ShapeDtypeStruct(
+            a.shape, a.dtype, sharding=None if a.sharding.mesh.empty else a.sharding
+        )
+        for a in avals
+    ]
+    if not any(map(varying_axes, avals)):
+        return open_jaxpr(jax.make_jaxpr(fn)(*likes))
+    (aval,) = avals
+    varying, mesh = varying_axes(aval), aval.sharding.mesh
     outside = mesh.update_axis_types(dict.fromkeys(mesh.manual_axes, AxisType.Auto))
     devices = prod(mesh.shape[name] for name in varying)
     spread = jax.ShapeDtypeStruct((devices * aval.shape[0], *aval.shape[1:]), aval.dtype)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from ._compat import ClosedJaxpr, is_tracer, jaxpr_as_fun
+from .defer import Deferral, defer_scales
 from .describe import make_report
 from .difference import float_outputs, largest, largest_difference
 from .errors import FoldError, NotAnalysedError
@@ -32,6 +33,9 @@ def fold(
     explicit_cost: float = 2.0,
     approximate: Collection[str] = (),
     fold_affine: bool = False,
+    defer_scale: bool = False,
+    deferred_cost: float | None = None,
+    optimize: str | None = None,
 ) -> Folded:
     """Turn the LayerNorms of a model into RMSNorms wherever that is exact.
 
@@ -54,6 +58,15 @@ def fold(
             alone read what they scale (shifts only where these have biases). The scales become
             one, the shifts zero, and both leave the program: gradients with respect to them are
             zero (theory, section 6).
+        defer_scale: let matrix products read what a norm only scales, and scale their results
+            instead, ``(x * r) W = (x W) * r``, where that pays: in practice behind norms whose own
+            scale and shift `fold_affine` has taken up. Results are scaled in the accumulator's
+            dtype, float32 or wider; what could leave the range of float16 is not deferred.
+        deferred_cost: cost of scaling one element of a result, where one element of the scaled
+            copy costs 1 to write and read again: a scale is deferred if its results together cost
+            less than its copy. 0 defers all scales; None is a value for the backend.
+        optimize: with ``"auto"``, `fold_affine` and `defer_scale` as they measured best on the
+            backend (`jax.default_backend`); see `PRESETS`.
 
     Returns:
         The folded function and parameters, with a plan and a report.
@@ -63,7 +76,9 @@ def fold(
             leaves than arrays, or an option has no such value. Nothing has been changed then.
     """
     _check_callable(apply_fn)
-    options = check_options(explicit_cost, approximate, fold_affine)
+    options = check_options(
+        explicit_cost, approximate, fold_affine, defer_scale, deferred_cost, optimize
+    )
     check_donate(donate)
     check_leaves(params, "params")
     check_leaves(example_inputs, "example_inputs", abstract=True)
@@ -80,6 +95,9 @@ def analyze(
     explicit_cost: float = 2.0,
     approximate: Collection[str] = (),
     fold_affine: bool = False,
+    defer_scale: bool = False,
+    deferred_cost: float | None = None,
+    optimize: str | None = None,
 ) -> Report:
     """Report what `fold` would do, without editing anything.
 
@@ -88,13 +106,13 @@ def analyze(
     Raises:
         FoldError: as for `fold`, or the inputs that `apply_fn` needs are missing.
     """
-    options = check_options(explicit_cost, approximate, fold_affine)
+    options = check_options(
+        explicit_cost, approximate, fold_affine, defer_scale, deferred_cost, optimize
+    )
     traced, placement = _analysis(apply_fn, params, inputs, options)
-
-    def programs() -> tuple[ClosedJaxpr, ClosedJaxpr]:
-        return traced.closed, rewrite(traced.closed, placement)
-
-    return make_report(placement, make_plan(params, placement), programs)
+    rewritten, deferred = _rewritten(traced, placement, options)
+    programs = (lambda: (traced.closed, rewritten)) if traced.reusable else None
+    return make_report(placement, make_plan(params, placement), deferred, programs)
 
 
 def plan_fold(
@@ -104,13 +122,14 @@ def plan_fold(
     explicit_cost: float = 2.0,
     approximate: Collection[str] = (),
     fold_affine: bool = False,
+    optimize: str | None = None,
 ) -> FoldPlan:
     """The plan that `fold` would follow, from shapes alone as in `analyze`.
 
     Raises:
         FoldError: as for `fold`, or the inputs that `apply_fn` needs are missing.
     """
-    options = check_options(explicit_cost, approximate, fold_affine)
+    options = check_options(explicit_cost, approximate, fold_affine, optimize=optimize)
     return make_plan(params, _analysis(apply_fn, params, inputs, options)[1])
 
 
@@ -205,7 +224,8 @@ class Folded:
         traced = trace(self._apply_fn, params, inputs)
         graph = traced.graph(self._options.see_through_dropout)
         placement = place_again(self._plan, params, graph, self._options.explicit_cost)
-        program = jaxpr_as_fun(rewrite(traced.closed, placement)), traced.out_tree
+        rewritten, _ = _rewritten(traced, placement, self._options)
+        program = jaxpr_as_fun(rewritten), traced.out_tree
         if traced.reusable:
             self._programs[key] = program
         return program
@@ -223,10 +243,10 @@ class Folded:
         traced = trace(self._apply_fn, params, inputs)
         placement = _placed(traced, self._options)
         plan = make_plan(params, placement)
-        rewritten = rewrite(traced.closed, placement)
+        rewritten, deferred = _rewritten(traced, placement, self._options)
         program = jaxpr_as_fun(rewritten), traced.out_tree
         programs = (lambda: (traced.closed, rewritten)) if traced.reusable else None
-        report = make_report(placement, plan, programs)
+        report = make_report(placement, plan, deferred, programs)
         key = signature(params, inputs)
         measured = report.dropouts > 0 and not any(map(_is_abstract, jax.tree.leaves(inputs)))
         original = _run(traced.closed, params, inputs) if measured else []
@@ -252,6 +272,16 @@ class Folded:
 def _placed(traced: Traced, options: Options) -> Placement:
     placement = place(traced.graph(options.see_through_dropout), options.explicit_cost)
     return with_affine(placement) if options.fold_affine else placement
+
+
+def _rewritten(
+    traced: Traced, placement: Placement, options: Options
+) -> tuple[ClosedJaxpr, tuple[Deferral, ...]]:
+    """The folded program."""
+    rewritten = rewrite(traced.closed, placement)
+    if options.deferred_cost is None:
+        return rewritten, ()
+    return defer_scales(rewritten, options.deferred_cost)
 
 
 def _check_callable(apply_fn: Any) -> None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .advice import advice
+from .defer import Deferral
 from .graph import Graph, Place
 from .norms import LayerNorm
 from .placement import Placement, Reason
@@ -18,7 +19,12 @@ from .report import Insertion, Norm, Programs, Report
 from .streams import find_events
 
 
-def make_report(placement: Placement, plan: FoldPlan, programs: Programs | None) -> Report:
+def make_report(
+    placement: Placement,
+    plan: FoldPlan,
+    deferred: tuple[Deferral, ...],
+    programs: Programs | None,
+) -> Report:
     """Put a placement into words."""
     graph, key_paths = placement.graph, [leaf.key_path for leaf in plan.leaves]
     norms = tuple(
@@ -60,6 +66,7 @@ def make_report(placement: Placement, plan: FoldPlan, programs: Programs | None)
         edits=plan.edits,
         scales=plan.scales,
         affine=plan.affine,
+        deferred=deferred,
         opaque=dict(opaque),
         visits=facts.visits,
         rounded=tuple(key_paths[graph.leaves[v]] for v in widened),

@@ -14,6 +14,7 @@ from . import picture
 from ._compat import ClosedJaxpr
 from .axes import AxisSet
 from .cost import Cost, measure, si
+from .defer import Deferral
 from .edits import AffineEdit, CenterEdit, ScaleEdit
 from .errors import NotAnalysedError
 from .graph import Place
@@ -91,6 +92,7 @@ class Report:
     edits: tuple[CenterEdit, ...]
     scales: tuple[ScaleEdit, ...]
     affine: tuple[AffineEdit, ...]
+    deferred: tuple[Deferral, ...]
     opaque: dict[str, int]
     visits: int
     rounded: tuple[str, ...] = ()
@@ -196,6 +198,8 @@ def summary(report: Report) -> list[str]:
     inserted = counted(report.n_inserted, "explicit centering")
     lines = [f"{headline(report)}, {edited}, {inserted} inserted."]
     lines += map(str, report.insertions)
+    if report.deferred:
+        lines.append(f"{counted(len(report.deferred), 'scale')} deferred behind matrix products.")
     if report.dropouts:
         measured = "not measured: pass arrays to fold"
         if report.deviation is not None:
