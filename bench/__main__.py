@@ -128,7 +128,7 @@ def compile_all(store: Any, case: Case, kind: str) -> None:
     from .programs import FORWARD, variants
 
     absent = [v for v in FORWARD if not store.has(*case.key, v)]
-    for program in variants(*base(case), **others(case), chosen=absent):
+    for program in variants(*base(case), **others(case), chosen=absent, target="tpu"):
         low = lowered(program.apply, program.params, program.x, kind=kind)
         digest = sha256(low.as_text().encode()).hexdigest()[:16]
         same = [row for row in store.rows if row["program"] == digest]

@@ -13,6 +13,7 @@ import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
 import jax_lnfold
+from jax_lnfold.options import DEFERRED_COST
 
 from .models import MODELS, NORMS
 
@@ -20,12 +21,12 @@ ORIGINAL, FOLDED, BOUND = "original", "folded", "norms removed"
 FOLDS: dict[str, dict[str, Any]] = {
     FOLDED: {},
     "folded, affine": {"fold_affine": True},
-    # "folded, affine, deferred": {"fold_affine": True, "defer_scale": True},
+    "folded, affine, deferred": {"fold_affine": True, "defer_scale": True},
 }
 """Variants that are folds, with the arguments of `jax_lnfold.fold`."""
 FORWARD = (ORIGINAL, *FOLDS, BOUND)
 VARIANTS = (ORIGINAL, FOLDED, BOUND)  # those that are trained, too
-ONLY_THE_PROGRAM = {"defer_scale"}  # arguments that change no parameters: a plan has none of them
+ONLY_THE_PROGRAM = {"defer_scale", "deferred_cost"}  # they change no parameters: no plan has them
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,12 @@ def variants(
     length: int | None = None,
     stored: str = "float32",
     chosen: Sequence[str] = VARIANTS,
+    target: str | None = None,
 ) -> Iterator[Program]:
     """Variants of a model from shapes alone; `dtype` is that of the arithmetic and the inputs.
 
-    Parameters are `stored` in a dtype of their own, as they are in training.
+    Parameters are `stored` in a dtype of their own, as they are in training. `target` is the
+    backend they are to be compiled for, if it is not this machine's.
     """
     entry, kind = MODELS[name], jnp.dtype(dtype)
     x = entry.inputs(entry.config, batch, length or entry.length, kind)
@@ -70,14 +73,18 @@ def variants(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, stored),
             jax.eval_shape(model.init, jax.random.key(0), x),
         )
-        yield program(variant, model.apply, params, x)
+        yield program(variant, model.apply, params, x, target)
 
 
-def program(variant: str, apply_fn: Callable[..., Any], params: Any, x: Any) -> Program:
+def program(
+    variant: str, apply_fn: Callable[..., Any], params: Any, x: Any, target: str | None = None
+) -> Program:
     """A variant of a function, from shapes alone."""
     if variant not in FOLDS:
         return Program(variant, apply_fn, apply_fn, params, x)
-    options = FOLDS[variant]
+    options = dict(FOLDS[variant])
+    if target and "defer_scale" in options:
+        options["deferred_cost"] = DEFERRED_COST[target]
     for_plan = {key: value for key, value in options.items() if key not in ONLY_THE_PROGRAM}
     run = folded_function(apply_fn, params, x, **options)
     return Program(variant, apply_fn, run, params, x, for_plan)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from contracts import count_equations, relative_difference
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from bench import sharded
 from bench.__main__ import RESULTS, main, missing
@@ -179,27 +180,25 @@ def test_collectives_and_their_bytes(line: str, found: tuple[str, int] | None) -
 
 @pytest.mark.parametrize("style", ["jit", "shard_map"])
 def test_sharded_layouts_compute_the_same(style: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharded, "WIDTH", 32)
+    for name, size in {"WIDTH": 32, "HEADS": 4, "VOCABULARY": 11}.items():
+        monkeypatch.setattr(sharded, name, size)
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("x", "y"))
     alone = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("x", "y"))
-    monkeypatch.setattr(sharded, "HEADS", 4)
     shapes = sharded.parameters(2, mesh, with_norms=True)
-    params = jax.tree.map(lambda leaf: 30 * leaf, random_arrays(shapes))
-    x = random_arrays(jax.ShapeDtypeStruct((3, 5, 32), jnp.float64))
+    params = jax.tree.map(lambda leaf: 30 * leaf.astype(float), random_arrays(shapes))
+    ids = jnp.array([[3, 1, 4], [1, 5, 9]])
 
     def run(where: Mesh, style: str) -> Any:
         function = partial(sharded.forward, NORMS["two_pass"], sharded.layout(style, where))
         if style == "shard_map":
             specs = jax.tree.map(lambda leaf: leaf.sharding.spec, shapes)
-            stream = sharded.STREAM
             function = jax.shard_map(
-                function, mesh=where, in_specs=(specs, stream), out_specs=stream
+                function, mesh=where, in_specs=(specs, P()), out_specs=sharded.STREAM
             )
         placed = jax.tree.map(
             lambda a, s: jax.device_put(a, NamedSharding(where, s.sharding.spec)), params, shapes
         )
-        at = jax.device_put(x, NamedSharding(where, sharded.STREAM))
-        return jax.device_get(jax.jit(function)(placed, at))
+        return jax.device_get(jax.jit(function)(placed, ids))
 
     assert relative_difference(run(mesh, style), run(alone, "jit")) < 1e-4
 
