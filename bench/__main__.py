@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rounds", type=int, help="rounds of timing (default: 11, fewer if large)")
     made.add_argument("--tpu", choices=[*TOPOLOGIES], help="compile for this TPU, do not run")
     made.add_argument("--quantity", choices=QUANTITIES, default="cycles", help="what to show of it")
+    made.add_argument("--markdown", action="store_true", help="the table for a README")
     made.add_argument("--list", action="store_true", help="show the cases and stop")
     made.add_argument("--plot", action="store_true", help="only draw what is stored")
     made.add_argument("--output", type=Path, metavar="FILE", help="JSON (default: bench/results)")
@@ -116,7 +117,7 @@ def run(cases: list[Case], options: argparse.Namespace) -> None:
             else:
                 measure(store, case)
             progress.advance(task)
-    console.print(table(store.rows, options.quantity))
+    console.print(table(store.rows, options.quantity, options.markdown))
     if not options.output:
         for line in missing():
             console.print(line)

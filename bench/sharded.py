@@ -162,14 +162,15 @@ def per_layer(case: tuple[str, str, str, str], variant: str) -> dict[str, Any]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Number of collectives in a layer, and kB that they bring to a device."""
+    """Number of collectives in a layer, kB that they bring to a chip, thousands of cycles."""
     shown = Table("chips", "style", "task", "norm", *FORWARD)
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
         found.setdefault(tuple(row[k] for k in KEYS[:-1]), {})[row["variant"]] = row
     for case, by_variant in found.items():
         cells = [
-            f"{by_variant[v]['collectives']:g}, {by_variant[v]['bytes'] / 1e3:,.0f} kB"
+            f"{by_variant[v]['collectives']:g}, {by_variant[v]['bytes'] / 1e3:,.1f} kB, "
+            f"{by_variant[v]['cycles'] / 1e3:.1f}"
             if v in by_variant
             else ""
             for v in FORWARD

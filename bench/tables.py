@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.table import Table
 
 from .cases import KEYS
@@ -19,15 +20,18 @@ Cases = Mapping[tuple[Any, ...], Found]
 """By (model, batch, length, spelling, dtype)."""
 
 
-def table(rows: Iterable[Row], quantity: str = "cycles") -> Table:
-    """One row per case that has the original and the bound; then all cases together."""
+def table(rows: Iterable[Row], quantity: str = "cycles", markdown: bool = False) -> Table:
+    """One row per case that has the original and the bound; then all that lack no variant."""
     found = complete(rows)
-    shown = Table("model", "batch", "length", "norm", *FOLDS, BOUND)
+    look = {"box": box.MARKDOWN} if markdown else {}
+    shown = Table("model", "batch", "length", "norm", *FOLDS, BOUND, **look)
     for (model, batch, length, spelling, dtype), by_variant in found.items():
         about = model, str(batch), str(length), f"{spelling} {dtype}"
         shown.add_row(*about, *cells(by_variant, quantity))
-    for kind in dict.fromkeys(case[-2:] for case in found):
-        some = {case: v for case, v in found.items() if case[-2:] == kind}
+    known = {variant for by_variant in found.values() for variant in by_variant}
+    whole = {case: v for case, v in found.items() if v.keys() == known}
+    for kind in dict.fromkeys(case[-2:] for case in whole):
+        some = {case: v for case, v in whole.items() if case[-2:] == kind}
         values = [together(some, variant, quantity) for variant in (*FOLDS, BOUND)]
         models = len({case[0] for case in some})
         shown.add_row(f"all {models} models", "", "", " ".join(kind), *values, style="bold")

@@ -109,6 +109,9 @@ def test_ratios_are_taken_within_a_round() -> None:
         ["0.800 (0.800-0.800)", "0.800"],
     ]
     assert table(rows[:2]).row_count == 0, "without the bound there is nothing to say"
+    unfinished = [row(ORIGINAL, "gpt", seconds=[2.0]), row(BOUND, "gpt", seconds=[1.0])]
+    names = [*table(rows + unfinished).columns[0].cells]
+    assert names == ["vit", "gpt", "all 1 models"], "other models than the fold's say nothing"
 
 
 def test_models_count_once_and_by_what_their_norms_cost() -> None:
