@@ -1,52 +1,102 @@
 """How much of the norms' cost does a fold remove?
 
-``python -m bench`` measures forward passes on this machine, all variants taking turns, and with
-``--tpu v5e`` asks the TPU compiler for its estimates instead (``pip install "jax[tpu]"``; nothing
-is run). Results go to ``bench/results``; a run that was interrupted goes on where it stopped.
+``python -m bench`` measures forward passes on this machine (its GPU, if jax sees one), all variants
+taking turns; with ``--tpu v5e`` it asks the TPU compiler for its estimates instead (``pip install
+"jax[tpu]"``; nothing is run). Results go to ``bench/results``; a run that was interrupted goes on
+where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from .tpu import TOPOLOGIES, devices, estimate, set_up_environment
+from .cases import CPU, GPU, KEYS, TPU, Case, pick
+from .models import MODELS
+from .tpu import TOPOLOGIES, Estimate, devices, lowered, read, set_up_environment
 
 RESULTS = Path(__file__).parent / "results"
-KEYS = ("model", "batch", "spelling", "dtype", "variant")
-DEFAULT = ("vit_s", "vit_b", "gpt2", "whisper_base_encoder", "clip_l_text", "dinov2_b")
+QUANTITIES = ("cycles", "bytes", "flops", "fusions")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
+    made.add_argument("--models", nargs="+", metavar="NAME", help="only these (default: a table)")
+    made.add_argument("--batch", nargs="+", type=int, metavar="N", help="instead of the table's")
+    made.add_argument("--length", nargs="+", type=int, metavar="N", help="positions, or image side")
+    made.add_argument("--spellings", nargs="+", choices=["one_pass", "two_pass"])
+    made.add_argument("--dtypes", nargs="+", metavar="NAME")
+    made.add_argument("--rounds", type=int, help="rounds of timing (default: 11, fewer if large)")
+    made.add_argument("--tpu", choices=[*TOPOLOGIES], help="compile for this TPU, do not run")
+    made.add_argument("--quantity", choices=QUANTITIES, default="cycles", help="what to show of it")
+    made.add_argument("--markdown", action="store_true", help="the table for a README")
+    made.add_argument("--list", action="store_true", help="show the cases and stop")
+    made.add_argument("--plot", action="store_true", help="only draw what is stored")
+    made.add_argument("--output", type=Path, metavar="FILE", help="JSON (default: bench/results)")
+    return made
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, store, and print a table."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=DEFAULT, metavar="NAME")
-    parser.add_argument("--spellings", nargs="+", default=["one_pass", "two_pass"], metavar="NAME")
-    parser.add_argument("--dtypes", nargs="+", default=["float32"], metavar="NAME")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=21, help="rounds of timing (default: 21)")
-    parser.add_argument("--tpu", choices=[*TOPOLOGIES], help="compile for this TPU, do not run")
-    parser.add_argument("--output", type=Path, metavar="FILE")
-    options = parser.parse_args(argv)
+    """Measure, store, print a table, draw."""
+    options = parser().parse_args(argv)
+    if options.plot:
+        return draw_all([options.output] if options.output else sorted(RESULTS.glob("*.json")))
     if options.tpu:
         set_up_environment()
-    from .models import MODELS, NORMS
-
-    if unknown := ({*options.models} - {*MODELS}) | ({*options.spellings} - {*NORMS}):
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; models are {', '.join(MODELS)}")
-    if options.tpu:
-        try:
-            devices(options.tpu)
-        except Exception as error:
-            parser.exit(1, f'no libtpu ({error}); run `pip install "jax[tpu]"`\n')
-    run(options)
+    if unknown := {*(options.models or ())} - {*MODELS}:
+        parser().error(f"unknown: {', '.join(sorted(unknown))}; models are {', '.join(MODELS)}")
+    cases = chosen(options)
+    if options.list:
+        return print(*cases, sep="\n")
+    if options.tpu and (problem := no_libtpu(options.tpu)):
+        parser().exit(1, f"{problem}\n")
+    return run(cases, options)
 
 
-def run(options: argparse.Namespace) -> None:
-    """Every case that is not stored yet, then the table of all."""
+def chosen(options: argparse.Namespace) -> list[Case]:
+    """The cases of a run."""
+    import jax
+
+    defaults = CPU if jax.default_backend() == "cpu" else GPU
+    return pick(
+        TPU[options.tpu] if options.tpu else defaults,
+        model=options.models,
+        batch=options.batch,
+        length=options.length,
+        spelling=options.spellings,
+        dtype=options.dtypes,
+        rounds=[options.rounds] if options.rounds else None,
+    )
+
+
+def no_libtpu(kind: str) -> str:
+    """Why nothing can be compiled for this TPU, or nothing."""
+    try:
+        devices(kind)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return f'no libtpu ({reason}); run `pip install "jax[tpu]"`'
+    return ""
+
+
+def backend() -> str:
+    """A name for this machine's device: cpu, h200, ..."""
+    import jax
+
+    if jax.default_backend() == "cpu":
+        return "cpu"
+    words = jax.devices()[0].device_kind.lower().replace("nvidia", "").split()
+    return words[0] if jax.default_backend() == "gpu" else "_".join(words)
+
+
+def run(cases: list[Case], options: argparse.Namespace) -> None:
+    """Every case that is not stored yet, then the table and the figure of all."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -54,52 +104,105 @@ def run(options: argparse.Namespace) -> None:
     from .tables import table
 
     console = Console()
-    path = options.output or RESULTS / f"{options.tpu or 'here'}.json"
+    if not console.is_terminal:
+        console.width = 200  # a file has room
+    path = options.output or RESULTS / f"{f'tpu_{options.tpu}' if options.tpu else backend()}.json"
     store = Store(path, KEYS)
-    cases = [
-        (model, options.batch, spelling, dtype)
-        for dtype in options.dtypes
-        for spelling in options.spellings
-        for model in options.models
-    ]
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(cases))
         for case in cases:
-            progress.update(task, description=" ".join(map(str, case)))
-            measure(store, case, options)
+            progress.update(task, description=str(case))
+            if options.tpu:
+                compile_all(store, case, options.tpu)
+            else:
+                measure(store, case)
             progress.advance(task)
-    console.print(table(store.rows))
+    console.print(table(store.rows, options.quantity, options.markdown))
+    if not options.output:
+        for line in missing():
+            console.print(line)
+    draw_all([path])
 
 
-def measure(store: Any, case: tuple[Any, ...], options: argparse.Namespace) -> None:
-    """Fill in the rows of one case."""
+def compile_all(store: Any, case: Case, kind: str) -> None:
+    """Estimates for the rows of one case that are missing; the same program is compiled once."""
+    from .programs import FORWARD, variants
+
+    absent = [v for v in FORWARD if not store.has(*case.key, v)]
+    for program in variants(*base(case), **others(case), chosen=absent, target="tpu"):
+        low = lowered(program.apply, program.params, program.x, kind=kind)
+        digest = sha256(low.as_text().encode()).hexdigest()[:16]
+        same = [row for row in store.rows if row["program"] == digest]
+        names = [f.name for f in fields(Estimate)]
+        found = {n: same[0][n] for n in names} if same else asdict(read(low.compile()))
+        store.add((*case.key, program.variant), **found, program=digest)
+
+
+def base(case: Case) -> tuple[str, int, str, str]:
+    """What `variants` is told of a case."""
+    return case.model, case.batch, case.spelling, case.dtype
+
+
+def others(case: Case) -> dict[str, Any]:
+    """The rest of it: weights are stored in the dtype of the arithmetic."""
+    return {"length": case.length, "stored": case.dtype}
+
+
+def measure(store: Any, case: Case) -> None:
+    """Time all variants of a case side by side, if one of them is missing."""
     import jax
 
-    from .programs import VARIANTS, random_arrays, variants
-    from .timing import interleaved
+    from .programs import FORWARD, SharedArrays, random_arrays, variants
+    from .timing import interleaved, repeated
 
-    missing = [v for v in VARIANTS if not store.has(*case, v)]
-    if not missing:
+    if all(store.has(*case.key, v) for v in FORWARD):
         return
-    programs = variants(*case)
-    if options.tpu:
-        for program in programs:
-            if program.variant in missing:
-                found = estimate(program.apply, program.params, program.x, kind=options.tpu)
-                store.add((*case, program.variant), **asdict(found))
-        return
-    calls = {}
-    for program in programs:
-        params = random_arrays(program.params)
-        if program.plan is not None:
-            params = program.plan.center(params)
-        arguments = params, random_arrays(program.x, seed=1)
+    calls, repeats, params = {}, {}, SharedArrays()
+    x = None
+    for program in variants(*base(case), **others(case), chosen=FORWARD):
+        x = random_arrays(program.x, seed=1) if x is None else x
+        arguments = params.fill(program.params), x
         compiled = jax.jit(program.apply).lower(*arguments).compile()
-        calls[program.variant] = lambda run=compiled, given=arguments: run(*given)
-    seconds = interleaved(calls, options.rounds)
+        call, number = repeated(lambda run=compiled, given=arguments: run(*given))
+        calls[program.variant], repeats[program.variant] = call, number
+    seconds = interleaved(calls, case.rounds)
+    store.drop(*case.key)  # rounds of one run only are compared
     for variant, found in seconds.items():
-        if variant in missing:
-            store.add((*case, variant), seconds=found.tolist())
+        store.add((*case.key, variant), seconds=(found / repeats[variant]).tolist())
+
+
+def missing() -> list[str]:
+    """Which rows of other backends are not stored, and how to make them."""
+    from .programs import FORWARD
+
+    lines = []
+    tables = {f"tpu_{kind}": cases for kind, cases in TPU.items()} | {"cpu": CPU}
+    for name, cases in tables.items():
+        path = RESULTS / f"{name}.json"
+        rows = json.loads(path.read_text())["rows"] if path.exists() else []
+        stored = {tuple(row.get(k) for k in KEYS) for row in rows}
+        absent = sum((*case.key, v) not in stored for case in cases for v in FORWARD)
+        if absent:
+            total, tpu = len(cases) * len(FORWARD), name.partition("_")[2]
+            reason = f", {no_libtpu(tpu)}" if tpu and no_libtpu(tpu) else ""
+            lines.append(f"{path.name}: {absent} of {total} rows are missing{reason}")
+    if not any(is_gpu(path) for path in RESULTS.glob("*.json")):
+        lines.append("No rows of a GPU; run `python -m bench` where jax sees one")
+    return lines
+
+
+def is_gpu(path: Path) -> bool:
+    """Whether a file has figures of a GPU."""
+    return json.loads(path.read_text()).get("machine", {}).get("platform") == "gpu"
+
+
+def draw_all(paths: Sequence[Path]) -> None:
+    """A figure next to each file that has complete cases of forward passes."""
+    from .plots import draw
+
+    for path in paths:
+        rows = json.loads(path.read_text()).get("rows", []) if path.exists() else []
+        draw([row for row in rows if {*KEYS} <= row.keys()], path.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

@@ -5,17 +5,20 @@ The norm is a factory of modules: LayerNorm in two spellings, or nothing at all 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 Factory = Callable[..., Any]
+Cache = tuple[Array, Array, Array]
+"""Keys and values, ``[batch, positions, heads, width / heads]``, and how many positions count."""
 
 
 class NoNorm(nn.Module):
@@ -50,6 +53,7 @@ class Config:
     act: Callable[[Array], Array] = nn.gelu
     norm: Factory = nn.LayerNorm
     dtype: Any = jnp.float32
+    size: int = 0  # a side of the map, in Swin
 
 
 class Block(nn.Module):
@@ -58,8 +62,8 @@ class Block(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Maps ``[batch, tokens, width]`` to the same shape."""
+    def __call__(self, x: Array, cache: Cache | None = None) -> Any:
+        """Maps ``[batch, tokens, width]`` to the same; with a cache, also new keys and values."""
         c = self.config
         dense, norm = partial(nn.Dense, dtype=c.dtype), partial(c.norm, dtype=c.dtype)
 
@@ -69,22 +73,53 @@ class Block(nn.Module):
             scale = self.param(name, nn.initializers.constant(0.1), (c.width,))
             return y * scale.astype(c.dtype)
 
-        h = norm(name="attn_norm")(x)
+        h = self.arranged(norm(name="attn_norm")(x))
         qkv = dense(3 * c.width, use_bias=c.qkv_bias, name="qkv")(h)
         q, k, v = jnp.split(qkv.reshape(*h.shape[:2], 3 * c.heads, -1), 3, axis=2)
         if c.qk_norm:
             q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
-        y = jax.nn.dot_product_attention(q, k, v, is_causal=c.causal)
-        x = x + branch(dense(c.width, name="out")(y.reshape(h.shape)), "attn_scale")
+        y = self.attended(q, k, v) if cache is None else attend_cached(q, k, v, cache)
+        y = self.put_back(dense(c.width, name="out")(y.reshape(h.shape)), x)
+        x = x + branch(y, "attn_scale")
         h = dense(4 * c.width, name="fc1")(norm(name="mlp_norm")(x))
-        return x + branch(dense(c.width, name="fc2")(c.act(h)), "mlp_scale")
+        x = x + branch(dense(c.width, name="fc2")(c.act(h)), "mlp_scale")
+        return x if cache is None else (x, (k, v))
+
+    def arranged(self, x: Array) -> Array:
+        """Groups of tokens that attend to each other, ``[group, tokens, width]``."""
+        return x
+
+    def attended(self, q: Array, k: Array, v: Array) -> Array:
+        """Attention within the groups."""
+        return jax.nn.dot_product_attention(q, k, v, is_causal=self.config.causal)
+
+    def put_back(self, y: Array, like: Array) -> Array:
+        """The inverse of `arranged`."""
+        return y
+
+
+def attend_cached(q: Array, k: Array, v: Array, cache: Cache) -> Array:
+    """Attention of one token to those before it, and to itself; the cache is not copied."""
+    keys, values, position = cache
+    before = jnp.einsum("bqhd,bkhd->bhqk", q, keys)
+    before = jnp.where(jnp.arange(keys.shape[1]) < position, before, -jnp.inf)
+    itself = jnp.einsum("bqhd,bqhd->bhq", q, k)[..., None]
+    scores = jnp.concatenate([before, itself], axis=-1).astype(jnp.float32)
+    weights = jax.nn.softmax(scores / q.shape[-1] ** 0.5).astype(q.dtype)
+    seen = jnp.einsum("bhqk,bkhd->bqhd", weights[..., :-1], values)
+    return seen + jnp.swapaxes(weights[..., -1:], 1, 2) * v
+
+
+def final_norm(config: Config, x: Array) -> Array:
+    """The norm behind the last block."""
+    return config.norm(dtype=config.dtype, name="final_norm")(x)
 
 
 def blocks(config: Config, x: Array) -> Array:
     """All blocks and the final norm."""
     for i in range(config.depth):
         x = Block(config, name=f"block_{i}")(x)
-    return config.norm(dtype=config.dtype, name="final_norm")(x)
+    return final_norm(config, x)
 
 
 class ViT(nn.Module):
@@ -120,6 +155,26 @@ class GPT(nn.Module):
         table = nn.Embed(self.vocab, c.width, dtype=c.dtype, name="tokens")
         positions = nn.Embed(self.context, c.width, dtype=c.dtype, name="positions")
         return table.attend(blocks(c, table(ids) + positions(jnp.arange(ids.shape[1]))))
+
+
+class Decoder(nn.Module):
+    """GPT-2 that generates: one token per call, the keys and values of those before are given."""
+
+    config: Config
+    vocab: int = 50257
+    context: int = 1024
+
+    @nn.compact
+    def __call__(self, inputs: dict[str, Any]) -> tuple[Array, list[tuple[Array, Array]]]:
+        """Logits ``[batch, 1, vocab]``, and each layer's new key and value."""
+        c, position, new = self.config, inputs["position"], []
+        table = nn.Embed(self.vocab, c.width, dtype=c.dtype, name="tokens")
+        positions = nn.Embed(self.context, c.width, dtype=c.dtype, name="positions")
+        x = table(inputs["ids"]) + positions(position)
+        for i, (keys, values) in enumerate(inputs["cache"]):
+            x, found = Block(c, name=f"block_{i}")(x, (keys, values, position))
+            new.append(found)
+        return table.attend(final_norm(c, x)), new
 
 
 class WhisperEncoder(nn.Module):
@@ -158,27 +213,132 @@ class ClipText(nn.Module):
         return nn.Dense(c.width, use_bias=False, dtype=c.dtype, name="project")(x)
 
 
+class WindowBlock(Block):
+    """A block of Swin: attention within windows of a map, with a bias by relative position."""
+
+    window: int = 7
+    shift: int = 0
+
+    def arranged(self, x: Array) -> Array:
+        """Cut ``[batch, height, width, channels]`` into ``[windows, tokens, channels]``."""
+        return to_windows(jnp.roll(x, (-self.shift, -self.shift), axis=(1, 2)), self.window)
+
+    def attended(self, q: Array, k: Array, v: Array) -> Array:
+        """Attention with the bias, and none across the seam of a shifted map."""
+        side, c = 2 * self.window - 1, self.config
+        table = self.param("bias", nn.initializers.normal(0.02), (side**2, c.heads))
+        rows, columns = np.divmod(np.arange(self.window**2), self.window)
+        index = (rows[:, None] - rows + self.window - 1) * side
+        index = index + columns[:, None] - columns + self.window - 1
+        bias = jnp.moveaxis(table[index], -1, 0).astype(c.dtype)[None]
+        if self.shift:
+            seam = jnp.asarray(self.seam(), c.dtype)
+            bias = jnp.tile(bias + seam, (len(q) // len(seam), 1, 1, 1))
+        return jax.nn.dot_product_attention(q, k, v, bias=bias)
+
+    def put_back(self, y: Array, like: Array) -> Array:
+        """The map again."""
+        batch, height, width, channels = like.shape
+        y = y.reshape(batch, height // self.window, width // self.window, self.window, -1, channels)
+        y = y.transpose(0, 1, 3, 2, 4, 5).reshape(like.shape)
+        return jnp.roll(y, (self.shift, self.shift), axis=(1, 2))
+
+    def seam(self) -> np.ndarray:
+        """Minus 100 where tokens of a window were apart before the shift."""
+        size = self.config.size
+        cuts = (-self.window, -self.shift)
+        part = np.sum([np.arange(size) >= size + cut for cut in cuts], axis=0)
+        cells = to_windows((3 * part[:, None] + part)[None, :, :, None], self.window)[..., 0]
+        return np.where(cells[:, :, None] != cells[:, None, :], -100.0, 0.0)[:, None]
+
+
+def to_windows(x: Any, window: int) -> Any:
+    """Cut maps into ``[batch * windows, tokens, channels]``."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // window, window, width // window, window, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, window**2, channels)
+
+
+class Swin(nn.Module):
+    """A Swin Transformer (Liu et al. 2021); `config` is that of its first stage."""
+
+    config: Config
+    depths: Sequence[int] = (2, 2, 6, 2)
+
+    @nn.compact
+    def __call__(self, images: Array) -> Array:
+        """Maps ``[batch, height, width, 3]`` to logits ``[batch, 1000]``."""
+        c = self.config
+        norm, dense = partial(c.norm, dtype=c.dtype), partial(nn.Dense, dtype=c.dtype)
+        x = nn.Conv(c.width, (4, 4), (4, 4), padding="VALID", dtype=c.dtype, name="patches")(images)
+        x = norm(name="patch_norm")(x)
+        for stage, depth in enumerate(self.depths):
+            width = c.width << stage
+            if stage:
+                corners = [x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)]
+                x = norm(name=f"merge_norm_{stage}")(jnp.concatenate(corners, axis=-1))
+                x = dense(width, use_bias=False, name=f"merge_{stage}")(x)
+            here = replace(c, width=width, heads=c.heads << stage, size=x.shape[1])
+            for i in range(depth):
+                shift = 3 if i % 2 and here.size > 7 else 0
+                x = WindowBlock(here, shift=shift, name=f"stage_{stage}_{i}")(x)
+        return dense(1000, name="head")(final_norm(c, x).mean(axis=(1, 2)))
+
+
+Inputs = Callable[[Config, int, int, Any], Any]
+"""Shapes of the inputs, by (config, batch, length, dtype)."""
+
+
+def images(config: Config, batch: int, length: int, dtype: Any) -> Any:
+    """Square images; the length is that of a side."""
+    return jax.ShapeDtypeStruct((batch, length, length, 3), dtype)
+
+
+def tokens(config: Config, batch: int, length: int, dtype: Any) -> Any:
+    """Token ids."""
+    return jax.ShapeDtypeStruct((batch, length), jnp.int32)
+
+
+def mels(config: Config, batch: int, length: int, dtype: Any) -> Any:
+    """Spectrograms."""
+    return jax.ShapeDtypeStruct((batch, length, 80), dtype)
+
+
+def cached(config: Config, batch: int, length: int, dtype: Any) -> Any:
+    """One token each, with keys and values of `length` positions."""
+    shape = batch, length, config.heads, config.width // config.heads
+    layer = (jax.ShapeDtypeStruct(shape, dtype),) * 2
+    return {
+        "ids": jax.ShapeDtypeStruct((batch, 1), jnp.int32),
+        "position": jax.ShapeDtypeStruct((), jnp.int32),
+        "cache": [layer] * config.depth,
+    }
+
+
 @dataclass(frozen=True)
 class Entry:
-    """A model by its class and sizes, with the shape of one input sample."""
+    """A model by its class and sizes, and the inputs that it takes."""
 
     make: Callable[[Config], nn.Module]
     config: Config
-    sample: tuple[int, ...]
-    integers: bool = False
+    inputs: Inputs
+    length: int
 
 
-IMAGE = (224, 224, 3)
+BASE = Config(12, 768, 12)
+GPT2 = replace(BASE, causal=True)
+XL = Config(48, 1600, 25, causal=True)
 MODELS: dict[str, Entry] = {
-    "vit_s": Entry(ViT, Config(12, 384, 6), IMAGE),
-    "vit_b": Entry(ViT, Config(12, 768, 12), IMAGE),
-    "vit_l": Entry(ViT, Config(24, 1024, 16), IMAGE),
-    "vit_b_qk_norm": Entry(ViT, Config(12, 768, 12, qk_norm=True), IMAGE),
-    "dinov2_b": Entry(partial(ViT, patch=14), Config(12, 768, 12, layer_scale=True), IMAGE),
-    "gpt2": Entry(GPT, Config(12, 768, 12, causal=True), (512,), integers=True),
-    "gpt2_xl": Entry(GPT, Config(48, 1600, 25, causal=True), (512,), integers=True),
-    "whisper_base_encoder": Entry(WhisperEncoder, Config(6, 512, 8), (3000, 80)),
-    "clip_l_text": Entry(
-        ClipText, Config(12, 768, 12, causal=True, act=quick_gelu), (77,), integers=True
-    ),
+    "vit_s": Entry(ViT, Config(12, 384, 6), images, 224),
+    "vit_b": Entry(ViT, BASE, images, 224),
+    "vit_l": Entry(ViT, Config(24, 1024, 16), images, 224),
+    "vit_b_qk_norm": Entry(ViT, replace(BASE, qk_norm=True), images, 224),
+    "dinov2_b": Entry(partial(ViT, patch=14), replace(BASE, layer_scale=True), images, 224),
+    "swin_t": Entry(Swin, Config(12, 96, 3), images, 224),
+    "gpt2": Entry(GPT, GPT2, tokens, 512),
+    "gpt2_xl": Entry(GPT, XL, tokens, 512),
+    "gpt2_decode": Entry(Decoder, GPT2, cached, 1024),
+    "gpt2_xl_decode": Entry(Decoder, XL, cached, 1024),
+    "whisper_base_encoder": Entry(WhisperEncoder, Config(6, 512, 8), mels, 3000),
+    "clip_l_text": Entry(ClipText, replace(GPT2, act=quick_gelu), tokens, 77),
 }

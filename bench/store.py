@@ -31,7 +31,14 @@ class Store:
 
     def has(self, *values: Any) -> bool:
         """Whether there is a row with these values of the keys."""
-        return any(tuple(row[k] for k in self.keys) == values for row in self.rows)
+        return any(self._key(row) == values for row in self.rows)
+
+    def drop(self, *values: Any) -> None:
+        """Forget the rows whose first keys have these values, in the file with the next `add`."""
+        self.rows = [row for row in self.rows if self._key(row)[: len(values)] != values]
+
+    def _key(self, row: Row) -> tuple[Any, ...]:
+        return tuple(row[k] for k in self.keys)
 
     def add(self, values: Sequence[Any], **figures: Any) -> None:
         """Add a row and write the file."""
@@ -39,8 +46,15 @@ class Store:
         data = {"versions": self.versions, "machine": machine(), "rows": self.rows}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.path.with_suffix(".part")
-        unfinished.write_text(json.dumps(data, indent=1) + "\n")
+        unfinished.write_text(as_lines(data))
         unfinished.replace(self.path)
+
+
+def as_lines(data: dict[str, Any]) -> str:
+    """JSON with a line per row."""
+    head = json.dumps({k: v for k, v in data.items() if k != "rows"}, indent=1)
+    rows = ",\n".join("  " + json.dumps(row) for row in data["rows"])
+    return f'{head.removesuffix("}").rstrip()},\n "rows": [\n{rows}\n ]\n}}\n'
 
 
 def machine() -> dict[str, Any]:
@@ -48,4 +62,6 @@ def machine() -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor()
-    return {"cpu": name, "cores": os.cpu_count(), "device": jax.devices()[0].device_kind}
+    device = jax.devices()[0]
+    about = {"device": device.device_kind, "platform": device.platform}
+    return {"cpu": name, "cores": os.cpu_count()} | about

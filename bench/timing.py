@@ -33,6 +33,24 @@ def interleaved(
     return {name: np.array(found) for name, found in seconds.items()}
 
 
+def repeated(call: Callable[[], Any], at_least: float = 0.02) -> tuple[Callable[[], Any], int]:
+    """Calls one after the other that take `at_least` so many seconds together, and how many.
+
+    On devices that work while Python goes on, short programs would measure Python otherwise.
+    """
+    jax.block_until_ready(call())
+    begin = time.perf_counter()
+    jax.block_until_ready(call())
+    number = max(1, round(at_least / (time.perf_counter() - begin)))
+
+    def run() -> Any:
+        for _ in range(number - 1):
+            call()
+        return call()
+
+    return run, number
+
+
 def spread(values: np.ndarray) -> tuple[float, float, float]:
     """Median and quartiles."""
     low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
