@@ -6,6 +6,7 @@ what a claim rests on, then let every direct failure spread to the claims that r
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -45,33 +46,31 @@ Expand = Callable[[Claim], "Blocker | Iterable[Claim]"]
 def solve(claim: Claim, expand: Expand, known: dict[Claim, Blocker | None]) -> Blocker | None:
     """Whether `claim` holds (None) or what is in its way; `known` remembers all answers.
 
-    A claim that rests on itself, as in a loop, holds unless something else fails.
+    A claim that rests on itself, as in a loop, holds unless something else fails. The nearest
+    failure is the answer, and ends the search: all that is explored is what `claim` rests on.
     """
     if claim in known:
         return known[claim]
-    rests: dict[Claim, list[Claim]] = {}  # claim -> claims that rest on it
-    explored: dict[Claim, Blocker | None] = {}
-    todo = [claim]
-    failed: list[Claim] = []
+    rests: dict[Claim, list[Claim]] = {claim: []}  # claim -> claims that rest on it
+    todo = deque([claim])
     while todo:
-        current = todo.pop()
-        if current in explored:
-            continue
+        current = todo.popleft()
         found = known[current] if current in known else expand(current)
-        explored[current] = found if isinstance(found, Blocker) else None
         if isinstance(found, Blocker):
-            failed.append(current)
-        elif found is not None:
-            for needed in found:
-                rests.setdefault(needed, []).append(current)
+            failed, known[current] = [current], found
+            for failure in failed:  # grows while it spreads
+                for dependent in rests[failure]:
+                    if dependent not in known:
+                        known[dependent] = found
+                        failed.append(dependent)
+            return found
+        for needed in found or ():
+            if needed not in rests:
+                rests[needed] = []
                 todo.append(needed)
-    for current in failed:  # grows while failures spread
-        for dependent in rests.get(current, ()):
-            if explored[dependent] is None:
-                explored[dependent] = explored[current]
-                failed.append(dependent)
-    known.update(explored)
-    return explored[claim]
+            rests[needed].append(current)
+    known.update(dict.fromkeys(rests))
+    return None
 
 
 class Facts:

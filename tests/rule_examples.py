@@ -466,6 +466,11 @@ def _take(axis: int, **params: Any) -> Callable[..., Any]:
     return lambda x, i: jnp.take(x, i, axis=axis, **params)
 
 
+def _same_rows(x: Any, i: Any) -> Any:
+    """A batch axis along which the indices are the same."""
+    return jax.vmap(lambda x, i: x[i], out_axes=1)(x, jnp.broadcast_to(i, (3, *i.shape)))
+
+
 indexed("gather", _take(0), [(5, 4)], [(2, 3)], 5)
 indexed("gather", _take(1), [(3, 5, 4)], [(2,)], 5)
 indexed("gather", _take(-1), [(3, 5)], [()], 5)
@@ -477,6 +482,7 @@ indexed("gather", lambda x, i, j: x[i, :, j], [(5, 4, 6)], [(3, 1), (2,)], 5)
 indexed("gather", lambda x, i: x[:, i, :2], [(3, 5, 4)], [(2,)], 5)
 indexed("gather", lambda x, i, j: x[i, j], [(4, 4)], [(3,), (3,)], 4, pull=False, push=False)
 indexed("gather", jax.vmap(lambda x, i: x[i]), [(3, 5, 4)], [(3, 2)], 5)
+indexed("gather", _same_rows, [(3, 5, 4)], [(2,)], 5)
 indexed("gather", jax.vmap(lambda x, i: x[:, i], (1, 0)), [(4, 3, 5)], [(3,)], 5)
 indexed("gather", jax.vmap(lambda x, i: x[i], (None, 0)), [(5, 4)], [(3, 2)], 5)
 indexed("gather", lambda x, i: jnp.take_along_axis(x, i, 0), [(5, 4)], [(3, 4)], 5, False, False)

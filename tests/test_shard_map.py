@@ -227,6 +227,25 @@ def test_a_stream_written_by_psum_scatter() -> None:
     assert (len(report.norms), report.n_folded, report.n_inserted) == (2, 2, 0)
 
 
+@pytest.mark.parametrize(
+    ("spread", "shifted", "folded"),
+    [("model", False, 1), (AXES, False, 1), ("model", True, 0), (AXES, True, 0)],
+)
+def test_rows_of_a_table_whose_features_are_spread(spread: Any, shifted: bool, folded: int) -> None:
+    """All devices look up the same rows, or (`shifted`) each its own: then rows are mixed."""
+
+    def body(p: Any, ids: jax.Array) -> jax.Array:
+        x = p["table"][ids + jax.lax.axis_index("model") if shifted else ids]
+        c = x - jax.lax.pmean(x.mean(-1, keepdims=True), spread)
+        variance = jax.lax.pmean((c * c).mean(-1, keepdims=True), spread)
+        return c * jax.lax.rsqrt(variance + 1e-6)
+
+    spec = P(None, spread)
+    run = sharded(body, {"table": spec}, P(None, None, spread), P())
+    report = fold_checked(run, {"table": draw(11, 24)}, jnp.array([[3, 0, 7], [5, 5, 1]])).report
+    assert (report.n_folded, report.n_inserted) == (folded, 0)
+
+
 # Megatron: the stream is the same on all devices of a row, heads and hidden units are spread.
 MEGATRON = {
     "embed": P(),

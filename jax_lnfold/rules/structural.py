@@ -167,6 +167,14 @@ def _rows_of_gather(ctx: Context) -> dict[int, int]:
     return {d: o for d, o in pairs if sizes[d] == ctx.in_shape(0)[d]}
 
 
+def _batches_of_gather(ctx: Context) -> list[tuple[int, int, int]]:
+    """Batch axes, of which every row has indices of its own: of the table, indices and output."""
+    numbers = ctx.params["dimension_numbers"]
+    kept = [o for o in range(len(ctx.out_shape())) if o not in numbers.offset_dims]
+    pairs = zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True)
+    return [(d, i, kept[i]) for d, i in pairs]
+
+
 def _rows_of_scatter(ctx: Context) -> dict[int, int]:
     numbers = ctx.params["dimension_numbers"]
     dropped = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
@@ -180,6 +188,7 @@ def _rows_of_update(ctx: Context) -> dict[int, int]:
 
 
 Rows = Callable[[Context], dict[int, int]]
+Batches = Callable[[Context], list[tuple[int, int, int]]]
 
 
 def _map_rows(along: AxisSet, shape: Sequence[Any], rows: dict[int, int]) -> AxisSet:
@@ -190,11 +199,27 @@ def _map_rows(along: AxisSet, shape: Sequence[Any], rows: dict[int, int]) -> Axi
     return AxisSet.of(shape, entries)
 
 
-def _lookup(rows_of: Rows) -> Rule:
-    """``C_S table[i] = (C_S' table)[i]`` for S on row axes."""
+def _no_batches(ctx: Context) -> list[tuple[int, int, int]]:
+    return []
+
+
+def _lookup(rows_of: Rows, batches_of: Batches = _no_batches) -> Rule:
+    """``C_S table[i] = (C_S' table)[i]`` for S on row axes.
+
+    A batch axis along which the indices do not vary is as good as a row axis.
+    """
+
+    def repeated(ctx: Context, along: AxisSet, of_output: bool) -> dict[int, int]:
+        found = {}
+        for d, i, o in batches_of(ctx):
+            shape, entry = ctx.in_shape(1), along.entries[o if of_output else d]
+            entries = (entry if k == i else FREE for k in range(len(shape)))
+            if ctx.uniform(1, AxisSet.of(shape, entries)):
+                found[d] = o
+        return found
 
     def pull(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
-        rows = {o: d for d, o in rows_of(ctx).items()}
+        rows = {o: d for d, o in (rows_of(ctx) | repeated(ctx, along, True)).items()}
         before = _map_rows(along, ctx.in_shape(0), rows)
         if before.trivial and not along.trivial:
             return Opaque("picks single elements along the mean")
@@ -205,7 +230,8 @@ def _lookup(rows_of: Rows) -> Rule:
     def push(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
         if operand:
             return Opaque("uses the shifted value as an index")
-        return ((0, _map_rows(along, ctx.out_shape(), rows_of(ctx))),)
+        rows = rows_of(ctx) | repeated(ctx, along, False)
+        return ((0, _map_rows(along, ctx.out_shape(), rows)),)
 
     return Rule(pull, push)
 
@@ -247,6 +273,6 @@ register("rev", Rule(_pull_rev, _push_rev))
 register("slice", Rule(_pull_slice, _push_slice))
 register("pad", Rule(_pull_pad, _push_pad))
 register("dynamic_slice", _lookup(_rows_of_dynamic_slice))
-register("gather", _lookup(_rows_of_gather))
+register("gather", _lookup(_rows_of_gather, _batches_of_gather))
 register("dynamic_update_slice", _update(_rows_of_update, source=1))
 register("scatter scatter-add", _update(_rows_of_scatter, source=2))
