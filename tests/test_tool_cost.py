@@ -22,7 +22,7 @@ import jax_lnfold
 from bench import compile_cost, peers, tool_cost
 from bench.models import MODELS, Config
 from bench.programs import random_arrays
-from bench.tpu import _COLLECTIVE
+from bench.tpu import collectives
 from jax_lnfold.axes import ALL, FREE, AxisSet, Labels
 from jax_lnfold.center import Recipe, _compiled_bound, _compiled_edit, edit_leaf, overflows
 from jax_lnfold.collector import collector_paused
@@ -263,7 +263,7 @@ def on(spec: PartitionSpec) -> NamedSharding:
 def exchanged(compiled: Any) -> int:
     """Numbers in the largest exchange between devices, of which all must be sums."""
     text = compiled.as_text()
-    assert {*_COLLECTIVE.findall(text)} <= {"all-reduce"}
+    assert {name for name, _ in collectives(text)} <= {"all-reduce"}
     sizes = (np.prod([int(n) for n in found[1].split(",") if n]) for found in _RESULT.findall(text))
     return int(max(sizes, default=0))
 
