@@ -15,6 +15,7 @@ PACKAGE = Path(jax_lnfold.__file__).parent
 FLOORS = [
     {
         "_compat",
+        "collector",
         "difference",
         "errors",
         "axes",
