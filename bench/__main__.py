@@ -120,7 +120,7 @@ def run(cases: list[Case], options: argparse.Namespace) -> None:
     console.print(table(store.rows, options.quantity, options.markdown))
     if not options.output:
         for line in missing():
-            console.print(line)
+            console.print(line, markup=False)
     draw_all([path])
 
 

@@ -19,8 +19,8 @@ APPROXIMATIONS = frozenset({"dropout"})
 
 DEFERRED_COST = {"cpu": 0.1, "gpu": 0.1, "tpu": 0.05}
 """What it costs to scale an element of a result, by backend: see `bench/README.md`."""
-PRESETS = {"cpu": {"fold_affine"}, "tpu": {"fold_affine", "defer_scale"}}
-"""Options that ``optimize="auto"`` turns on, by backend; none where nothing was measured."""
+PRESETS = {"tpu": frozenset({"fold_affine"})}
+"""What ``optimize="auto"`` turns on, by backend: what was measured to pay (`bench/README.md`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,9 @@ def check_options(
         )
     if optimize not in (None, "auto"):
         raise FoldError(f'optimize: {optimize!r} is not known; pass "auto" or None')
-    preset = PRESETS.get(jax.default_backend(), set()) if optimize == "auto" else set()
+    preset: frozenset[str] = frozenset()
+    if optimize == "auto":
+        preset = PRESETS.get(jax.default_backend(), preset)
     return Options(
         float(explicit_cost),
         "dropout" in names,
