@@ -35,13 +35,12 @@ from .facts import Facts
 from .flatten import flatten
 from .graph import CallPath
 from .inline import inlined
-from .primitives import MOVES
+from .local import CONVERT, Local, Reader, dtype_of, holds, name_of, shape_of
 from .rewrite import live
 from .rules import Opaque, rule_for
 from .rules.contraction import output_axes
 from .rules.elementwise import project
 
-_CONVERT = "convert_element_type"
 _AROUND = frozenset({"dot_general", "integer_pow", "rsqrt", "sqrt", "square"})
 
 
@@ -55,15 +54,6 @@ class Deferral:
     module: str
     shape: tuple[int, ...]
     results: tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Reader:
-    """A product that reads the scaled value by its operand `position`, after the `steps`."""
-
-    index: int
-    position: int
-    steps: tuple[JaxprEqn, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +92,8 @@ class _Deferrer:
         return closed if body is jaxpr else close(body, consts_of(closed))
 
     def _body(self, jaxpr: Jaxpr, path: CallPath) -> Jaxpr:
-        scales: dict[int, list[tuple[_Scaled, _Reader]]] = {}
-        local = _Local(jaxpr)
+        scales: dict[int, list[tuple[_Scaled, Reader]]] = {}
+        local = Local(jaxpr)
         for eqn in jaxpr.eqns:
             if (found := self._deferrable(eqn, local, path)) is not None:
                 scaled, readers = found
@@ -133,10 +123,10 @@ class _Deferrer:
         return eqn.replace(params=with_call_jaxpr(eqn, body))
 
     def _deferrable(
-        self, eqn: JaxprEqn, local: _Local, path: CallPath
-    ) -> tuple[_Scaled, list[_Reader]] | None:
+        self, eqn: JaxprEqn, local: Local, path: CallPath
+    ) -> tuple[_Scaled, list[Reader]] | None:
         """What the equation scales and who reads it, if the scale of a norm can be deferred."""
-        name = eqn.primitive.name
+        name = name_of(eqn)
         if name not in ("mul", "div") or not all(isinstance(a, Var) for a in eqn.invars):
             return None
         readers = local.products(eqn.outvars[0])
@@ -153,7 +143,7 @@ class _Deferrer:
         return None
 
     def _is_exact(
-        self, scaled: _Scaled, reader: _Reader, eqn: JaxprEqn, local: _Local, path: CallPath
+        self, scaled: _Scaled, reader: Reader, eqn: JaxprEqn, local: Local, path: CallPath
     ) -> bool:
         """Whether the factor does not vary along what is summed over, and no number is lost."""
         product = local.jaxpr.eqns[reader.index]
@@ -167,8 +157,8 @@ class _Deferrer:
                 return False
             ((_, along),) = pulled.needs
         env = self.graph.env[path]
-        factor = project(along, _shape(scaled.factor))  # it may be broadcast
-        if _shape(scaled.base) != _shape(eqn.outvars[0]):
+        factor = project(along, shape_of(scaled.factor))  # it may be broadcast
+        if shape_of(scaled.base) != shape_of(eqn.outvars[0]):
             return False
         if not self.facts.uniform(env[scaled.factor], factor):
             return False
@@ -179,112 +169,38 @@ class _Deferrer:
         return (
             all(jnp.issubdtype(kind, jnp.floating) for kind in kinds)
             and not any(map(is_explicit, avals))
-            and _holds(operand.dtype, _dtype(local.source(scaled.base)))
+            and holds(operand.dtype, dtype_of(local.source(scaled.base)))
         )
 
-    def _is_centered_here(self, source: Any, along: AxisSet, local: _Local, path: CallPath) -> bool:
+    def _is_centered_here(self, source: Any, along: AxisSet, local: Local, path: CallPath) -> bool:
         """Whether a mean is taken off at run time: what remains is a copy, too."""
         made = local.maker(source)
-        if made is None or made.primitive.name not in ("sub", "add"):
+        if made is None or name_of(made) not in ("sub", "add"):
             return False
         operands = (a for a in made.invars if isinstance(a, Var))
         env = self.graph.env[path]
-        return any(self.facts.uniform(env[a], project(along, _shape(a))) for a in operands)
+        return any(self.facts.uniform(env[a], project(along, shape_of(a))) for a in operands)
 
-    def _pays(self, scaled: _Scaled, readers: Iterable[_Reader], local: _Local) -> bool:
+    def _pays(self, scaled: _Scaled, readers: Iterable[Reader], local: Local) -> bool:
         results = sum(_elements(local.jaxpr.eqns[r.index].outvars[0]) for r in readers)
         return self.cost * results < _elements(scaled.base)
 
     def _described(
-        self, eqn: JaxprEqn, readers: Iterable[_Reader], local: _Local, path: CallPath
+        self, eqn: JaxprEqn, readers: Iterable[Reader], local: Local, path: CallPath
     ) -> Deferral:
-        results = (_shape(local.jaxpr.eqns[r.index].outvars[0]) for r in readers)
+        results = (shape_of(local.jaxpr.eqns[r.index].outvars[0]) for r in readers)
         module = self.graph.op_at[(*path, local.index[eqn.outvars[0]])].module
-        return Deferral(module, _shape(eqn.outvars[0]), tuple(results))
+        return Deferral(module, shape_of(eqn.outvars[0]), tuple(results))
 
 
-class _Local:
-    """Makers and readers of the values of one jaxpr."""
-
-    def __init__(self, jaxpr: Jaxpr) -> None:
-        self.jaxpr = jaxpr
-        self.index: dict[Var, int] = {}
-        self.readers: dict[Var, list[tuple[int, int]]] = {}
-        for index, eqn in enumerate(jaxpr.eqns):
-            self.index |= dict.fromkeys(eqn.outvars, index)
-            for position, atom in enumerate(eqn.invars):
-                if isinstance(atom, Var):
-                    self.readers.setdefault(atom, []).append((index, position))
-        self.returned = {a for a in jaxpr.outvars if isinstance(a, Var)}
-
-    def maker(self, atom: Any) -> JaxprEqn | None:
-        """The equation that makes a value, None for inputs and numbers."""
-        index = self.index.get(atom) if isinstance(atom, Var) else None
-        return None if index is None else self.jaxpr.eqns[index]
-
-    def products(self, var: Var, steps: tuple[JaxprEqn, ...] = ()) -> list[_Reader]:
-        """The products that read a value, moved and converted only; none if it is used elsewise."""
-        found: list[_Reader] = []
-        if var in self.returned:
-            return []
-        for index, position in self.readers.get(var, ()):
-            eqn = self.jaxpr.eqns[index]
-            if eqn.primitive.name == "dot_general":
-                found.append(_Reader(index, position, steps))
-            elif eqn.primitive.name in MOVES | {_CONVERT} and len(eqn.invars) == 1:
-                more = self.products(eqn.outvars[0], (*steps, eqn))
-                if not more:
-                    return []
-                found += more
-            else:
-                return []
-        return found
-
-    def source(self, atom: Any) -> Any:
-        """What a value was before it was converted to dtypes that hold more."""
-        while (made := self.maker(atom)) is not None and made.primitive.name == _CONVERT:
-            (before,) = made.invars
-            if not (isinstance(before, Var) and _holds(_dtype(atom), _dtype(before))):
-                break
-            atom = before
-        return atom
-
-    def is_norm(self, base: Var, factor: Var) -> bool:
-        """Whether the factor is computed from squares of what it scales.
-
-        So the base has to be there, whole, before anything can be scaled. (The denominators of a
-        softmax are there sooner, and compilers know what to do with them.)
-        """
-        source = self.source(base)
-        start, todo, seen = self.index.get(source, -1), [factor], {factor}
-        while todo:
-            index = self.index.get(todo.pop(), -1)
-            if index <= start:
-                continue
-            eqn = self.jaxpr.eqns[index]
-            if _squares(eqn) and self.source(eqn.invars[0]) == source:
-                return True
-            for atom in eqn.invars:
-                if isinstance(atom, Var) and atom not in seen:
-                    seen.add(atom)
-                    todo.append(atom)
-        return False
-
-
-def _squares(eqn: JaxprEqn) -> bool:
-    name, x = eqn.primitive.name, eqn.invars[:1]
-    power = name == "integer_pow" and eqn.params["y"] == 2
-    return name == "square" or power or (name == "mul" and eqn.invars == [*x, *x])
-
-
-def _deferred(product: JaxprEqn, scales: Sequence[tuple[_Scaled, _Reader]]) -> JaxprEqn:
+def _deferred(product: JaxprEqn, scales: Sequence[tuple[_Scaled, Reader]]) -> JaxprEqn:
     """``(x W) * r``: a call to a function of its own name that takes the place of a product.
 
     The scale meets the result in the dtype of the accumulator, float32 or wider, so that a sum of
     unscaled numbers cannot leave the range of float16.
     """
     result: Any = product.outvars[0].aval
-    ranks = [len(_shape(a)) for a in product.invars]
+    ranks = [len(shape_of(a)) for a in product.invars]
     numbers = product.params["dimension_numbers"]
     asked = product.params["preferred_element_type"] or result.dtype
     wide = jnp.promote_types(asked, jnp.float32)
@@ -292,11 +208,11 @@ def _deferred(product: JaxprEqn, scales: Sequence[tuple[_Scaled, _Reader]]) -> J
     def deferred_scale(*arrays: jax.Array) -> jax.Array:
         operands, factors = list(arrays[:2]), []
         for factor, (scaled, reader) in zip(arrays[2:], scales, strict=True):
-            factor = jnp.broadcast_to(factor, _shape(scaled.base))
+            factor = jnp.broadcast_to(factor, shape_of(scaled.base))
             for step in reader.steps:
                 bind = step.primitive.bind
                 operands[reader.position] = bind(operands[reader.position], **step.params)
-                factor = factor if step.primitive.name == _CONVERT else bind(factor, **step.params)
+                factor = factor if step.primitive.name == CONVERT else bind(factor, **step.params)
             factors.append(_along_result(factor, numbers, ranks, reader.position, result.shape))
         y = product.primitive.bind(*operands, **{**product.params, "preferred_element_type": wide})
         for factor, (scaled, _) in zip(factors, scales, strict=True):
@@ -325,21 +241,5 @@ def _along_result(
     return lax.broadcast_in_dim(first, shape, [place[d] for d in kept])
 
 
-def _dtype(atom: Any) -> Any:
-    return atom.aval.dtype
-
-
-def _shape(atom: Any) -> tuple[Any, ...]:
-    return tuple(atom.aval.shape)
-
-
-def _holds(dtype: Any, before: Any) -> bool:
-    """Whether every number of `before` is in the range of `dtype`."""
-    if not all(jnp.issubdtype(d, jnp.floating) for d in (dtype, before)):
-        return False
-    a, b = jnp.finfo(dtype), jnp.finfo(before)
-    return a.maxexp >= b.maxexp and a.minexp <= b.minexp
-
-
 def _elements(atom: Any) -> int:
-    return prod(n for n in _shape(atom) if isinstance(n, int))
+    return prod(n for n in shape_of(atom) if isinstance(n, int))

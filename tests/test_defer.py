@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contracts import fold_checked, iter_equations, relative_difference
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 from zoo import ZOO
 
 import jax_lnfold
@@ -266,6 +268,20 @@ def test_whatever_the_norm() -> None:
     folded = fold_checked(plain, arrays(), stream(), defer_scale=True, deferred_cost=0.0)
     assert len(folded.report.deferred) == 1
     assert folded.report.norms == ()
+
+
+def test_somebody_elses_product() -> None:
+    """A primitive that goes by the name of a product, and is none."""
+    borrowed = Primitive("mul")
+    borrowed.def_impl(jnp.add)
+    borrowed.def_abstract_eval(lambda x, y: x)
+    mlir.register_lowering(borrowed, mlir.lower_fun(jnp.add, multiple_results=False))
+
+    def apply(p: Params, x: Array) -> Array:
+        factor = jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
+        return borrowed.bind(x, jnp.broadcast_to(factor, x.shape)) @ p["w"]
+
+    assert fold(apply, arrays(), stream()).report.deferred == ()
 
 
 # --- when it pays ---------------------------------------------------------------------------------
