@@ -18,7 +18,7 @@ from typing import Any
 
 from .cases import CPU, GPU, KEYS, TPU, Case, pick
 from .models import MODELS
-from .tpu import TOPOLOGIES, Estimate, devices, lowered, read, set_up_environment
+from .tpu import TOPOLOGIES, Estimate, lowered, no_libtpu, read, set_up_environment
 
 RESULTS = Path(__file__).parent / "results"
 QUANTITIES = ("cycles", "bytes", "flops", "fusions")
@@ -73,16 +73,6 @@ def chosen(options: argparse.Namespace) -> list[Case]:
         dtype=options.dtypes,
         rounds=[options.rounds] if options.rounds else None,
     )
-
-
-def no_libtpu(kind: str) -> str:
-    """Why nothing can be compiled for this TPU, or nothing."""
-    try:
-        devices(kind)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return f'no libtpu ({reason}); run `pip install "jax[tpu]"`'
-    return ""
 
 
 def backend() -> str:

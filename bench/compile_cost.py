@@ -13,13 +13,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .tpu import TOPOLOGIES, devices, set_up_environment
+from .tpu import TOPOLOGIES, has_compiler, lowered, set_up_environment
 
 set_up_environment()
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
-from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import Progress  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -27,7 +26,6 @@ from rich.table import Table  # noqa: E402
 from .programs import BOUND, FOLDED, ORIGINAL, VARIANTS, variants  # noqa: E402
 from .store import Store  # noqa: E402
 from .tables import said  # noqa: E402
-from .training_step import has_compiler  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "compile_cost.json"
 KEYS = ("model", "spelling", "kind", "variant", "round")
@@ -38,20 +36,18 @@ MODELS = ("vit_b", "gpt2", "whisper_base_encoder", "clip_l_text")
 def compiled(kind: str, function: Callable[..., Any], *arguments: Any) -> dict[str, float]:
     """Seconds to compile a function of shapes, and the sizes of what comes out."""
     jax.clear_caches()
-    if kind != "cpu":
-        chip = NamedSharding(Mesh(np.array(devices(kind)[:1]), ("chip",)), PartitionSpec())
-        arguments = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=chip), arguments
-        )
-    lowered = jax.jit(function).lower(*arguments)
+    if kind == "cpu":
+        low = jax.jit(function).lower(*arguments)
+    else:
+        low = lowered(function, *arguments, kind=kind)
     begin = time.perf_counter()
-    program = lowered.compile()
+    program = low.compile()
     seconds = time.perf_counter() - begin
     memory = program.memory_analysis()
     sizes = (
         getattr(memory, "generated_code_size_in_bytes", 0),
         instructions(program.as_text()),
-        len(lowered.as_text()),
+        len(low.as_text()),
     )
     return {"seconds": seconds} | dict(zip(SIZES, sizes, strict=True))
 

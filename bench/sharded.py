@@ -33,6 +33,7 @@ from rich.table import Table  # noqa: E402
 from .models import NORMS  # noqa: E402
 from .programs import BOUND, FORWARD, program  # noqa: E402
 from .store import Store  # noqa: E402
+from .tables import cases as grouped  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "collectives.json"
 KEYS = ("topology", "style", "task", "spelling", "variant")
@@ -164,10 +165,7 @@ def per_layer(case: tuple[str, str, str, str], variant: str) -> dict[str, Any]:
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """Number of collectives in a layer, kB that they bring to a chip, thousands of cycles."""
     shown = Table("chips", "style", "task", "norm", *FORWARD)
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for row in rows:
-        found.setdefault(tuple(row[k] for k in KEYS[:-1]), {})[row["variant"]] = row
-    for case, by_variant in found.items():
+    for case, by_variant in grouped(rows, KEYS).items():
         cells = [
             f"{by_variant[v]['collectives']:g}, {by_variant[v]['bytes'] / 1e3:,.1f} kB, "
             f"{by_variant[v]['cycles'] / 1e3:.1f}"

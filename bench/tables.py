@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,11 +38,11 @@ def table(rows: Iterable[Row], quantity: str = "cycles", markdown: bool = False)
     return shown
 
 
-def cases(rows: Iterable[Row]) -> dict[tuple[Any, ...], dict[str, Row]]:
-    """Rows by case and variant."""
+def cases(rows: Iterable[Row], keys: Sequence[str] = KEYS) -> dict[tuple[Any, ...], dict[str, Row]]:
+    """Rows by case (their `keys` but for the last one) and variant."""
     found: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
-        found.setdefault(tuple(row[k] for k in KEYS[:-1]), {})[row["variant"]] = row
+        found.setdefault(tuple(row[k] for k in keys[:-1]), {})[row["variant"]] = row
     return found
 
 

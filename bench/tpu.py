@@ -56,6 +56,21 @@ def devices(kind: str) -> list[Any]:
     return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
 
 
+def no_libtpu(kind: str) -> str:
+    """Why nothing can be compiled for this TPU, or nothing."""
+    try:
+        devices(kind)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return f'no libtpu ({reason}); run `pip install "jax[tpu]"`'
+    return ""
+
+
+def has_compiler(kind: str) -> bool:
+    """Whether there is a compiler for this kind of device."""
+    return kind == "cpu" or not no_libtpu(kind)
+
+
 def lowered(function: Callable[..., Any], *arguments: Any, kind: str) -> Any:
     """`function` of shapes (trees of arrays or `ShapeDtypeStruct`), to be compiled for one chip."""
     chip = NamedSharding(Mesh(np.array(devices(kind)[:1]), ("chip",)), PartitionSpec())

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .tpu import TOPOLOGIES, devices, estimate, read, set_up_environment
+from .tpu import TOPOLOGIES, estimate, has_compiler, read, set_up_environment
 
 set_up_environment()
 
@@ -27,6 +27,7 @@ import jax_lnfold  # noqa: E402
 
 from .programs import BOUND, FOLDED, ORIGINAL, VARIANTS, variants  # noqa: E402
 from .store import Store  # noqa: E402
+from .tables import cases  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "training_step.json"
 PARTS = ("forward", "training step")
@@ -80,10 +81,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     quantities = ("cycles", "bytes", "flops")
     titles = [f"{v} {q}" for v in ("folded", "bound") for q in quantities]
     shown = Table("model", "part", "norm", "kind", *titles)
-    groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[k] for k in KEYS[:-1]), {})[row["variant"]] = row
-    for (model, batch, spelling, dtype, part, kind), found in groups.items():
+    for (model, batch, spelling, dtype, part, kind), found in cases(rows, KEYS).items():
         if len(found) == len(VARIANTS):
             base = found[ORIGINAL]
             ratios = [
@@ -93,14 +91,6 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
             ]
             shown.add_row(f"{model}, batch {batch}", part, f"{spelling} {dtype}", kind, *ratios)
     return shown
-
-
-def has_compiler(kind: str) -> bool:
-    """Whether there is a compiler for this kind of device."""
-    try:
-        return kind == "cpu" or bool(devices(kind))
-    except Exception:  # no libtpu: its rows are missing, and the output says so
-        return False
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -36,7 +36,7 @@ from .flatten import flatten
 from .graph import CallPath
 from .inline import inlined
 from .local import CONVERT, Local, Reader, dtype_of, holds, name_of, shape_of
-from .rewrite import live
+from .rewrite import live, same
 from .rules import Opaque, rule_for
 from .rules.contraction import output_axes
 from .rules.elementwise import project
@@ -104,7 +104,7 @@ class _Deferrer:
         for index, eqn in enumerate(jaxpr.eqns):
             new = self._inside(eqn, (*path, index))
             eqns.append(_deferred(eqn, scales[index]) if index in scales else new)
-        if all(a is b for a, b in zip(eqns, jaxpr.eqns, strict=True)):
+        if same(eqns, jaxpr.eqns):
             return jaxpr
         return jaxpr.replace(eqns=live(eqns, jaxpr.outvars))
 

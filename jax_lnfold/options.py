@@ -27,10 +27,10 @@ PRESETS = {"tpu": frozenset({"fold_affine"})}
 class Options:
     """The checked options of a fold, see `fold`; `deferred_cost` is None if nothing is deferred."""
 
-    explicit_cost: float = 2.0
-    see_through_dropout: bool = False
-    fold_affine: bool = False
-    deferred_cost: float | None = None
+    explicit_cost: float
+    see_through_dropout: bool
+    fold_affine: bool
+    deferred_cost: float | None
 
 
 def check_options(

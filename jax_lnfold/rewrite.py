@@ -133,7 +133,7 @@ class _Rewriter:
             center(var)
             if not path and (number := self.filled.get(env[var])) is not None:
                 filled = renamed[var] = Var(var.aval)
-                eqns += _filled(filled, number)
+                eqns += _constant(filled, number)
                 known[filled] = number
         for index, eqn in enumerate(jaxpr.eqns):
             invars, site = [read(a) for a in eqn.invars], (*path, index)
@@ -160,7 +160,7 @@ class _Rewriter:
                 center(var)
         outvars = [read(a) for a in jaxpr.outvars]
         results = _by_position(outvars, known)
-        if _same(eqns, jaxpr.eqns) and _same(outvars, jaxpr.outvars):
+        if same(eqns, jaxpr.eqns) and same(outvars, jaxpr.outvars):
             return jaxpr, results
         return jaxpr.replace(eqns=live(eqns, outvars), outvars=outvars), results
 
@@ -243,13 +243,14 @@ def _by_position(atoms: Sequence[Any], known: Known) -> dict[int, float]:
     return {i: known[a] for i, a in enumerate(atoms) if isinstance(a, Var) and a in known}
 
 
-def _same(new: Sequence[Any], old: Sequence[Any]) -> bool:
+def same(new: Sequence[Any], old: Sequence[Any]) -> bool:
+    """Whether these are the very same objects."""
     return len(new) == len(old) and all(a is b for a, b in zip(new, old, strict=True))
 
 
 def _reading(eqn: JaxprEqn, invars: list[Any]) -> JaxprEqn:
     """The equation with other operands, itself if they are its own."""
-    return eqn if _same(invars, eqn.invars) else eqn.replace(invars=invars)
+    return eqn if same(invars, eqn.invars) else eqn.replace(invars=invars)
 
 
 def _centering(var: Var, along: AxisSet, result: Var) -> JaxprEqn:
@@ -266,17 +267,12 @@ def _centering(var: Var, along: AxisSet, result: Var) -> JaxprEqn:
     return eqn.replace(invars=[var], outvars=[result])
 
 
-def _filled(var: Var, number: float) -> list[JaxprEqn]:
-    """Equations that set `var`, which is no scalar, to a number."""
-    (*before, last) = trace_like(lambda x: jnp.full_like(x, number), var.aval).eqns
-    return [*before, last.replace(outvars=[var])]
-
-
 def _constant(var: Var, number: float) -> list[JaxprEqn]:
     """Equations that set `var` to a number; none for a scalar that varies over devices."""
     aval: Any = var.aval
     if aval.shape:
-        return _filled(var, number)
+        (*before, last) = trace_like(lambda x: jnp.full_like(x, number), aval).eqns
+        return [*before, last.replace(outvars=[var])]
     if varying_axes(aval):
         return []
     scalar = jax.jit(lambda: jnp.full((), number, aval.dtype))
