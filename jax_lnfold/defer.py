@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -33,14 +34,15 @@ from ._compat import (
 from .axes import AxisSet
 from .facts import Facts
 from .flatten import flatten
-from .graph import CallPath
+from .graph import JOINS, CallPath, Op
 from .inline import inlined
-from .local import CONVERT, Local, Reader, dtype_of, holds, name_of, shape_of
+from .primitives import MOVES
 from .rewrite import live, same
 from .rules import Opaque, rule_for
 from .rules.contraction import output_axes
 from .rules.elementwise import project
 
+_CONVERT = "convert_element_type"
 _AROUND = frozenset({"dot_general", "integer_pow", "rsqrt", "sqrt", "square"})
 
 
@@ -57,12 +59,30 @@ class Deferral:
 
 
 @dataclass(frozen=True, slots=True)
-class _Scaled:
-    """``base * factor``, or ``base / factor`` if it `divides`."""
+class _Reader:
+    """A product that reads the scaled value by its operand `position`, after the `steps`."""
 
-    base: Any
-    factor: Any
-    divides: bool
+    product: Op
+    position: int
+    steps: tuple[Op, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Scale:
+    """The operation `op` multiplies (divides, if that is its name) operand `base` by the other."""
+
+    op: Op
+    base: int
+
+    @property
+    def values(self) -> tuple[int, int]:
+        """What is scaled, and the factor."""
+        return self.op.inputs[self.base], self.op.inputs[1 - self.base]
+
+    @property
+    def atoms(self) -> tuple[Any, Any]:
+        """The same in the jaxpr."""
+        return self.op.eqn.invars[self.base], self.op.eqn.invars[1 - self.base]
 
 
 def defer_scales(closed: ClosedJaxpr, cost: float) -> tuple[ClosedJaxpr, tuple[Deferral, ...]]:
@@ -92,18 +112,22 @@ class _Deferrer:
         return closed if body is jaxpr else close(body, consts_of(closed))
 
     def _body(self, jaxpr: Jaxpr, path: CallPath) -> Jaxpr:
-        scales: dict[int, list[tuple[_Scaled, Reader]]] = {}
-        local = Local(jaxpr)
-        for eqn in jaxpr.eqns:
-            if (found := self._deferrable(eqn, local, path)) is not None:
-                scaled, readers = found
-                self.deferred.append(self._described(eqn, readers, local, path))
+        scales: dict[int, list[tuple[_Scale, _Reader]]] = {}  # by product
+        ops = [self.graph.op_at.get((*path, index)) for index in range(len(jaxpr.eqns))]
+        for op in ops:
+            if op is not None and (found := self._deferrable(op)) is not None:
+                scale, readers = found
+                results = (self.graph.shape(r.product.outputs[0]) for r in readers)
+                shape = self.graph.shape(op.outputs[0])
+                self.deferred.append(Deferral(op.module, shape, tuple(results)))
                 for reader in readers:
-                    scales.setdefault(reader.index, []).append((scaled, reader))
+                    scales.setdefault(reader.product.index, []).append((scale, reader))
         eqns = []
-        for index, eqn in enumerate(jaxpr.eqns):
-            new = self._inside(eqn, (*path, index))
-            eqns.append(_deferred(eqn, scales[index]) if index in scales else new)
+        for index, (eqn, op) in enumerate(zip(jaxpr.eqns, ops, strict=True)):
+            if op is not None and op.index in scales:
+                eqns.append(_deferred(eqn, scales[op.index]))
+            else:
+                eqns.append(self._inside(eqn, (*path, index)))
         if same(eqns, jaxpr.eqns):
             return jaxpr
         return jaxpr.replace(eqns=live(eqns, jaxpr.outvars))
@@ -122,107 +146,155 @@ class _Deferrer:
             return eqn
         return eqn.replace(params=with_call_jaxpr(eqn, body))
 
-    def _deferrable(
-        self, eqn: JaxprEqn, local: Local, path: CallPath
-    ) -> tuple[_Scaled, list[Reader]] | None:
-        """What the equation scales and who reads it, if the scale of a norm can be deferred."""
-        name = name_of(eqn)
-        if name not in ("mul", "div") or not all(isinstance(a, Var) for a in eqn.invars):
+    def _deferrable(self, op: Op) -> tuple[_Scale, list[_Reader]] | None:
+        """What the operation scales and who reads it, if the scale of a norm can be deferred."""
+        if op.name not in ("mul", "div") or not all(isinstance(a, Var) for a in op.eqn.invars):
             return None
-        readers = local.products(eqn.outvars[0])
-        if not readers:
-            return None
-        x, y = eqn.invars
-        for scaled in (_Scaled(x, y, name == "div"), *[_Scaled(y, x, False)] * (name == "mul")):
+        readers = self._products(op.outputs[0], op.path)
+        for base in (0, 1) if op.name == "mul" and readers else (0,) if readers else ():
+            scale = _Scale(op, base)
             if (
-                all(self._is_exact(scaled, r, eqn, local, path) for r in readers)
-                and local.is_norm(scaled.base, scaled.factor)
-                and self._pays(scaled, readers, local)
+                all(self._is_exact(scale, reader) for reader in readers)
+                and self._is_norm(scale)
+                and self._pays(scale, readers)
             ):
-                return scaled, readers
+                return scale, readers
         return None
 
-    def _is_exact(
-        self, scaled: _Scaled, reader: Reader, eqn: JaxprEqn, local: Local, path: CallPath
-    ) -> bool:
+    def _products(self, value: int, path: CallPath, steps: tuple[Op, ...] = ()) -> list[_Reader]:
+        """Products of one jaxpr that read a value, moved and converted only; none if others do."""
+        found: list[_Reader] = []
+        if value in self.graph.outputs:
+            return []
+        for op, position in self.graph.uses[value]:
+            if op.path == path and op.name == "dot_general":
+                found.append(_Reader(op, position, steps))
+            elif op.path == path and op.name in MOVES | {_CONVERT} and len(op.inputs) == 1:
+                more = self._products(op.outputs[0], path, (*steps, op))
+                if not more:
+                    return []
+                found += more
+            else:
+                return []
+        return found
+
+    def _is_exact(self, scale: _Scale, reader: _Reader) -> bool:
         """Whether the factor does not vary along what is summed over, and no number is lost."""
-        product = local.jaxpr.eqns[reader.index]
-        operand: Any = product.invars[reader.position].aval
+        graph, product = self.graph, reader.product
+        base, factor = scale.values
+        operand, result = product.inputs[reader.position], product.outputs[0]
         summed = product.params["dimension_numbers"][0][reader.position]
-        along = AxisSet.over(operand.shape, summed)
+        along = AxisSet.over(graph.shape(operand), summed)
         for step in reversed(reader.steps):
-            op = self.graph.op_at[(*path, local.index[step.outvars[0]])]
-            pulled = rule_for(op.name).pull(self.facts.context(op), 0, along)
+            pulled = rule_for(step.name).pull(self.facts.context(step), 0, along)
             if isinstance(pulled, Opaque) or not pulled.exact:
                 return False
             ((_, along),) = pulled.needs
-        env = self.graph.env[path]
-        factor = project(along, shape_of(scaled.factor))  # it may be broadcast
-        if shape_of(scaled.base) != shape_of(eqn.outvars[0]):
+        if graph.shape(base) != graph.shape(scale.op.outputs[0]):
             return False
-        if not self.facts.uniform(env[scaled.factor], factor):
+        source = self._source(base)
+        if not self._is_uniform(factor, along) or self._is_centered_here(
+            source, along, scale.op.path
+        ):
             return False
-        if self._is_centered_here(local.source(scaled.base), along, local, path):
-            return False
-        avals = [scaled.base.aval, scaled.factor.aval, product.outvars[0].aval]
-        kinds = [a.dtype for a in (*avals, operand)]
+        avals = [graph.avals[v] for v in (base, factor, operand, result)]
         return (
-            all(jnp.issubdtype(kind, jnp.floating) for kind in kinds)
+            all(jnp.issubdtype(aval.dtype, jnp.floating) for aval in avals)
             and not any(map(is_explicit, avals))
-            and holds(operand.dtype, dtype_of(local.source(scaled.base)))
+            and self._holds(operand, source)
         )
 
-    def _is_centered_here(self, source: Any, along: AxisSet, local: Local, path: CallPath) -> bool:
+    def _is_uniform(self, value: int, along: AxisSet) -> bool:
+        """Whether what may be broadcast does not vary."""
+        return self.facts.uniform(value, project(along, self.graph.shape(value)))
+
+    def _is_centered_here(self, source: int, along: AxisSet, path: CallPath) -> bool:
         """Whether a mean is taken off at run time: what remains is a copy, too."""
-        made = local.maker(source)
-        if made is None or name_of(made) not in ("sub", "add"):
+        made = self.graph.producer[source]
+        if made is None or made[0].path != path or made[0].name not in ("sub", "add"):
             return False
-        operands = (a for a in made.invars if isinstance(a, Var))
-        env = self.graph.env[path]
-        return any(self.facts.uniform(env[a], project(along, shape_of(a))) for a in operands)
+        return any(
+            self._is_uniform(v, along) for v in made[0].inputs if self.graph.scalar(v) is None
+        )
 
-    def _pays(self, scaled: _Scaled, readers: Iterable[Reader], local: Local) -> bool:
-        results = sum(_elements(local.jaxpr.eqns[r.index].outvars[0]) for r in readers)
-        return self.cost * results < _elements(scaled.base)
+    def _source(self, value: int) -> int:
+        """What a value was before it was converted to dtypes that hold more."""
+        while (made := self.graph.producer[value]) is not None and made[0].name == _CONVERT:
+            (before,) = made[0].inputs
+            if not self._holds(value, before):
+                break
+            value = before
+        return value
 
-    def _described(
-        self, eqn: JaxprEqn, readers: Iterable[Reader], local: Local, path: CallPath
-    ) -> Deferral:
-        results = (shape_of(local.jaxpr.eqns[r.index].outvars[0]) for r in readers)
-        module = self.graph.op_at[(*path, local.index[eqn.outvars[0]])].module
-        return Deferral(module, shape_of(eqn.outvars[0]), tuple(results))
+    def _holds(self, value: int, before: int) -> bool:
+        """Whether the dtype of a value has every number in its range that another one's has."""
+        kinds = [self.graph.avals[v].dtype for v in (value, before)]
+        if not all(jnp.issubdtype(kind, jnp.floating) for kind in kinds):
+            return False
+        a, b = map(jnp.finfo, kinds)
+        return a.maxexp >= b.maxexp and a.minexp <= b.minexp
+
+    def _is_norm(self, scale: _Scale) -> bool:
+        """Whether the factor is computed from squares of what it scales.
+
+        So the base has to be there, whole, before anything can be scaled. (The denominators of a
+        softmax are there sooner, and compilers know what to do with them.)
+        """
+        producer, (base, factor) = self.graph.producer, scale.values
+        source = self._source(base)
+        first = producer[source]
+        start = -1 if first is None or first[0].name in JOINS else first[0].index
+        todo, seen = [factor], {factor}
+        while todo:
+            made = producer[todo.pop()]
+            if made is None or made[0].index <= start:
+                continue
+            if made[0].is_square and self._source(made[0].inputs[0]) == source:
+                return True
+            fresh = {*made[0].inputs} - seen
+            seen |= fresh
+            todo += fresh
+        return False
+
+    def _pays(self, scale: _Scale, readers: Iterable[_Reader]) -> bool:
+        results = sum(self._elements(r.product.outputs[0]) for r in readers)
+        return self.cost * results < self._elements(scale.values[0])
+
+    def _elements(self, value: int) -> int:
+        return prod(n for n in self.graph.shape(value) if isinstance(n, int))
 
 
-def _deferred(product: JaxprEqn, scales: Sequence[tuple[_Scaled, Reader]]) -> JaxprEqn:
+def _deferred(product: JaxprEqn, scales: Sequence[tuple[_Scale, _Reader]]) -> JaxprEqn:
     """``(x W) * r``: a call to a function of its own name that takes the place of a product.
 
     The scale meets the result in the dtype of the accumulator, float32 or wider, so that a sum of
     unscaled numbers cannot leave the range of float16.
     """
-    result: Any = product.outvars[0].aval
-    ranks = [len(shape_of(a)) for a in product.invars]
+    avals: list[Any] = [*(a.aval for a in product.invars), product.outvars[0].aval]
+    ranks, result = [len(aval.shape) for aval in avals[:2]], avals[2]
     numbers = product.params["dimension_numbers"]
     asked = product.params["preferred_element_type"] or result.dtype
     wide = jnp.promote_types(asked, jnp.float32)
 
     def deferred_scale(*arrays: jax.Array) -> jax.Array:
         operands, factors = list(arrays[:2]), []
-        for factor, (scaled, reader) in zip(arrays[2:], scales, strict=True):
-            factor = jnp.broadcast_to(factor, shape_of(scaled.base))
+        for factor, (scale, reader) in zip(arrays[2:], scales, strict=True):
+            factor = jnp.broadcast_to(factor, scale.atoms[0].aval.shape)
             for step in reader.steps:
-                bind = step.primitive.bind
-                operands[reader.position] = bind(operands[reader.position], **step.params)
-                factor = factor if step.primitive.name == CONVERT else bind(factor, **step.params)
+                bind = partial(step.eqn.primitive.bind, **step.params)
+                operands[reader.position] = bind(operands[reader.position])
+                factor = factor if step.name == _CONVERT else bind(factor)
             factors.append(_along_result(factor, numbers, ranks, reader.position, result.shape))
         y = product.primitive.bind(*operands, **{**product.params, "preferred_element_type": wide})
-        for factor, (scaled, _) in zip(factors, scales, strict=True):
-            y = lax.div(y, factor.astype(wide)) if scaled.divides else y * factor.astype(wide)
+        for factor, (scale, _) in zip(factors, scales, strict=True):
+            scaled = lax.div if scale.op.name == "div" else lax.mul
+            y = scaled(y, factor.astype(wide))
         return y.astype(result.dtype)
 
     operands = list(product.invars)
-    for scaled, reader in scales:
-        operands[reader.position] = scaled.base
-    invars = [*operands, *(scaled.factor for scaled, _ in scales)]
+    for scale, reader in scales:
+        operands[reader.position] = scale.atoms[0]
+    invars = [*operands, *(scale.atoms[1] for scale, _ in scales)]
     (eqn,) = trace_like(jax.jit(deferred_scale), *(a.aval for a in invars)).eqns
     return eqn.replace(invars=invars, outvars=product.outvars)
 
@@ -239,7 +311,3 @@ def _along_result(
         first = lax.slice_in_dim(first, 0, 1, axis=d)
     first = lax.transpose(first, (*kept, *summed[operand])).reshape([factor.shape[d] for d in kept])
     return lax.broadcast_in_dim(first, shape, [place[d] for d in kept])
-
-
-def _elements(atom: Any) -> int:
-    return prod(n for n in shape_of(atom) if isinstance(n, int))

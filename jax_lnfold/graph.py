@@ -78,6 +78,12 @@ class Op:
         """The parameters of the equation."""
         return self.eqn.params
 
+    @property
+    def is_square(self) -> bool:
+        """Whether it squares its operand."""
+        power = self.name == "integer_pow" and self.params["y"] == 2
+        return self.name == "square" or power or (self.name == "mul" and len({*self.inputs}) == 1)
+
     def place(self) -> Place:
         """What a person may look for."""
         name = (self.calls[0] if self.stands_in else self.eqn).primitive.name

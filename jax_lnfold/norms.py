@@ -220,8 +220,7 @@ def _mean_squares(graph: Graph, sums_of: SumsOf, centered: int, axes: frozenset[
     squares = set()
     for v in _reach(graph, {centered}, through=_CASTS):
         for op, _ in graph.uses[v]:
-            power = op.name == "integer_pow" and op.params["y"] == 2
-            if op.name == "square" or power or (op.name == "mul" and len(set(op.inputs)) == 1):
+            if op.is_square:
                 squares.add(op.outputs[0])
     return {
         op.outputs[0]

@@ -25,7 +25,7 @@ FLOORS = [
         "response",
         "table",
     },
-    {"center", "cost", "inline", "lanes", "local", "options", "trees"},
+    {"center", "cost", "inline", "lanes", "options", "trees"},
     {"edits", "graph", "stores", "targets"},
     {"dropout", "planfile"},
     {"arithmetic", "flatten", "rules", "plan"},
