@@ -39,9 +39,9 @@ class LayerNorm:
     """One LayerNorm of the program.
 
     `x` and `along` are its input and the axes it averages over, `sums` the equations that compute
-    the sum of ``x`` over `along`, `module` the path of the module it stands in. It runs `count`
-    times in one call, on `elements` numbers in all. `two_pass` if the variance is a mean of squares
-    of centered numbers, not a difference of means.
+    the sum of ``x`` over `along`, `module` the path of the module it stands in, or ``file.py:line``
+    if modules leave no names. It runs `count` times in one call, on `elements` numbers in all.
+    `two_pass` if the variance is a mean of squares of centered numbers, not a difference of means.
     """
 
     x: int
@@ -94,8 +94,9 @@ def find_norms(facts: Facts) -> Norms:
             for root, two_pass in _normalising_roots(graph, tracker, sums_of, known_zero):
                 if (known := found.get(root.index)) is not None:
                     sums |= {op.index: op for op in known.sums}
+                where = root.module or root.place().where
                 found[root.index] = replace(
-                    norm, sums=_in_order(sums), module=root.module, two_pass=two_pass
+                    norm, sums=_in_order(sums), module=where, two_pass=two_pass
                 )
     return Norms(tuple(found[i] for i in sorted(found)), centered)
 

@@ -1,0 +1,201 @@
+"""The language models: Qwen2 (sequential blocks, RMSNorms) and Phi (parallel blocks, LayerNorms).
+
+Attention keeps keys and values in a cache of fixed length, so that one compiled program makes every
+token of an answer.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from .config import PhiConfig, Qwen2Config
+from .layers import Embed, Linear, heads, joined, layer_norm
+
+
+class KV(NamedTuple):
+    """Keys and values of one layer, each ``[batch, positions, heads, head size]``."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+class Rotary(NamedTuple):
+    """Cosines and sines by position, each ``[positions, half of the rotated part]``."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+    @staticmethod
+    def at(positions: jax.Array, size: int, theta: float) -> Rotary:
+        """For these positions; `size` features of a head are rotated (Su et al. 2021)."""
+        rates = theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+        angles = positions.astype(jnp.float32)[:, None] * rates
+        return Rotary(jnp.cos(angles), jnp.sin(angles))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Rotates ``[batch, positions, heads, head size]``: features pair with those half on."""
+        half = self.cos.shape[-1]
+        first, second, rest = jnp.split(x, (half, 2 * half), axis=-1)
+        cos, sin = (y[:, None].astype(x.dtype) for y in self)
+        return jnp.concatenate(
+            (first * cos - second * sin, second * cos + first * sin, rest), axis=-1
+        )
+
+
+class Attention(nnx.Module):
+    """Causal attention with rotary positions and, maybe, fewer heads of keys than of queries."""
+
+    def __init__(self, config: Qwen2Config | PhiConfig, out_bias: bool, rngs: nnx.Rngs) -> None:
+        """Make it with random weights."""
+        d, self.heads = config.hidden_size, config.num_attention_heads
+        self.kv_heads = config.num_key_value_heads
+        narrow = d // self.heads * self.kv_heads
+        self.q_proj = Linear(d, d, rngs=rngs)
+        self.k_proj = Linear(d, narrow, rngs=rngs)
+        self.v_proj = Linear(d, narrow, rngs=rngs)
+        self.o_proj = Linear(d, d, use_bias=out_bias, rngs=rngs)
+
+    def __call__(
+        self, x: jax.Array, rotary: Rotary, cache: KV | None, start: jax.Array | int
+    ) -> tuple[jax.Array, KV | None]:
+        """Maps ``[batch, positions, hidden]`` to the same shape; new keys go to `start` on."""
+        q = rotary(heads(self.q_proj(x), self.heads))
+        k = rotary(heads(self.k_proj(x), self.kv_heads))
+        v = heads(self.v_proj(x), self.kv_heads)
+        if cache is None:
+            out = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        else:
+            cache = KV(
+                *(
+                    jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
+                    for old, new in zip(cache, (k, v), strict=True)
+                )
+            )
+            seen = jnp.arange(cache.keys.shape[1]) <= start + jnp.arange(x.shape[1])[:, None]
+            out = jax.nn.dot_product_attention(q, *cache, mask=seen[None, None])
+        return self.o_proj(joined(out)), cache
+
+
+class Qwen2MLP(nnx.Module):
+    """A gated feed-forward without biases."""
+
+    def __init__(self, config: Qwen2Config, rngs: nnx.Rngs) -> None:
+        """Make it with random weights."""
+        d, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = Linear(d, inner, use_bias=False, rngs=rngs)
+        self.up_proj = Linear(d, inner, use_bias=False, rngs=rngs)
+        self.down_proj = Linear(inner, d, use_bias=False, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps ``[..., hidden]`` to the same shape."""
+        return self.down_proj(nnx.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Qwen2Block(nnx.Module):
+    """Attention, then a feed-forward."""
+
+    def __init__(self, config: Qwen2Config, rngs: nnx.Rngs) -> None:
+        """Make it with random weights."""
+        d, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = nnx.RMSNorm(d, epsilon=eps, rngs=rngs)
+        self.self_attn = Attention(config, out_bias=False, rngs=rngs)
+        self.post_attention_layernorm = nnx.RMSNorm(d, epsilon=eps, rngs=rngs)
+        self.mlp = Qwen2MLP(config, rngs)
+
+    def __call__(
+        self, x: jax.Array, rotary: Rotary, cache: KV | None, start: jax.Array | int
+    ) -> tuple[jax.Array, KV | None]:
+        """Maps ``[batch, positions, hidden]`` to the same shape."""
+        out, cache = self.self_attn(self.input_layernorm(x), rotary, cache, start)
+        x = x + out
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
+
+
+class PhiMLP(nnx.Module):
+    """Two layers with a tanh-GELU between them."""
+
+    def __init__(self, config: PhiConfig, rngs: nnx.Rngs) -> None:
+        """Make it with random weights."""
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps ``[..., hidden]`` to the same shape."""
+        return self.fc2(nnx.gelu(self.fc1(x), approximate=True))
+
+
+class PhiBlock(nnx.Module):
+    """Attention and a feed-forward read one LayerNorm, in parallel."""
+
+    def __init__(self, config: PhiConfig, rngs: nnx.Rngs) -> None:
+        """Make it with random weights."""
+        self.input_layernorm = layer_norm(config.hidden_size, config.layer_norm_eps, rngs)
+        self.self_attn = Attention(config, out_bias=True, rngs=rngs)
+        self.mlp = PhiMLP(config, rngs)
+
+    def __call__(
+        self, x: jax.Array, rotary: Rotary, cache: KV | None, start: jax.Array | int
+    ) -> tuple[jax.Array, KV | None]:
+        """Maps ``[batch, positions, hidden]`` to the same shape."""
+        y = self.input_layernorm(x)
+        out, cache = self.self_attn(y, rotary, cache, start)
+        return out + self.mlp(y) + x, cache
+
+
+class Decoder(nnx.Module):
+    """A language model: token embeddings, blocks, a final norm and logits."""
+
+    def __init__(self, config: Qwen2Config | PhiConfig, rngs: nnx.Rngs) -> None:
+        """Make it with random weights."""
+        self.config, d = config, config.hidden_size
+        self.embed_tokens = Embed(config.vocab_size, d, rngs=rngs)
+        self.rotated = d // config.num_attention_heads
+        if isinstance(config, Qwen2Config):
+            blocks = [Qwen2Block(config, rngs) for _ in range(config.num_hidden_layers)]
+            self.norm = nnx.RMSNorm(d, epsilon=config.rms_norm_eps, rngs=rngs)
+        else:
+            blocks = [PhiBlock(config, rngs) for _ in range(config.num_hidden_layers)]
+            self.final_layernorm = layer_norm(config.hidden_size, config.layer_norm_eps, rngs)
+            self.rotated = int(config.partial_rotary_factor * self.rotated)
+        self.layers = nnx.List(blocks)
+        if not config.tie_word_embeddings:
+            bias = isinstance(config, PhiConfig)
+            self.lm_head = Linear(d, config.vocab_size, use_bias=bias, rngs=rngs)
+
+    def embed(self, ids: jax.Array) -> jax.Array:
+        """Maps ``[...]`` of ids to ``[..., hidden]``."""
+        return self.embed_tokens(ids)
+
+    def hidden_states(
+        self, x: jax.Array, cache: list[KV] | None = None, start: jax.Array | int = 0
+    ) -> tuple[list[jax.Array], list[KV] | None]:
+        """The stream before the first and after each block, and after the final norm.
+
+        ``x`` is ``[batch, positions, hidden]``, at positions `start` on. With a cache its earlier
+        positions are seen, too, and it is returned with the new ones written.
+        """
+        positions = start + jnp.arange(x.shape[1])
+        rotary = Rotary.at(positions, self.rotated, self.config.rope_theta)
+        states, caches = [x], []
+        for i, layer in enumerate(self.layers):
+            x, new = layer(x, rotary, cache[i] if cache else None, start)
+            states.append(x)
+            caches.append(new)
+        norm = self.norm if isinstance(self.config, Qwen2Config) else self.final_layernorm
+        return [*states, norm(x)], caches if cache else None
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Maps the final hidden state ``[..., hidden]`` to float32 ``[..., vocabulary]``."""
+        tied = self.config.tie_word_embeddings
+        return (self.embed_tokens.attend(x) if tied else self.lm_head(x)).astype(jnp.float32)
+
+    def empty_cache(self, batch: int, positions: int) -> list[KV]:
+        """Zeros for every layer."""
+        config, dtype = self.config, self.embed_tokens.embedding.dtype
+        size = config.hidden_size // config.num_attention_heads
+        zeros = jnp.zeros((batch, positions, config.num_key_value_heads, size), dtype)
+        return [KV(zeros, zeros) for _ in self.layers]

@@ -1,0 +1,28 @@
+"""The layers that all parts are made of, with their random weights."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+from flax import nnx
+
+# Under `jit` a shape is traced once, not once a layer.
+normal = jax.jit(nnx.initializers.normal(0.02), static_argnums=(1, 2))
+Linear = partial(nnx.Linear, kernel_init=normal)
+Embed = partial(nnx.Embed, embedding_init=normal)
+
+
+def layer_norm(size: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """With the variance in two passes, as PyTorch computes it."""
+    return nnx.LayerNorm(size, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
+
+
+def heads(x: jax.Array, number: int) -> jax.Array:
+    """Splits the last axis into that many heads."""
+    return x.reshape(*x.shape[:-1], number, -1)
+
+
+def joined(x: jax.Array) -> jax.Array:
+    """Heads side by side again."""
+    return x.reshape(*x.shape[:-2], -1)
