@@ -140,14 +140,20 @@ def next_token(
     return jax.random.categorical(key, logits).astype(jnp.int32)
 
 
+class OneKey:
+    """Stands in for `nnx.Rngs` where only shapes matter.
+
+    That would count in the trace, in time quadratic in the layers.
+    """
+
+    def params(self) -> jax.Array:
+        """The same key every time."""
+        return jax.random.key(0)
+
+
 def abstract(config: Config) -> TinyLlavaVideo:
     """The model with shapes and dtypes in place of its parameters."""
-
-    class NoRandomness:  # `nnx.Rngs` would count in the trace, in time quadratic in the layers
-        def params(self) -> jax.Array:
-            return jax.random.key(0)
-
-    return nnx.eval_shape(lambda: TinyLlavaVideo(config, NoRandomness()))
+    return nnx.eval_shape(lambda: TinyLlavaVideo(config, OneKey()))
 
 
 def functional(
