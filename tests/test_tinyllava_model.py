@@ -204,7 +204,7 @@ def test_bad_input() -> None:
         model.connector(jnp.zeros((1, 3, 24)))
     with pytest.raises(InputError, match=r"pixels: \(28, 30, 3\) are given"):
         model.encode_video(pixels[:, :, :28])
-    with pytest.raises(InputError, match="takes 513 positions, 23 of them before the answer"):
+    with pytest.raises(InputError, match="it takes 23 positions with the video, the answer 490"):
         generate(max_new_tokens=490)
     assert jax.eval_shape(partial(generate, max_new_tokens=489)).shape == (2, 489)
     for bad in ({"max_new_tokens": 0}, {"max_new_tokens": 3, "temperature": -1.0}):
