@@ -130,10 +130,11 @@ class _Timeline:
         return float(index / self.rate if ticks is None else ticks * self.tick)
 
     def sample(self, count: int, limit: int) -> list[int]:
-        """Which frames are taken."""
+        """Which frames are taken; none where there are too few."""
+        total = len(self.stamps)
         if count == ONE_A_SECOND:
-            count = min(limit, max(1, int(self.duration)), len(self.stamps))
-        return np.linspace(0, len(self.stamps) - 1, count, dtype=int).tolist()
+            count = min(limit, max(1, int(self.duration)), total)
+        return np.linspace(0, total - 1, count, dtype=int).tolist() if count <= total else []
 
 
 def _open(file: Path) -> av.container.InputContainer:
@@ -237,8 +238,7 @@ def show(frames: Frames, *, columns: int = 4, width: int = 240) -> Image.Image:
 
 def _resized(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """To (width, height)."""
-    image = Image.fromarray(np.ascontiguousarray(pixels))
-    return np.asarray(image.resize(size, Image.Resampling.BICUBIC))
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
 
 
 def _positive(name: str, value: int, allowed: tuple[int, ...] = ()) -> int:
