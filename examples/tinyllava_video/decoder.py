@@ -189,9 +189,10 @@ class Decoder(nnx.Module):
         return [*states, norm(x)], caches if cache else None
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """Maps the final hidden state ``[..., hidden]`` to float32 ``[..., vocabulary]``."""
+        """Maps final hidden states ``[..., hidden]`` to ``[..., vocabulary]``, float32 or wider."""
         tied = self.config.tie_word_embeddings
-        return (self.embed_tokens.attend(x) if tied else self.lm_head(x)).astype(jnp.float32)
+        y = self.embed_tokens.attend(x) if tied else self.lm_head(x)
+        return y.astype(jnp.promote_types(y.dtype, jnp.float32))
 
     def empty_cache(self, batch: int, positions: int) -> list[KV]:
         """Zeros for every layer."""

@@ -45,8 +45,8 @@ class TinyLlavaVideo(nnx.Module):
         Raises:
             InputError: the frames do not fit, or all together is longer than the context.
         """
-        embed, queries = self.language_model.embed, self.config.resampler.num_queries
-        self._check_length(length := before.shape[1] + queries + after.shape[1], length)
+        self._checked_length(before, after)
+        embed = self.language_model.embed
         parts = embed(before), self.encode_video(pixels), embed(after)
         return jnp.concatenate(parts, axis=1)
 
@@ -85,10 +85,9 @@ class TinyLlavaVideo(nnx.Module):
             )
         if temperature and key is None:
             raise InputError("key: sampling needs one; pass jax.random.key(seed)")
-        lm, x = self.language_model, self.embed_prompt(pixels, before, after)
-        batch, length, _ = x.shape
-        self._check_length(length + max_new_tokens, length)
-        choose = partial(next_token, temperature=temperature, top_p=top_p)
+        length, batch = self._checked_length(before, after, max_new_tokens), len(before)
+        lm, choose = self.language_model, partial(next_token, temperature=temperature, top_p=top_p)
+        x = self.embed_prompt(pixels, before, after)
         states, cache = lm.hidden_states(x, lm.empty_cache(batch, length + max_new_tokens))
         ends = jnp.asarray(eos or (-1,), jnp.int32)
 
@@ -116,13 +115,16 @@ class TinyLlavaVideo(nnx.Module):
         final = jax.lax.dynamic_index_in_dim(tokens, step - 1, axis=1)
         return jnp.where(left, final, tokens)
 
-    def _check_length(self, needed: int, prompt: int) -> None:
-        if needed > self.config.context:
+    def _checked_length(self, before: jax.Array, after: jax.Array, answer: int = 0) -> int:
+        """The length of the prompt, if it leaves room for an answer."""
+        length = before.shape[1] + self.config.resampler.num_queries + after.shape[1]
+        if length + answer > self.config.context:
             raise InputError(
-                f"prompt: with the video and the answer it takes {needed} positions, {prompt} of "
-                f"them before the answer, and the context has {self.config.context}; shorten the "
-                "question or the history, or ask for fewer tokens"
+                f"prompt: it takes {length} positions with the video, the answer {answer}, and the "
+                f"context has {self.config.context}; shorten the question or the history, or ask "
+                "for fewer tokens"
             )
+        return length
 
 
 def next_token(
@@ -140,14 +142,20 @@ def next_token(
     return jax.random.categorical(key, logits).astype(jnp.int32)
 
 
+class OneKey:
+    """Stands in for `nnx.Rngs` where only shapes matter.
+
+    That would count in the trace, in time quadratic in the layers.
+    """
+
+    def params(self) -> jax.Array:
+        """The same key every time."""
+        return jax.random.key(0)
+
+
 def abstract(config: Config) -> TinyLlavaVideo:
     """The model with shapes and dtypes in place of its parameters."""
-
-    class NoRandomness:  # `nnx.Rngs` would count in the trace, in time quadratic in the layers
-        def params(self) -> jax.Array:
-            return jax.random.key(0)
-
-    return nnx.eval_shape(lambda: TinyLlavaVideo(config, NoRandomness()))
+    return nnx.eval_shape(lambda: TinyLlavaVideo(config, OneKey()))
 
 
 def functional(

@@ -1,0 +1,242 @@
+"""TinyLLaVA-Video: what folds in it, that folding changes nothing, and how it generates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jax_lnfold
+from examples.tinyllava_video.config import CONFIGS, Config, ResamplerConfig, named
+from examples.tinyllava_video.errors import InputError
+from examples.tinyllava_video.model import TinyLlavaVideo, abstract, functional, next_token
+from examples.tinyllava_video.resampler import Resampler, position_encoding
+
+TINY = ("tiny-qwen2", "tiny-phi")
+# Attention takes its softmax in float32, whatever the dtype of the model.
+close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+
+
+def configured(name: str, *, feature_norm: bool = False, **resampler: Any) -> Config:
+    config = named(name)
+    vision = replace(config.vision, feature_norm=feature_norm)
+    return replace(config, vision=vision, resampler=replace(config.resampler, **resampler))
+
+
+def made(config: Config) -> TinyLlavaVideo:
+    """With random weights in float64, scales and biases included."""
+    graph, shapes = nnx.split(abstract(config))
+    rng = np.random.default_rng(3)
+    return nnx.merge(
+        graph, jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape)), shapes)
+    )
+
+
+def inputs(config: Config, batch: int = 2, frames: int = 5) -> tuple[jax.Array, ...]:
+    rng, side = np.random.default_rng(1), config.vision.image_size
+    pixels = rng.uniform(-1, 1, (batch, frames, side, side, 3))
+    before, after = rng.integers(0, 256, (batch, 7)), rng.integers(0, 256, (batch, 4))
+    return jnp.asarray(pixels), jnp.asarray(before, jnp.int32), jnp.asarray(after, jnp.int32)
+
+
+def counts(report: jax_lnfold.Report, file: str) -> tuple[int, int]:
+    """How many LayerNorms of a file are folded, and how many there are."""
+    found = [n.folded for n in report.norms if n.path.startswith(file)]
+    return sum(found), len(found)
+
+
+def checked(function: Callable[..., Any], params: Any, *given: Any) -> jax_lnfold.Folded:
+    """The fold, after both contracts were checked."""
+    folded = jax_lnfold.fold(function, params, *given)
+    original = jax.jit(function)
+    expected = original(params, *given)
+    close(jax.jit(folded.apply)(folded.params, *given), expected)
+    close(original(folded.params, *given), expected)
+    return folded
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("frames", [5, 8], ids=["groups differ", "groups of equal length"])
+def test_resampler_folds_at_no_cost(name: str, frames: int) -> None:
+    model = made(configured(name))
+    tokens = frames * model.config.vision.tokens
+    assert bool(tokens % 4) == (frames == 5)
+    function, params = functional(model, "encode_video")
+    folded = checked(function, params, inputs(model.config, frames=frames)[0])
+    resampler = 2 * 3 + 1  # media, latents and feed-forward of two layers; the final one
+    twice = 2 if tokens % 4 else 1  # longer groups run by themselves
+    assert counts(folded.report, "resampler.py") == (twice * resampler,) * 2
+    assert folded.report.n_inserted == 0
+    edited = {edit.key_path for edit in folded.plan.edits}
+    assert {path.partition("/")[0] for path in edited} == {"connector"}
+
+
+def test_naive_resampler_folds_too() -> None:
+    model = made(configured("tiny-qwen2", groups=1, position_encoding=False))
+    function, params = functional(model, "encode_video")
+    folded = checked(function, params, inputs(model.config)[0])
+    assert counts(folded.report, "resampler.py") == (7, 7)
+
+
+def test_tower_is_read_raw_unless_through_its_norm() -> None:
+    reports = {}
+    for feature_norm in (False, True):
+        model = made(configured("tiny-qwen2", feature_norm=feature_norm))
+        function, params = functional(model, "encode_video")
+        reports[feature_norm] = checked(function, params, inputs(model.config)[0]).report
+    assert counts(reports[False], "siglip.py") == (0, 4)
+    why = " ".join(str(reports[False]).split())
+    assert "`dot_general` (resampler.py:" in why
+    assert "reads the shifted value across the mean" in why
+    assert "Let this operation read the stream through a LayerNorm" in why
+    assert counts(reports[True], "siglip.py") == (5, 5)
+    assert reports[True].n_inserted == 0
+
+
+def test_phi_folds_in_prefill_and_in_decoding() -> None:
+    model = made(configured("tiny-phi"))
+    function, params = functional(model)
+    given = inputs(model.config)
+    report = checked(function, params, *given).report
+    assert counts(report, "decoder.py") == (3, 3)
+    assert report.n_inserted == 1  # the video ends in a scale and a bias
+    generate, _ = functional(model, "generate", max_new_tokens=5)
+    folded = jax_lnfold.fold(generate, params, *given)
+    assert counts(folded.report, "decoder.py") == (6, 6)
+    original, tokens = jax.jit(generate), jax.jit(folded.apply)(folded.params, *given)
+    np.testing.assert_array_equal(tokens, original(params, *given))
+    np.testing.assert_array_equal(tokens, original(folded.params, *given))
+
+
+def test_qwen2_is_left_bit_for_bit() -> None:
+    model = made(configured("tiny-qwen2"))
+    graph, params = nnx.split(model.language_model)
+
+    def function(params: Any, x: jax.Array) -> jax.Array:
+        lm = nnx.merge(graph, params)
+        return lm.logits(lm.hidden_states(x)[0][-1])
+
+    x = jax.random.normal(jax.random.key(0), (2, 6, 32), jnp.float64)
+    folded = jax_lnfold.fold(function, params, x)
+    assert not folded.report.norms
+    assert not folded.plan.edits
+    assert all(map(np.array_equal, *map(jax.tree.leaves, (folded.params, params))))
+    before, after = jax.jit(function)(params, x), jax.jit(folded.apply)(params, x)
+    np.testing.assert_array_equal(before, after)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_cache_gives_the_tokens_that_whole_sequences_give(name: str) -> None:
+    model = made(configured(name))
+    given = inputs(model.config)
+    generate, params = functional(model, "generate", max_new_tokens=6)
+    tokens = np.asarray(jax.jit(generate)(params, *given))
+    whole, _ = functional(model)
+    longer = jnp.concatenate((given[2], tokens[:, :-1]), axis=1)
+    logits = jax.jit(whole)(params, *given[:2], longer)
+    np.testing.assert_array_equal(logits[:, -6:].argmax(-1), tokens)
+    eos = int(tokens[0, 2])
+    stopping, _ = functional(model, "generate", max_new_tokens=6, eos=(eos, 256))
+    stopped = np.asarray(jax.jit(stopping)(params, *given))
+    for row, full in zip(stopped, tokens, strict=True):
+        ends = np.flatnonzero(full == eos)
+        last = ends[0] if len(ends) else 5
+        np.testing.assert_array_equal(row[: last + 1], full[: last + 1])
+        assert (row[last + 1 :] == eos).all()
+
+
+def test_sampling_keeps_to_the_likeliest() -> None:
+    probabilities = np.array([0.02, 0.5, 0.08, 0.1, 0.3])
+    logits = jnp.broadcast_to(jnp.log(probabilities), (4000, 5))
+    draw = partial(next_token, logits, jax.random.key(0))
+    share = np.bincount(draw(temperature=1.0, top_p=1.0), minlength=5) / 4000
+    np.testing.assert_allclose(share, probabilities, atol=0.03)
+    assert set(np.unique(draw(temperature=1.0, top_p=0.75))) == {1, 4}
+    assert set(np.unique(draw(temperature=1.0, top_p=0.85))) == {1, 3, 4}
+    assert set(np.unique(draw(temperature=1.0, top_p=1e-6))) == {1}
+    sharper = np.bincount(draw(temperature=0.5, top_p=1.0), minlength=5) / 4000
+    np.testing.assert_allclose(sharper, probabilities**2 / (probabilities**2).sum(), atol=0.03)
+    assert (next_token(logits, None, temperature=0.0, top_p=1.0) == 1).all()
+
+
+def test_sampled_answers_fold() -> None:
+    model = made(configured("tiny-qwen2"))
+    given = *inputs(model.config), jax.random.key(5)
+    options = {"max_new_tokens": 8, "temperature": 1.5, "top_p": 0.9}
+    generate, params = functional(model, "generate", **options)
+    folded = jax_lnfold.fold(generate, params, *given)
+    original, tokens = jax.jit(generate), jax.jit(folded.apply)(folded.params, *given)
+    np.testing.assert_array_equal(tokens, original(params, *given))
+    assert (tokens != original(params, *given[:-1], jax.random.key(6))).any()
+
+
+def test_groups_are_read_by_themselves() -> None:
+    """What is in one group is not seen by the queries of another."""
+    config = ResamplerConfig(12, 4, 2, 2, 8)
+    resampler = Resampler(config, 6, 32, nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(size=(2, 11, 6))  # groups of 3, 3, 3 and 2 tokens
+    changed = x.copy()
+    changed[:, 6:9] += 1
+    first, second = (jax.jit(resampler)(jnp.asarray(y)) for y in (x, changed))
+    differs = np.abs(first - second).max(axis=(0, 2))
+    np.testing.assert_array_equal(differs > 1e-6, np.arange(12) // 3 == 2)
+
+
+def test_position_encoding() -> None:
+    table = position_encoding(5, 8)
+    assert table.shape == (5, 8)
+    np.testing.assert_allclose(table[3, 4], np.sin(3 * 10000 ** (-4 / 8)), rtol=1e-6)
+    np.testing.assert_allclose(table[3, 5], np.cos(3 * 10000 ** (-4 / 8)), rtol=1e-6)
+
+
+def test_bad_input() -> None:
+    model = made(configured("tiny-qwen2"))
+    pixels, before, after = inputs(model.config)
+    generate = partial(model.generate, pixels, before, after)
+    with pytest.raises(InputError, match="tokens are fewer than the 4 groups"):
+        model.connector(jnp.zeros((1, 3, 24)))
+    with pytest.raises(InputError, match=r"pixels: \(28, 30, 3\) are given"):
+        model.encode_video(pixels[:, :, :28])
+    with pytest.raises(InputError, match="it takes 23 positions with the video, the answer 490"):
+        generate(max_new_tokens=490)
+    assert jax.eval_shape(partial(generate, max_new_tokens=489)).shape == (2, 489)
+    for bad in ({"max_new_tokens": 0}, {"max_new_tokens": 3, "temperature": -1.0}):
+        with pytest.raises(InputError):
+            generate(**bad)
+    with pytest.raises(InputError, match="top_p"):
+        generate(max_new_tokens=3, temperature=1.0, top_p=0.0)
+    with pytest.raises(InputError, match="key: sampling needs one"):
+        generate(max_new_tokens=3, temperature=1.0)
+    with pytest.raises(InputError, match=r"there is no 'gpt-5'; there are qwen2\.5-3b"):
+        named("gpt-5")
+    with pytest.raises(InputError, match="10 are not divisible by 4 groups"):
+        ResamplerConfig(10, 4)
+
+
+def test_public_models_have_their_published_sizes() -> None:
+    def size(tree: Any) -> int:
+        return sum(x.size for x in jax.tree.leaves(nnx.state(tree)))
+
+    qwen, phi = (abstract(CONFIGS[f"{name}-group-16-512"]) for name in ("qwen2.5-3b", "phi-2"))
+    assert size(qwen.vision_tower) == size(phi.vision_tower) == 428_225_600
+    assert size(qwen.language_model) == 3_085_938_688
+    assert size(phi.language_model) == 2_779_683_840
+    assert size(qwen) == 3_629_878_336
+    assert qwen.config.vision.tokens * 16 == 11_648 == 16 * 728
+
+
+def test_public_resampler_folds_at_its_size() -> None:
+    """From shapes alone; the tower is read raw at its second-to-last stream."""
+    function, params = functional(abstract(named("qwen2.5-3b-group-16-512")), "encode_video")
+    pixels = jax.ShapeDtypeStruct((1, 16, 384, 384, 3), jnp.float32)
+    report = jax_lnfold.analyze(function, params, pixels)
+    assert counts(report, "resampler.py") == (10, 10)
+    assert counts(report, "siglip.py") == (0, 52)
+    assert report.n_inserted == 0
