@@ -204,9 +204,9 @@ def test_bad_input() -> None:
         model.connector(jnp.zeros((1, 3, 24)))
     with pytest.raises(InputError, match=r"pixels: \(28, 30, 3\) are given"):
         model.encode_video(pixels[:, :, :28])
-    with pytest.raises(InputError, match="it takes 23 positions with the video, the answer 490"):
-        generate(max_new_tokens=490)
-    assert jax.eval_shape(partial(generate, max_new_tokens=489)).shape == (2, 489)
+    with pytest.raises(InputError, match="it takes 23 positions with the video, the answer 1002"):
+        generate(max_new_tokens=1002)
+    assert jax.eval_shape(partial(generate, max_new_tokens=1001)).shape == (2, 1001)
     for bad in ({"max_new_tokens": 0}, {"max_new_tokens": 3, "temperature": -1.0}):
         with pytest.raises(InputError):
             generate(**bad)
