@@ -85,9 +85,11 @@ def answered(options: argparse.Namespace) -> str:
     )
     start = time.perf_counter()
     answer = pipeline.answer(pixels, options.prompt, seed=options.seed)
-    say(f"folded, compiled and answered in {time.perf_counter() - start:.1f} s")
-    if report := pipeline.report:
-        say(str(report) if options.report else str(report).splitlines()[-2])
+    say(f"answered in {time.perf_counter() - start:.1f} s, with the time to compile")
+    if (report := pipeline.report) and options.report:
+        say(str(report))
+    elif report:
+        say(f"{report.n_folded} of {len(report.norms)} LayerNorms ran as RMSNorms (--report: why)")
     return answer
 
 

@@ -73,6 +73,9 @@ class Pipeline:
     def _prepare(self, inputs: tuple[Any, ...]) -> None:
         run = self._original
         if self.fold:
-            folded = jax_lnfold.fold(run, self._params, *inputs)
+            try:
+                folded = jax_lnfold.fold(run, self._params, *inputs)
+            except jax_lnfold.TraceError as error:
+                raise error.__cause__ or error from None  # what the model says of its inputs
             run, self._params, self.report = folded.apply, folded.params, folded.report
         self._run = jax.jit(run)
