@@ -99,10 +99,9 @@ TPU = {  # a program takes the compiler half a minute of one core for v5e, and a
         *sweep("vit_b_qk_norm", (16,), dtypes=LOW),
         *sweep("swin_t", (16,), dtypes=LOW),
         *sweep("vit_l", (16,), (), ONE, LOW),
-        *sweep("gpt2_xl_decode", (16,), (), ONE, LOW),
     ),
     "v6e": (
-        *sweep("vit_b", (16,), dtypes=LOW),
+        *sweep("vit_b", (16,), (), ONE, LOW),
         *sweep("gpt2", (4,), dtypes=LOW),
         *sweep("whisper_base_encoder", (4,), dtypes=LOW),
     ),
