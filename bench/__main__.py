@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .cases import CPU, GPU, KEYS, TPU, Case, pick
-from .models import MODELS
+from .registry import MODELS
 from .tpu import TOPOLOGIES, Estimate, lowered, no_libtpu, read, set_up_environment
 
 RESULTS = Path(__file__).parent / "results"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from typing import Any
 
-from .models import MODELS
+from .registry import MODELS
 
 BOTH = ("one_pass", "two_pass")
 

@@ -25,8 +25,9 @@ from rich.table import Table
 
 import jax_lnfold
 
-from .models import GPT, MODELS, Config, ViT
+from .models import GPT, Config, ViT
 from .programs import random_arrays
+from .registry import MODELS
 from .store import Store
 from .tables import said
 from .timing import interleaved, spread

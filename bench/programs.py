@@ -15,7 +15,8 @@ from jax.extend.core import jaxpr_as_fun
 import jax_lnfold
 from jax_lnfold.options import DEFERRED_COST
 
-from .models import MODELS, NORMS
+from .models import NORMS
+from .registry import MODELS
 
 ORIGINAL, FOLDED, BOUND = "original", "folded", "norms removed"
 FOLDS: dict[str, dict[str, Any]] = {

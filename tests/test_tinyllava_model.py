@@ -184,7 +184,8 @@ def test_groups_are_read_by_themselves() -> None:
     """What is in one group is not seen by the queries of another."""
     config = ResamplerConfig(12, 4, 2, 2, 8)
     resampler = Resampler(config, 6, 32, nnx.Rngs(0))
-    x = np.random.default_rng(0).normal(size=(2, 11, 6))  # groups of 3, 3, 3 and 2 tokens
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 11, 6)).astype(np.float32)  # groups of 3, 3, 3 and 2 tokens
     changed = x.copy()
     changed[:, 6:9] += 1
     first, second = (jax.jit(resampler)(jnp.asarray(y)) for y in (x, changed))
@@ -221,6 +222,24 @@ def test_bad_input() -> None:
         named("gpt-5")
     with pytest.raises(InputError, match="10 are not divisible by 4 groups"):
         ResamplerConfig(10, 4)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_everything_is_computed_in_the_dtype_of_the_weights(name: str) -> None:
+    """Logits are float32, for the choice among many."""
+    model = made(configured(name))
+    graph, params = nnx.split(model)
+    model = nnx.merge(graph, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+    given = inputs(model.config)
+    assert jax.eval_shape(model.embed_prompt, *given).dtype == jnp.bfloat16
+    x = jax.ShapeDtypeStruct((2, 4, model.config.text.hidden_size), jnp.bfloat16)
+    states, cache = jax.eval_shape(
+        model.language_model.hidden_states, x, model.language_model.empty_cache(2, 9)
+    )
+    assert {s.dtype for s in jax.tree.leaves((states, cache))} == {jnp.dtype(jnp.bfloat16)}
+    assert jax.eval_shape(model, *given).dtype == jnp.float32
+    tokens = jax.eval_shape(partial(model.generate, max_new_tokens=3), *given)
+    assert tokens.shape == (2, 3)
 
 
 def test_public_models_have_their_published_sizes() -> None:

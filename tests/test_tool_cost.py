@@ -20,8 +20,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jax_lnfold
 from bench import compile_cost, peers, tool_cost
-from bench.models import MODELS, Config
+from bench.models import Config
 from bench.programs import random_arrays
+from bench.registry import MODELS
 from bench.tpu import collectives
 from jax_lnfold.axes import ALL, FREE, AxisSet, Labels
 from jax_lnfold.center import Recipe, _compiled_bound, _compiled_edit, edit_leaf, overflows

@@ -168,7 +168,7 @@ class Decoder(nnx.Module):
 
     def embed(self, ids: jax.Array) -> jax.Array:
         """Maps ``[...]`` of ids to ``[..., hidden]``."""
-        return self.embed_tokens(ids)
+        return self.embed_tokens.embedding[...][ids]  # in its dtype, whatever it was made with
 
     def hidden_states(
         self, x: jax.Array, cache: list[KV] | None = None, start: jax.Array | int = 0
@@ -191,7 +191,7 @@ class Decoder(nnx.Module):
     def logits(self, x: jax.Array) -> jax.Array:
         """Maps final hidden states ``[..., hidden]`` to ``[..., vocabulary]``, float32 or wider."""
         tied = self.config.tie_word_embeddings
-        y = self.embed_tokens.attend(x) if tied else self.lm_head(x)
+        y = x @ self.embed_tokens.embedding[...].T if tied else self.lm_head(x)
         return y.astype(jnp.promote_types(y.dtype, jnp.float32))
 
     def empty_cache(self, batch: int, positions: int) -> list[KV]:

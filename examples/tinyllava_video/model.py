@@ -108,6 +108,8 @@ class TinyLlavaVideo(nnx.Module):
             return (step < max_new_tokens) & ~done.all()
 
         first = pick(states, 0)
+        if max_new_tokens == 1:
+            return first[:, None]
         tokens = jnp.broadcast_to(first[:, None], (batch, max_new_tokens))
         carry = jnp.int32(1), tokens, jnp.isin(first, ends), cache
         step, tokens, _, _ = jax.lax.while_loop(goes_on, advance, carry)
