@@ -180,6 +180,8 @@ def _parsed(given: dict[str, Any]) -> Config:
             f"{tower.num_hidden_layers} layers"
         )
     decoder = _sizes(TEXT[_one_of(text, "model_type", TEXT)], text | _rope(text))
+    for name, size in (("hidden_size", decoder), ("vision_hidden_size", tower)):
+        _one_of({name: size.hidden_size} | given, name, (size.hidden_size,))
     config = Config(tower, resampler, decoder, _typed(given, "tokenizer_model_max_length", 0))
     alike = (replace(config, **_some(asdict(c), OWN_FIELDS)) for c in CONFIGS.values())
     known = next((c for c in alike if c in CONFIGS.values()), config)
@@ -195,6 +197,8 @@ def _sizes(public: PublicClass[T], given: dict[str, Any]) -> T:
         _one_of({name: allowed[0]} | given, name, allowed)
     kinds = {field.name: field.default for field in fields(public.own)}
     sizes = public.own(**{name: _typed(given, name, kinds[name]) for name in public.defaults})
+    for kind in given.get("layer_types") or ():
+        _one_of({"layer_types": kind}, "layer_types", ("full_attention",))
     heads, size = sizes.num_attention_heads, sizes.hidden_size
     few = getattr(sizes, "num_key_value_heads", heads)
     if size % heads or heads % few or given.get("head_dim") not in (None, size // heads):

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +204,6 @@ CASES = {
     "qwen2, tied": (QWEN2 | {"tie_word_embeddings": True}, "groupresampler", True),
     "qwen2, naive resampler": (QWEN2 | {"tie_word_embeddings": False}, "resampler", True),
     "phi": (PHI, "groupresampler", False),
-    "phi, grouped queries": (PHI | {"num_key_value_heads": 2}, "groupresampler", True),
 }
 
 
@@ -251,9 +250,11 @@ def perturbed(model: Whole) -> Whole:
     """No parameter hides anything: scales are not one, biases not zero."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for x in model.parameters():
+        for name, x in model.named_parameters():
             noise = torch.randn(x.shape, generator=generator)
-            x.copy_(x + 0.5 * noise if x.ndim == 1 else noise / x[0].numel() ** 0.5)
+            # Where embeddings are tied, large ones would repeat the last token for ever.
+            wide = 0.3 if "embed_tokens" in name else x[0].numel() ** -0.5
+            x.copy_(x + 0.3 * noise if x.ndim == 1 else wide * noise)
     return model.eval()
 
 
@@ -293,19 +294,23 @@ def test_tower(checkpoint: Checkpoint) -> None:
     close(jax.jit(tower.features)(x[0]), theirs.hidden_states[-2][:, 1:])
 
 
-@pytest.mark.parametrize(("frames", "remainder"), [(3, 1), (4, 0), (5, 3)])
+@pytest.mark.parametrize(("frames", "remainder"), [(4, 0), (5, 3)])
 def test_resampler(checkpoint: Checkpoint, frames: int, remainder: int) -> None:
     ours, theirs = checkpoint.model.connector, checkpoint.torch.resampler
     x = np.random.default_rng(2).normal(size=(2, frames * 15, 24)).astype(np.float32)
     assert x.shape[1] % 4 == remainder
     close(jax.jit(ours)(x), theirs(torch.from_numpy(x)))
     media = theirs.linear(torch.from_numpy(x))
-    latents = jnp.broadcast_to(ours.latents[...], (2, *ours.latents.shape))
-    states = theirs.states(media)
-    close(latents, states[0])
-    for layer, expected in zip(ours.layers, states[1:], strict=True):
-        latents = layer(jnp.asarray(media.numpy()), latents)
-        close(latents, expected)
+
+    @jax.jit
+    def states(media: jax.Array) -> list[jax.Array]:
+        states = [jnp.broadcast_to(ours.latents[...], (2, *ours.latents.shape))]
+        for layer in ours.layers:
+            states.append(layer(media, states[-1]))
+        return states
+
+    for a, b in zip(states(media.numpy()), theirs.states(media), strict=True):
+        close(a, b)
 
 
 def test_positions_are_rounded_alike() -> None:
@@ -333,10 +338,9 @@ def test_language_model(checkpoint: Checkpoint, length: int) -> None:
     close(ours.logits(states[-1]), expected.logits, tolerance)
 
 
-@pytest.mark.parametrize("frames", [3, 4])
-def test_logits_of_the_whole_model(checkpoint: Checkpoint, frames: int) -> None:
+def test_logits_of_the_whole_model(checkpoint: Checkpoint) -> None:
     ours, theirs = checkpoint.model, checkpoint.torch
-    (x, y), (before, after, ids) = pixels(frames), prompt(ours.config.text.vocab_size)
+    (x, y), (before, after, ids) = pixels(3), prompt(ours.config.text.vocab_size)
     embeddings = theirs.embed_prompt(y, ids)
     close(jax.jit(ours.embed_prompt)(x, before, after), embeddings)
     close(jax.jit(ours)(x, before, after), theirs.language_model(inputs_embeds=embeddings).logits)
@@ -358,16 +362,22 @@ def test_greedy_generation(checkpoint: Checkpoint) -> None:
         ).numpy()
         if eos:  # it stops when all rows have ended
             answer = np.pad(answer, ((0, 0), (0, steps - answer.shape[1])), constant_values=eos[0])
-        return np.asarray(ours.generate(x, before, after, max_new_tokens=steps, eos=eos)), answer
+        generate = jax.jit(partial(ours.generate, max_new_tokens=steps, eos=eos))
+        return np.asarray(generate(x, before, after)), answer
 
     free, expected = both()
     np.testing.assert_array_equal(free, expected)
-    assert len(np.unique(free)) > 3
-    eos = int(free[1, 4])
+    # Of the tokens that come before other ones in some answer, the rarest.
+    tokens, counts = np.unique(free, return_counts=True)
+    eos = next(int(t) for t in tokens[counts.argsort()] if (ended_by(t, free) != free).any())
     ended, expected = both(eos)
     np.testing.assert_array_equal(ended, expected)
-    assert (ended != free).any()
-    assert (ended[1, 4:] == eos).all()
+    np.testing.assert_array_equal(ended, ended_by(eos, free))
+
+
+def ended_by(eos: int, tokens: np.ndarray) -> np.ndarray:
+    """Rows filled up from the first such token on."""
+    return np.where(np.maximum.accumulate(tokens == eos, axis=1), eos, tokens)
 
 
 # --- near misses ---------------------------------------------------------------------------------
@@ -404,6 +414,7 @@ MISSES = {
     "tower: q and k": swapped(LAYER + "self_attn.q_proj.weight", LAYER + "self_attn.k_proj.weight"),
     "tower: q transposed": transposed(LAYER + "self_attn.q_proj.weight"),
     "tower: norms": swapped(LAYER + "layer_norm1.bias", LAYER + "layer_norm2.bias"),
+    "head: order of q, k and v": rolled(TOWER + "head.attention.in_proj_weight", 3),
     "resampler: k and v": rolled(LATENTS + "0.to_kv.weight", 2),
     "resampler: norms": swapped(LATENTS + "0.norm_media.weight", LATENTS + "1.0.weight"),
     "text: q and k": swapped(TEXT + "self_attn.q_proj.weight", TEXT + "self_attn.k_proj.weight"),
@@ -413,37 +424,49 @@ MISSES = {
 
 
 @pytest.fixture(scope="module")
-def phi(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+def phi(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]:
     """Its projections are square: no shape tells them apart."""
-    return saved(tmp_path_factory.mktemp("phi"), PHI, "groupresampler")
+    with torch.no_grad():
+        yield saved(tmp_path_factory.mktemp("phi"), PHI, "groupresampler")
 
 
-@pytest.mark.parametrize("change", MISSES.values(), ids=MISSES)
+@pytest.fixture(scope="module")
+def outputs(phi: Checkpoint) -> Callable[[TinyLlavaVideo], tuple[jax.Array, jax.Array]]:
+    """The pooled video and the logits of such a model, compiled once."""
+    x, (before, after, _) = pixels(3)[0], prompt(103)
+    logits, _ = functional(phi.model)
+    pooled, _ = functional(phi.model.vision_tower, "pooled")
+
+    @jax.jit
+    def both(params: nnx.State) -> tuple[jax.Array, jax.Array]:
+        return pooled(params["vision_tower"], x[0]), logits(params, x, before, after)
+
+    return lambda model: both(nnx.state(model))
+
+
+@pytest.fixture(scope="module")
+def expected(phi: Checkpoint) -> tuple[Tensor, Tensor]:
+    y, (_, _, ids) = pixels(3)[1], prompt(103)
+    embeddings = phi.torch.embed_prompt(y, ids)
+    logits = phi.torch.language_model(inputs_embeds=embeddings).logits
+    return phi.torch.tower(y[0]).pooler_output, logits
+
+
+def test_nothing_missed(phi: Checkpoint, outputs: Any, expected: tuple[Tensor, Tensor]) -> None:
+    for a, b in zip(outputs(phi.model), expected, strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize("miss", MISSES)
 def test_near_misses_are_seen(
-    change: Callable[[dict[str, Tensor]], None], phi: Checkpoint, tmp_path: Path
+    miss: str, phi: Checkpoint, outputs: Any, expected: tuple[Tensor, Tensor], tmp_path: Path
 ) -> None:
-    (x, y), (before, after, ids) = pixels(3), prompt(103)
-    with torch.no_grad():
-        embeddings = phi.torch.embed_prompt(y, ids)
-        expected = phi.torch.language_model(inputs_embeds=embeddings).logits
     arrays = {key: value.clone() for key, value in phi.torch.state_dict().items()}
-    change(arrays)
+    MISSES[miss](arrays)
     save_file(arrays, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text((phi.directory / "config.json").read_text())
-    with pytest.raises(AssertionError, match="Not equal to tolerance"):
-        close(jax.jit(load(tmp_path))(x, before, after), expected, 1e-3)
-
-
-def test_order_of_the_pooling_head_is_seen(phi: Checkpoint, tmp_path: Path) -> None:
-    arrays = {key: value.clone() for key, value in phi.torch.state_dict().items()}
-    rolled(TOWER + "head.attention.in_proj_weight", 3)(arrays)
-    save_file(arrays, tmp_path / "model.safetensors")
-    x, y = pixels(2)
-    with torch.no_grad():
-        expected = phi.torch.tower(y[0]).pooler_output
-    tower = load(tmp_path, config_from(phi.directory)).vision_tower
-    with pytest.raises(AssertionError, match="Not equal to tolerance"):
-        close(tower.pooled(x[0]), expected, 1e-3)
+    pair = zip(outputs(load(tmp_path, phi.model.config)), expected, strict=True)
+    pooled, logits = (float(abs(np.asarray(a) - b.numpy()).max()) for a, b in pair)
+    assert (pooled if miss.startswith("head") else logits) > 1e-2
 
 
 # --- configurations ------------------------------------------------------------------------------
@@ -453,13 +476,12 @@ def test_configurations_of_transformers(checkpoint: Checkpoint) -> None:
     """Read back as they were, although defaults are not written."""
     theirs, ours = checkpoint.torch, config_from(checkpoint.directory)
     assert ours.context == 640
-    assert ours.vision == replace(named("tiny-phi").vision)
+    assert ours.vision == named("tiny-phi").vision
     text = theirs.language_model.config
     assert isinstance(ours.text, Qwen2Config if text.model_type == "qwen2" else PhiConfig)
     for name, value in vars(ours.text).items():
         assert getattr(text, name) == value
-    naive = "naive" in str(checkpoint.torch.resampler.positions) or not theirs.resampler.positions
-    assert ours.resampler.groups == (1 if naive else 4)
+    assert ours.resampler.groups == (4 if theirs.resampler.positions else 1)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "phi"])
