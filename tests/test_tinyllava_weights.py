@@ -56,8 +56,9 @@ def parameters(model: TinyLlavaVideo) -> dict[tuple[str | int, ...], jax.Array]:
 
 def assert_holds(model: TinyLlavaVideo, arrays: Arrays) -> None:
     """Bit by bit what is stored, transposed as PyTorch and JAX differ."""
+    wanted = entries(model)
     for path, array in parameters(model).items():
-        stored = arrays[entries(model)[path].key]
+        stored = arrays[wanted[path].key]
         if path[-1] == "kernel":
             stored = stored.T if stored.ndim == 2 else np.moveaxis(stored, (0, 1), (3, 2))
         assert array.dtype == stored.dtype
@@ -69,10 +70,10 @@ def assert_holds(model: TinyLlavaVideo, arrays: Arrays) -> None:
 # Of the public checkpoints, layers of one of each kind; written down, not derived.
 SIGLIP = """
 embeddings.patch_embedding.weight embeddings.patch_embedding.bias
-embeddings.position_embedding.weight post_layernorm.weight post_layernorm.bias head.probe head.attention.in_proj_weight
-head.attention.in_proj_bias head.attention.out_proj.weight head.attention.out_proj.bias
-head.layernorm.weight head.layernorm.bias head.mlp.fc1.weight head.mlp.fc1.bias head.mlp.fc2.weight
-head.mlp.fc2.bias
+embeddings.position_embedding.weight post_layernorm.weight post_layernorm.bias head.probe
+head.attention.in_proj_weight head.attention.in_proj_bias head.attention.out_proj.weight
+head.attention.out_proj.bias head.layernorm.weight head.layernorm.bias head.mlp.fc1.weight
+head.mlp.fc1.bias head.mlp.fc2.weight head.mlp.fc2.bias
 """.split()
 SIGLIP_LAYER = [
     f"encoder.layers.{{}}.{name}.{leaf}"
@@ -517,7 +518,10 @@ REFUSED = {
     "vision_feature_select_strategy is 'all'": lambda: (
         PUBLIC | {"vision_feature_select_strategy": "all"}
     ),
-    "model_type is None": lambda: {k: v for k, v in PUBLIC.items() if k != "text_config"},
+    "text_config is missing": lambda: {k: v for k, v in PUBLIC.items() if k != "text_config"},
+    "vision_config is 'siglip'": lambda: PUBLIC | {"vision_config": "siglip"},
+    "model_type is None": within("text_config", model_type=None),
+    "num_attention_heads is 0": within("text_config", num_attention_heads=0),
     "model_type is 'llama'": within("text_config", model_type="llama"),
     "hidden_act is 'relu'": within("text_config", hidden_act="relu"),
     "use_sliding_window is True": within("text_config", use_sliding_window=True),
