@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from math import gcd
+from math import gcd, prod
 from typing import Any
 
 import jax
@@ -25,12 +25,7 @@ def center_array(x: Any, along: AxisSet, part: Shape | None = None) -> Any:
     is wider, with a second pass that removes the rounding of the first. The result has the shape
     and dtype of ``x``, rounded once. `part` is the shape of what one device holds (all of it).
     """
-    if isinstance(x, np.ndarray):
-        wide = x.astype(_wide_type(x), copy=False)
-        return (wide - group_means(wide, along, np)).astype(x.dtype, copy=False)
-    wide = x.astype(_wide_type(x))
-    once = wide - group_means(wide, along, jnp, part)
-    return (once - group_means(once, along, jnp, part)).astype(x.dtype)
+    return _edited(x, None, None, Recipe(sets=(along,)), part).astype(x.dtype, copy=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +53,15 @@ def edit_leaf(x: Any, sources: Sequence[Any], recipe: Recipe, donate: bool) -> t
     with `donate` it is false, and to be asked before (see `overflows`).
     """
     if is_tracer(x) or any(map(is_tracer, sources)):
-        return _edited(x, *_terms(x, sources, recipe), recipe), False
+        x = jnp.asarray(x)
+        return _edited(x, *_terms(x, sources, recipe), recipe).astype(x.dtype), False
     if not isinstance(x, jax.Array):
-        x = np.asarray(x)
-        with np.errstate(over="ignore", invalid="ignore"):
-            new, finite = _edited_in_blocks(x, *_terms(x, sources, recipe), recipe)
-        return new, not finite and all(_finite(np.asarray(v)) for v in (x, *sources))
+        x, noted = np.asarray(x), list[str]()
+        with np.errstate(over="call", call=lambda kind, _: noted.append(kind), invalid="ignore"):
+            new = _edited_in_blocks(x, *_terms(x, sources, recipe), recipe)
+        if not noted and not recipe.summed and x.dtype.isbuiltin == 1:
+            return new, False  # NumPy notes overflows of its own dtypes, other than in einsum
+        return new, not _finite(new) and all(_finite(np.asarray(v)) for v in (x, *sources))
     return _compiled_edit(recipe, donate, _placed(x))(x, *sources)
 
 
@@ -85,20 +83,23 @@ def _finite(x: Any) -> Any:
 
 
 def _terms(x: Any, sources: Sequence[Any], recipe: Recipe) -> tuple[Any, Any]:
-    """What to add to `x` and by what to scale it, in the dtype of the arithmetic."""
+    """What to add to `x` and by what to scale it, in the dtype of the arithmetic.
+
+    That is the dtype of `x` for a mere product with one of the same: it is rounded once anyway.
+    """
     xp, wide = np if isinstance(x, np.ndarray) else jnp, _wide_type(x)
     added, factor, rest = None, None, list(sources)
     if recipe.summed:
         shift, kernel, *rest = rest
         if xp is np:  # which would store all products
-            shift, kernel = np.squeeze(shift), np.asarray(kernel)
-            kept = [d for d in range(kernel.ndim) if d not in recipe.summed]
-            terms = shift, recipe.axes, kernel, range(kernel.ndim), kept
-            added = np.einsum(*terms, dtype=wide, casting="same_kind").reshape(x.shape)
+            added = _summed(np.asarray(shift, wide).squeeze(), np.asarray(kernel), recipe)
         else:
             kernel = jnp.asarray(kernel, wide)
             aligned = _aligned(jnp.asarray(shift, wide), recipe.axes, kernel.shape, jnp)
-            added = (aligned * kernel).sum(axis=recipe.summed).reshape(x.shape)
+            added = (aligned * kernel).sum(axis=recipe.summed)
+        added = added.reshape(x.shape)
+    elif not recipe.sets and len(rest) == 1 and rest[0].dtype == x.dtype:
+        wide = x.dtype
     for source, axes in zip(rest, recipe.factors, strict=True):
         aligned = _aligned(xp.asarray(source, wide), axes, x.shape, xp)
         factor = aligned if factor is None else factor * aligned
@@ -111,47 +112,59 @@ def _aligned(source: Any, axes: tuple[int, ...], shape: tuple[int, ...], xp: Any
     return xp.squeeze(source).transpose(*np.argsort(axes)).reshape(kept)
 
 
+def _summed(shift: np.ndarray, kernel: np.ndarray, recipe: Recipe) -> Any:
+    """Their product in the dtype of `shift`, summed block by block."""
+    added, axis = np.zeros((), shift.dtype), recipe.summed[0]
+    kept = [d for d in range(kernel.ndim) if d not in recipe.summed]
+    for part in _blocks(kernel.shape, axis):
+        some = shift[tuple(part[axis] if d == axis else slice(None) for d in recipe.axes)]
+        block = kernel[part].astype(shift.dtype)
+        added = added + np.einsum(some, recipe.axes, block, range(kernel.ndim), kept)
+    return added
+
+
 def _edited(x: Any, added: Any, factor: Any, recipe: Recipe, part: Shape | None = None) -> Any:
+    """The leaf after its recipe, in the dtype of the arithmetic."""
+    xp = np if isinstance(x, np.ndarray) else jnp
     if recipe.fill is not None:
-        return (np if isinstance(x, np.ndarray) else jnp).full_like(x, recipe.fill)
-    wide = x.astype(_wide_type(x))
+        return xp.full_like(x, recipe.fill)
+    wide = x.astype(_wide_type(x))  # a copy, so that NumPy may work in place
     if added is not None:
-        wide = wide + added
+        wide += added
     if factor is not None:
-        wide = wide * factor
+        wide *= factor
     for along in recipe.sets:
-        wide = center_array(wide, along, part)
-    return wide.astype(x.dtype)
+        wide -= group_means(wide, along, xp, part)
+        if xp is jnp:
+            wide -= group_means(wide, along, xp, part)
+    return wide
 
 
-_BLOCK = 1 << 16
+_BLOCK = 1 << 17
 """About as many numbers of a NumPy array are held in double precision at a time."""
 
 
-def _edited_in_blocks(
-    x: np.ndarray, added: Any, factor: Any, recipe: Recipe
-) -> tuple[np.ndarray, bool]:
-    """`_edited` in blocks along the longest axis that no mean is taken over, if there is one.
+def _blocks(shape: Shape, axis: int) -> Iterator[tuple[slice, ...]]:
+    """Parts of an array, as indices: some positions along one axis each."""
+    step = max(1, _BLOCK * shape[axis] // max(1, prod(shape)))
+    for start in range(0, shape[axis], step):
+        yield (*[slice(None)] * axis, slice(start, start + step))
 
-    With it, whether all numbers of the result are finite.
-    """
-    free = [d for d in range(x.ndim) if all(along.entries[d] == FREE for along in recipe.sets)]
-    if x.size <= _BLOCK or not free:
-        new = _edited(x, added, factor, recipe)
-        return new, bool(_finite(new))
-    axis, finite = max(free, key=lambda d: x.shape[d]), True
+
+def _edited_in_blocks(x: np.ndarray, added: Any, factor: Any, recipe: Recipe) -> np.ndarray:
+    """`_edited` in blocks along the longest axis that no mean is taken over, if there is one."""
     new = np.empty_like(x)
-    step = max(1, _BLOCK * x.shape[axis] // x.size)
-    for start in range(0, x.shape[axis], step):
-        part = (slice(None),) * axis + (slice(start, start + step),)
-        block = x[part]
-        more, scale = (
-            t[part] if t is not None and t.shape[axis] > 1 else t for t in (added, factor)
-        )
-        inside = tuple(AxisSet(block.shape, along.entries) for along in recipe.sets)
-        new[part] = edited = _edited(block, more, scale, replace(recipe, sets=inside))
-        finite = finite and bool(_finite(edited))
-    return new, finite
+    if factor is not None and factor.dtype == x.dtype and added is None and not recipe.sets:
+        return np.multiply(x, factor, out=new)
+    free = [d for d in range(x.ndim) if all(along.entries[d] == FREE for along in recipe.sets)]
+    axis = max(free, key=lambda d: x.shape[d], default=None)
+
+    def cut(terms: Any) -> Any:
+        return terms if terms is None or axis is None or terms.shape[axis] == 1 else terms[part]
+
+    for part in [(...,)] if axis is None else _blocks(x.shape, axis):
+        new[part] = _edited(x[part], cut(added), cut(factor), recipe)
+    return new
 
 
 @lru_cache(maxsize=256)
@@ -161,7 +174,7 @@ def _compiled_edit(recipe: Recipe, donate: bool, sharding: Any) -> Callable[...,
     def edit(x: Any, *sources: Any) -> tuple[Any, Any]:
         part = None if sharding is None else sharding.shard_shape(x.shape)
         terms = _terms(x, sources, recipe)
-        new = _edited(x, *terms, recipe, part)
+        new = _edited(x, *terms, recipe, part).astype(x.dtype)
         if donate:  # a look at `x` afterwards would take a copy of it
             return new, False
 
@@ -176,12 +189,12 @@ def _compiled_edit(recipe: Recipe, donate: bool, sharding: Any) -> Callable[...,
 
 
 def _is_small(x: Any, added: Any, factor: Any, recipe: Recipe) -> Any:
-    """Whether the largest number shows that no edit overflows, without a closer look.
+    """Whether a bound on the largest number shows that no edit overflows.
 
-    Where some are NaN it may be either (XLA's maximum on CPUs overlooks them).
+    The bound is the root of the sum of squares: compilers sum faster than they compare.
     """
     wide = _wide_type(x)
-    largest = jnp.max(jnp.abs(x), initial=0).astype(wide)
+    largest = jnp.sqrt(jnp.square(x.astype(wide)).sum())
     if added is not None:
         largest += jnp.max(jnp.abs(added), initial=0)
     if factor is not None:

@@ -266,5 +266,9 @@ def _reason(search: ZeroMeanGraph, chain: Sequence[Claim], obstacle: Blocker) ->
     graph = search.facts.graph
     makers = (made[0] for value, _ in chain if (made := graph.producer[value]) is not None)
     carries = (op for op in makers if op.carry is not None)
-    leaf = chain[0][0] if chain[0][0] in graph.leaves else None
-    return Reason(obstacle, search.nodes[chain[-1]].intolerant, next(carries, None), leaf)
+    leaf, noticed = chain[0][0], search.nodes[chain[-1]].intolerant
+    if leaf not in graph.leaves:
+        return Reason(obstacle, noticed, next(carries, None))
+    # A parameter's shift may pass what a token's own does not: the stream's reason is the nearer.
+    known = noticed if search.nodes[chain[0]].intolerant else None
+    return Reason(known or obstacle, noticed, next(carries, None), leaf)

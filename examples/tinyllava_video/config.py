@@ -113,14 +113,14 @@ CONFIGS: dict[str, Config] = {
         _TINY_VISION,
         _TINY_RESAMPLER,
         Qwen2Config(257, 32, 48, 2, 4, 2),
-        context=512,
+        context=1024,
         num_frames=5,
     ),
     "tiny-phi": Config(
         _TINY_VISION,
         _TINY_RESAMPLER,
         PhiConfig(257, 40, 64, 2, 4, 4),
-        context=512,
+        context=1024,
         num_frames=5,
     ),
 }

@@ -46,9 +46,9 @@ class TinyLlavaVideo(nnx.Module):
             InputError: the frames do not fit, or all together is longer than the context.
         """
         self._checked_length(before, after)
-        embed = self.language_model.embed
-        parts = embed(before), self.encode_video(pixels), embed(after)
-        return jnp.concatenate(parts, axis=1)
+        first, last = map(self.language_model.embed, (before, after))
+        video = self.encode_video(pixels).astype(first.dtype)
+        return jnp.concatenate((first, video, last), axis=1)
 
     def __call__(self, pixels: jax.Array, before: jax.Array, after: jax.Array) -> jax.Array:
         """Logits at every position, ``[batch, before + queries + after, vocabulary]``."""

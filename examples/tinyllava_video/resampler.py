@@ -78,7 +78,7 @@ class Resampler(nnx.Module):
         self.config = config
         self.linear = Linear(vision_size, hidden_size, rngs=rngs)
         shape = (config.num_queries // config.groups, hidden_size)
-        self.latents = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), shape))
+        self.latents = nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32))
         self.layers = nnx.List([Layer(config, hidden_size, rngs) for _ in range(config.num_layers)])
         self.norm = layer_norm(hidden_size, EPSILON, rngs)
 

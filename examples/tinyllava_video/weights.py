@@ -28,7 +28,7 @@ from .keys import IGNORED, TIED, Entry, entries
 from .model import TinyLlavaVideo, abstract
 from .public_config import config_dict, config_from
 
-__all__ = ["config_from", "load", "save"]
+__all__ = ["config_from", "distribute", "load", "save"]
 
 TIED_ROWS = 4096
 """How many rows of two copies of the embedding are compared at a time."""
@@ -61,11 +61,8 @@ def load(
             large for `dtype`, or the mesh cannot be used.
     """
     directory = FilePath(directory)
-    if mesh is not None and mesh.axis_types[_position(mesh, axis)] != AxisType.Auto:
-        raise InputError(
-            f"mesh: its axis {axis!r} is not partitioned automatically; make it with "
-            "jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto, ...))"
-        )
+    if mesh is not None:
+        _check_mesh(mesh, axis)
     config = config or config_from(directory)
     stored = open_arrays(directory)
     model = abstract(config)
@@ -140,6 +137,22 @@ def _copy_others(source: FilePath, directory: FilePath) -> None:
             shutil.copy2(file, directory / file.name)
 
 
+def distribute(model: TinyLlavaVideo, mesh: Mesh, axis: str = "model") -> TinyLlavaVideo:
+    """A copy of the model on many devices, split as `load` splits it.
+
+    Raises:
+        InputError: the mesh cannot be used.
+    """
+    _check_mesh(mesh, axis)
+    copy, wanted = abstract(model.config), entries(model)
+    arrays = {
+        path: jax.device_put(leaf[...], _sharding(wanted[path], mesh, axis))
+        for path, leaf in nnx.to_flat_state(nnx.state(model))
+    }
+    nnx.update(copy, nnx.from_flat_state(arrays))
+    return copy
+
+
 # --- what a checkpoint must hold -----------------------------------------------------------------
 
 
@@ -198,10 +211,14 @@ def _check_tied(directory: FilePath, config: Config, stored: Mapping[str, Stored
 # --- from files to devices and back --------------------------------------------------------------
 
 
-def _position(mesh: Mesh, axis: str) -> int:
+def _check_mesh(mesh: Mesh, axis: str) -> None:
     if axis not in mesh.axis_names:
         raise InputError(f"axis: the mesh has {', '.join(mesh.axis_names)}, but no {axis!r}")
-    return mesh.axis_names.index(axis)
+    if mesh.axis_types[mesh.axis_names.index(axis)] != AxisType.Auto:
+        raise InputError(
+            f"mesh: its axis {axis!r} is not partitioned automatically; make it with "
+            "jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto, ...))"
+        )
 
 
 def _sharding(entry: Entry, mesh: Mesh | None, axis: str) -> Sharding | None:
