@@ -84,11 +84,6 @@ PHI = PublicClass(
     {"hidden_act": ("gelu_new", "gelu_pytorch_tanh"), "qk_layernorm": (False,)},
 )
 TEXT: dict[str, PublicClass[Any]] = {"qwen2": QWEN2, "phi": PHI}
-TOP_DEFAULTS = {
-    "vision_feature_layer": -2,
-    "vision_feature_select_strategy": "patch",
-    "tokenizer_model_max_length": 2048,
-}
 CONNECTORS = {"groupresampler": True, "resampler": False}
 """Types of connector that the model has, and whether they have groups and positions."""
 STRATEGIES = {"patch": True, "cls_patch": False}
@@ -99,6 +94,12 @@ OWN = "jax_lnfold"
 OWN_FIELDS = ("num_frames", "max_frames")
 OWN_RESAMPLER_FIELDS = ("num_heads", "head_dim", "position_dtype")
 OWN_TOWER_FIELDS = ("feature_norm",)
+TOP_DEFAULTS = {
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "patch",
+    "tokenizer_model_max_length": 2048,
+    OWN: {},
+}
 
 
 def config_from(directory: str | Path) -> Config:
@@ -159,12 +160,12 @@ def config_dict(config: Config) -> dict[str, Any]:
 def _parsed(given: dict[str, Any]) -> Config:
     given = TOP_DEFAULTS | given
     _one_of(given, "model_type", ("tinyllava",))
-    own, text, vision = (given.get(name) or {} for name in (OWN, "text_config", "vision_config"))
+    own, text, vision = (_typed(given, name, {}) for name in (OWN, "text_config", "vision_config"))
     positions = CONNECTORS[_one_of(given, "connector_type", CONNECTORS)]
     resampler = ResamplerConfig(
-        _typed(given, "num_queries", 0),
-        _typed(given, "group", 0) if positions else 1,
-        _typed(given, "num_resampler_layers", 0),
+        _size(given, "num_queries"),
+        _size(given, "group") if positions else 1,
+        _size(given, "num_resampler_layers"),
         position_encoding=positions,
         **_some(own, OWN_RESAMPLER_FIELDS),
     )
@@ -180,7 +181,9 @@ def _parsed(given: dict[str, Any]) -> Config:
             f"{tower.num_hidden_layers} layers"
         )
     decoder = _sizes(TEXT[_one_of(text, "model_type", TEXT)], text | _rope(text))
-    config = Config(tower, resampler, decoder, _typed(given, "tokenizer_model_max_length", 0))
+    for name, size in (("hidden_size", decoder), ("vision_hidden_size", tower)):
+        _one_of({name: size.hidden_size} | given, name, (size.hidden_size,))
+    config = Config(tower, resampler, decoder, _size(given, "tokenizer_model_max_length"))
     alike = (replace(config, **_some(asdict(c), OWN_FIELDS)) for c in CONFIGS.values())
     known = next((c for c in alike if c in CONFIGS.values()), config)
     return replace(known, **_some(own, OWN_FIELDS))
@@ -194,7 +197,9 @@ def _sizes(public: PublicClass[T], given: dict[str, Any]) -> T:
     for name, allowed in public.only.items():
         _one_of({name: allowed[0]} | given, name, allowed)
     kinds = {field.name: field.default for field in fields(public.own)}
-    sizes = public.own(**{name: _typed(given, name, kinds[name]) for name in public.defaults})
+    sizes = public.own(**{name: _size(given, name, kinds[name]) for name in public.defaults})
+    for kind in given.get("layer_types") or ():
+        _one_of({"layer_types": kind}, "layer_types", ("full_attention",))
     heads, size = sizes.num_attention_heads, sizes.hidden_size
     few = getattr(sizes, "num_key_value_heads", heads)
     if size % heads or heads % few or given.get("head_dim") not in (None, size // heads):
@@ -225,7 +230,14 @@ def _one_of(given: dict[str, Any], name: str, allowed: Iterable[Any]) -> Any:
     return value
 
 
-def _typed(given: dict[str, Any], name: str, like: float) -> Any:
+def _size(given: dict[str, Any], name: str, like: float = 0) -> Any:
+    value = _typed(given, name, like)
+    if not isinstance(like, bool) and value <= 0:
+        raise InputError(f"config: {name} is {value}; it should be positive")
+    return value
+
+
+def _typed(given: dict[str, Any], name: str, like: Any) -> Any:
     """The value, of the type of the other one; integers may stand for floats."""
     kinds = (int, float) if isinstance(like, float) else (type(like),)
     if type(value := given.get(name)) not in kinds:

@@ -200,7 +200,7 @@ def _check_tied(directory: FilePath, config: Config, stored: Mapping[str, Stored
         return
     one, other = (stored[key] for key in TIED)
     for start in range(0, one.shape[0], TIED_ROWS):
-        rows = (slice(start, start + TIED_ROWS), slice(None))
+        rows = (slice(start, min(start + TIED_ROWS, one.shape[0])), slice(None))
         if one.read(rows).tobytes() != other.read(rows).tobytes():
             raise InputError(
                 f"directory: in {directory} {TIED[0]} differs from {TIED[1]}, but the "
