@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from .config import PhiConfig, Qwen2Config
@@ -32,8 +33,8 @@ class Rotary(NamedTuple):
     @staticmethod
     def at(positions: jax.Array, size: int, theta: float) -> Rotary:
         """For these positions; `size` features of a head are rotated (Su et al. 2021)."""
-        rates = theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
-        angles = positions.astype(jnp.float32)[:, None] * rates
+        rates = theta ** (-np.arange(0, size, 2) / size)  # powers are less exact on some devices
+        angles = positions.astype(jnp.float32)[:, None] * rates.astype(np.float32)
         return Rotary(jnp.cos(angles), jnp.sin(angles))
 
     def __call__(self, x: jax.Array) -> jax.Array:
