@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from examples.tinyllava_video.__main__ import main
 from examples.tinyllava_video.config import named
 from examples.tinyllava_video.train import batches, clip, train
+from examples.tinyllava_video.weights import load
 
 QUESTION = "What happens in <image>?"
 
@@ -43,8 +44,10 @@ def test_answers_are_those_of_the_original(
     given += ["--max-new-tokens", "9", "--seed", "3"]
     main([*given, "--report", "--sheet", str(sheet)])
     folded = capsys.readouterr()
-    main(given)
+    main([*given, "--save", str(tmp_path / "folded")])
     assert " LayerNorms ran as RMSNorms" in capsys.readouterr().err
+    kernel = load(tmp_path / "folded").connector.linear.kernel[...]
+    assert np.abs(kernel.mean(-1)).max() < 1e-6 < np.abs(kernel).max()
     main([*given, "--original"])
     original = capsys.readouterr()
     assert folded.out == original.out

@@ -22,7 +22,7 @@ from .model import TinyLlavaVideo
 from .pipeline import Pipeline
 from .text import byte_tokenizer, load_tokenizer
 from .video import preprocess, read_video, show
-from .weights import load
+from .weights import load, save
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--dtype", help="of the weights (as they are stored)")
     made.add_argument("--original", action="store_true", help="do not fold")
     made.add_argument("--report", action="store_true", help="show what was folded, and why not")
+    made.add_argument("--save", metavar="DIR", help="write the folded weights as a checkpoint")
     made.add_argument("--sheet", metavar="FILE", help="a picture of the frames that are read")
     return made
 
@@ -86,6 +87,8 @@ def answered(options: argparse.Namespace) -> str:
     start = time.perf_counter()
     answer = pipeline.answer(pixels, options.prompt, seed=options.seed)
     say(f"answered in {time.perf_counter() - start:.1f} s, with the time to compile")
+    if options.save:
+        save(pipeline.model, options.save, source=options.weights)
     if (report := pipeline.report) and options.report:
         say(str(report))
     elif report:

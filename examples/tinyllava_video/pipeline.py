@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 import jax_lnfold
 
@@ -39,6 +40,7 @@ class Pipeline:
         self.report: jax_lnfold.Report | None = None
         options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
         eos = eos_ids(tokenizer)
+        self._graph = nnx.graphdef(model)
         self._original, self._params = functional(model, "generate", eos=eos, **options)
         self._eos, self._run = eos, None
 
@@ -69,6 +71,11 @@ class Pipeline:
         (tokens,) = np.asarray(self._run(self._params, *inputs))
         ends = np.flatnonzero(np.isin(tokens, self._eos))
         return decode(self.tokenizer, tokens[: ends[0]] if len(ends) else tokens)
+
+    @property
+    def model(self) -> TinyLlavaVideo:
+        """The model with the parameters that are used; folded ones serve any code of the model."""
+        return nnx.merge(self._graph, self._params)
 
     def _prepare(self, inputs: tuple[Any, ...]) -> None:
         run = self._original
