@@ -16,7 +16,6 @@ from .axes import FREE, AxisSet
 from .graph import DROPOUT, Graph, Op
 from .primitives import OPAQUE
 from .rules import RULES, Context, Opaque, rule_for
-from .rules.elementwise import project
 from .tracking import RETURNED, Tracker
 
 Claim = tuple[int, AxisSet]
@@ -133,9 +132,6 @@ class Facts:
             return Blocker(None, "an input may vary along the mean")
         op, position = made
         rule, ctx = rule_for(op.name), self.context(op)
-        if rule.elementwise:
-            shapes = (self.graph.shape(v) for v in op.inputs)
-            return [(v, project(along, s)) for v, s in zip(op.inputs, shapes, strict=True)]
         assumed: list[Claim] = []
 
         def assume(operand: int, other: AxisSet) -> bool:
@@ -143,7 +139,8 @@ class Facts:
             assumed.append((operand, other))
             return True
 
-        pulled = rule.pull(replace(ctx, is_uniform=assume), position, along)
+        answer = rule.uniform or rule.pull
+        pulled = answer(replace(ctx, is_uniform=assume), position, along)
         if isinstance(pulled, Opaque) or not pulled.exact:
             return Blocker(op, "may vary along the mean")
         return [*assumed, *((op.inputs[i], s) for i, s in pulled.needs)]

@@ -9,6 +9,7 @@ other axes keep their numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -151,11 +152,13 @@ def _positions(names: Any, x: jax.Array, lanes: Lanes) -> list[int]:
     return [start + order.index(n) for n in (names if isinstance(names, tuple) else (names,))]
 
 
-def _psum(eqn: JaxprEqn, lanes: Lanes, *operands: jax.Array) -> list[jax.Array]:
-    """Every lane gets the sum over the lanes."""
+def _reduce(
+    over: Callable[..., jax.Array], eqn: JaxprEqn, lanes: Lanes, *operands: jax.Array
+) -> list[jax.Array]:
+    """Every lane gets the sum, or another reduction, over the lanes."""
     axes = (tuple(_positions(eqn.params["axes"], x, lanes)) for x in operands)
-    sums = (jnp.sum(x, a, keepdims=True) for x, a in zip(operands, axes, strict=True))
-    return [jnp.broadcast_to(y, x.shape) for x, y in zip(operands, sums, strict=True)]
+    whole = (over(x, a, keepdims=True) for x, a in zip(operands, axes, strict=True))
+    return [jnp.broadcast_to(y, x.shape) for x, y in zip(operands, whole, strict=True)]
 
 
 def _all_gather(eqn: JaxprEqn, lanes: Lanes, x: jax.Array) -> list[jax.Array]:
@@ -191,8 +194,9 @@ _DIRECT: dict[str, Callable[..., list[jax.Array]]] = {
     **dict.fromkeys(("reshape", "squeeze"), _reshape),
     "broadcast_in_dim": _broadcast,
     "transpose": _transpose,
-    "psum": _psum,
-    "psum_invariant": _psum,
+    **dict.fromkeys(("psum", "psum_invariant"), partial(_reduce, jnp.sum)),
+    "pmax": partial(_reduce, jnp.max),
+    "pmin": partial(_reduce, jnp.min),
     "all_gather": _all_gather,
     "all_gather_invariant": _all_gather,
     "reduce_scatter": _reduce_scatter,

@@ -275,6 +275,22 @@ def summed(rng: Rng) -> Program:
 quick("reduce_sum", lambda x: jnp.mean(x, (0, 2), keepdims=True), (3, 4, 2))
 
 
+@example("argmax argmin", pull=False, push=False)
+def chosen(rng: Rng) -> Program:
+    axis = int(rng.integers(3))
+    return Program(lambda x: (x.argmax(axis), x.argmin(axis)), normals(rng, sizes(rng, 3)))
+
+
+@example("reduce_max reduce_min reduce_prod reduce_or reduce_and", pull=False, push=False)
+def reduced(rng: Rng) -> Program:
+    axes = some(rng, 3)
+
+    def run(x: Any) -> Any:
+        return x.max(axes), x.min(axes), x.prod(axes), (x > 0).any(axes), (x > 0).all(axes)
+
+    return Program(run, normals(rng, sizes(rng, 4)))
+
+
 @example("cumsum")
 def cumulated(rng: Rng) -> Program:
     axis, reverse = int(rng.integers(3)), bool(rng.integers(2))

@@ -143,21 +143,18 @@ def check_push(one: OneOp, operand: int, along: AxisSet) -> bool:
     return any(says_mean(s) for s in after.values())
 
 
-def seen_by(along: AxisSet, shape: Sequence[int]) -> AxisSet:
-    """The set of an elementwise result on an operand that may have scalar or size-1 axes."""
-    if not shape:
-        return AxisSet((), ())
-    pairs = zip(along.entries, along.shape, shape, strict=True)
-    return AxisSet.of(shape, (e if n == m else FREE for e, n, m in pairs))
-
-
 def check_uniform(one: OneOp, out: int, along: AxisSet) -> None:
     """What is deduced about uniform values, from operands and from the whole program."""
     result = one.evaluate(one.operands)[out]
     if one.facts.uniform(one.op.outputs[out], along):
         assert is_uniform(result, along, one.tolerance()), f"{along}"
-    if one.rule.elementwise:
-        constant = [uniformed(x, seen_by(along, x.shape)) for x in one.operands]
+    if one.rule.uniform is not None:
+        answer = one.rule.uniform(one.context, out, along)
+        assert not isinstance(answer, Opaque)
+        constant = list(one.operands)
+        for i, needed in answer.needs:
+            check_form(needed, one.operands[i].shape)
+            constant[i] = uniformed(constant[i], needed)
         assert is_uniform(one.evaluate(constant)[out], along, one.tolerance()), f"{along}"
 
 

@@ -667,10 +667,11 @@ def test_nonlinear_primitives_neither_carry_a_mean_nor_hide_a_shift(name: str) -
     assert isinstance(one.rule.push(one.context, 0, along), Opaque)
 
 
-def test_rules_without_answers_are_only_elementwise_ones() -> None:
+def test_nonlinear_rules_only_say_what_is_uniform() -> None:
     linear = {"convert_element_type", "mul", "div"}
-    silent = {n for n, r in RULES.items() if r.elementwise} - linear
-    bare = type(RULES["sin"])()
+    silent = {n for n, r in RULES.items() if r.uniform} - linear
+    assert silent > {"sin", "reduce_max"}
+    bare = Rule()
     for name in silent:
         assert RULES[name].pull is bare.pull
         assert RULES[name].push is bare.push
@@ -776,12 +777,11 @@ def test_push_into_axes_too_long_for_regions() -> None:
 def opaque_things(x: Any, key: Any) -> Any:
     """Every primitive that is known to carry nothing."""
     cumulated = [f(x) for f in (lax.cummax, lax.cummin, lax.cumprod, lax.cumlogsumexp)]
-    reduced = [x.max(), x.min(), x.prod(), x.argmax(), x.argmin(), (x > 0).all(), (x > 0).any()]
     first, second = jax.random.split(jax.random.fold_in(jax.random.key(0), 1))
     wrapped = jax.random.bits(jax.random.wrap_key_data(jax.random.key_data(first)))
     old = jax.extend.random.threefry_2x32(key, jnp.arange(4, dtype=jnp.uint32))
     looked_up = [lax.top_k(x, 2), lax.sort(x), lax.iota(int, 3), x.view(jnp.uint64)]
-    return cumulated, reduced, second, wrapped, old, looked_up
+    return cumulated, second, wrapped, old, looked_up
 
 
 def test_opaque_primitives_are_known_and_have_no_rule() -> None:
@@ -808,6 +808,40 @@ def test_a_primitive_has_one_rule() -> None:
         register("sin", Rule())
 
 
+REDUCTIONS: dict[str, Callable[..., Any]] = {
+    "argmax": lambda x, d: x.argmax(d),
+    "argmin": lambda x, d: x.argmin(d),
+    "reduce_and": lambda x, d: (x > 0).all(d),
+    "reduce_max": jnp.max,
+    "reduce_min": jnp.min,
+    "reduce_or": lambda x, d: (x > 0).any(d),
+    "reduce_prod": jnp.prod,
+}
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+@pytest.mark.parametrize(
+    ("axis", "asked", "needed"),
+    [
+        (0, (F, A), (F, F, A)),
+        (0, (A, HALVES), (F, A, HALVES)),
+        (1, (A, HALVES), (A, F, HALVES)),
+        (2, (A, F), (A, F, F)),
+        (2, ((0, 0, 1, -1), A), ((0, 0, 1, -1), A, F)),
+    ],
+)
+def test_uniform_through_reductions(
+    name: str, axis: int, asked: Sequence[Given], needed: Sequence[Given]
+) -> None:
+    """They make the same of the same numbers: of whole slices along the axis they reduce."""
+    ctx = asked_in(name, lambda x: REDUCTIONS[name](x, axis), (4, 2, 6))
+    rule = RULES[name]
+    assert rule.uniform is not None
+    answer = rule.uniform(ctx, 0, labelled(ctx.out_shape(), asked))
+    assert not isinstance(answer, Opaque)
+    assert answer.needs == ((0, labelled((4, 2, 6), needed)),)
+
+
 MAPS: list[Callable[[Any], Any]] = [
     lambda x: x.astype(int),
     lambda x: x.astype(int) * x.astype(int),
@@ -815,6 +849,8 @@ MAPS: list[Callable[[Any], Any]] = [
     lambda x: jnp.where(x > 0, x, 1.0),
     lambda x: jnp.where(x > 0, x.astype(int), 1),
     lambda x: jnp.exp(x) - x / x,
+    lambda x: jnp.exp(x - x.max(1, keepdims=True)),
+    lambda x: jnp.broadcast_to(x, (3, 2, 6)).argmin(0),
 ]
 
 

@@ -36,6 +36,7 @@ PER_DEVICE: dict[str, tuple[Body, Any, Any]] = {
     "psum of all": (lambda x: jax.lax.psum(x, AXES) * 2, P("data", "model"), P()),
     "pmean": (lambda x: jax.lax.pmean(x, "data"), P("data", "model"), P(None, "model")),
     "pmax": (lambda x: jax.lax.pmax(x, "model"), P("data", "model"), P("data", None)),
+    "pmin of all": (lambda x: jax.lax.pmin(x, AXES), P("data", "model"), P()),
     "all_gather": (
         lambda x: jax.lax.all_gather(x, "data", axis=1).sum(0),
         P("data", "model"),
@@ -147,12 +148,19 @@ FEATURES = {
 }
 
 
-def feature_sharded(norm: Body, **options: Any) -> Body:
+def after_psum(then: Body) -> Body:
+    """Hidden units from what the features of each device contribute to them."""
+    return lambda part: then(jax.lax.psum(part, "model"))
+
+
+SUMMED_GELU = after_psum(jax.nn.gelu)
+
+
+def feature_sharded(norm: Body, hidden: Body = SUMMED_GELU, **options: Any) -> Body:
     def body(p: Any, x: jax.Array) -> jax.Array:
         s = x @ p["embed"] + p["bias"]
         for i in range(2):
-            hidden = jax.lax.psum((norm(s) * p["scale"][i]) @ p["up"][i], "model")
-            s = s + jax.nn.gelu(hidden) @ p["down"][i]
+            s = s + hidden((norm(s) * p["scale"][i]) @ p["up"][i]) @ p["down"][i]
         return norm(s)
 
     return sharded(body, FEATURES, P("data", None, "model"), **options)
@@ -180,6 +188,139 @@ def test_a_feature_sharded_norm_loses_its_psum(norm: Body, check_vma: bool) -> N
         check_contracts(apply, PARAMS, folded, x)
         removed = count_psums(apply, PARAMS, x) - count_psums(folded.apply, folded.params, x)
         assert removed == 3
+
+
+# All devices of a row have the same hidden units, so that `down` writes the stream as one matrix.
+SAME_UNITS: dict[str, Body] = {
+    "softmax": after_psum(jax.nn.softmax),
+    "reduce_max": after_psum(lambda h: h - h.max(-1, keepdims=True)),
+    "reduce_max of all": after_psum(lambda h: h - h.max()),
+    "reduce_min": after_psum(lambda h: h / (1 + h.min(-1, keepdims=True) ** 2)),
+    "reduce_prod": after_psum(lambda h: h * h.prod(-1, keepdims=True)),
+    "reduce_or": after_psum(lambda h: jnp.where((h > 1).any(-1, keepdims=True), h, -h)),
+    "reduce_and": after_psum(lambda h: jnp.where((h > -1).all(-1, keepdims=True), h, -h)),
+    "argmax": after_psum(lambda h: jax.nn.one_hot(h.argmax(-1), H, dtype=h.dtype)),
+    "argmin": after_psum(lambda h: h * (1 + h.argmin(-1, keepdims=True))),
+    "pmax": lambda part: jnp.tanh(jax.lax.pmax(part, "model")),
+    "pmax of other devices": after_psum(
+        lambda h: h - jax.lax.pmax(h.max(-1, keepdims=True), "data")
+    ),
+    "pmin": lambda part: (
+        jax.lax.psum(part, "model") - jax.lax.pmin(part.max(-1, keepdims=True), "model")
+    ),
+}
+# Near misses: every device multiplies its columns of `down` by hidden units of its own.
+OWN_UNITS: dict[str, Body] = {
+    "softmax": jax.nn.softmax,
+    "reduce_max": lambda part: jax.lax.psum(part, "model") - part.max(-1, keepdims=True),
+    "reduce_or": lambda part: jnp.where(
+        (part > 0.3).any(-1, keepdims=True), jax.lax.psum(part, "model"), 1.0
+    ),
+    "argmax": lambda part: jax.nn.one_hot(part.argmax(-1), H, dtype=part.dtype),
+    "softmax by device": after_psum(
+        lambda h: jax.nn.softmax(h * jax.lax.axis_index("model").astype(h.dtype))
+    ),
+    "psum of other devices": lambda part: jax.nn.softmax(jax.lax.psum(part, "data")),
+    "pmax of other devices": lambda part: (
+        jax.lax.psum(part, "model") - jax.lax.pmax(part.max(), "data")
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAME_UNITS)
+def test_reduced_alike_on_all_devices(name: str) -> None:
+    """What a softmax subtracts is the same on devices that have the same scores."""
+    apply = feature_sharded(two_pass, SAME_UNITS[name])
+    report = fold_checked(apply, PARAMS, INPUT).report
+    assert (len(report.norms), report.n_folded, report.n_inserted) == (3, 3, 0)
+    assert "down centered along axis 2" in {str(e) for e in report.edits}
+
+
+def centered(*names: str) -> Any:
+    """The parameters with some of them centered along their features, whoever notices."""
+    return PARAMS | {k: PARAMS[k] - PARAMS[k].mean(-1, keepdims=True) for k in names}
+
+
+@pytest.mark.parametrize("name", OWN_UNITS)
+def test_reduced_on_each_device(name: str) -> None:
+    """Centering `down` would shift the stream differently on each device: that is noticed."""
+    apply = feature_sharded(two_pass, OWN_UNITS[name], check_vma=False)
+    report = fold_checked(apply, PARAMS, INPUT).report
+    assert [norm.folded for norm in report.norms] == [True, False, False]
+    assert {e.key_path for e in report.edits} == {"embed", "bias"}
+    changed = apply(centered("down"), INPUT), apply(PARAMS, INPUT)
+    assert relative_difference(*changed) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("read", "folded"),
+    [
+        (lambda s: s - jax.lax.pmax(s.max(-1, keepdims=True), "model"), True),
+        (lambda s: s - s.max(-1, keepdims=True), True),
+        (lambda s: s - s.max(1, keepdims=True), False),
+        (lambda s: s - jax.lax.pmax(s, "data"), False),
+        (lambda s: jax.lax.pmax(s.max(-1, keepdims=True), "model"), False),
+        (lambda s: jax.nn.softmax(s * jax.lax.pmax(s, "model")), False),
+    ],
+)
+def test_a_maximum_of_the_stream(read: Body, folded: bool) -> None:
+    """Less its maximum over some features, the stream is what it was; anything else notices."""
+
+    def body(p: Any, x: jax.Array) -> jax.Array:
+        s = x @ p["embed"] + p["bias"]
+        return two_pass(s) + read(s)
+
+    specs = {k: FEATURES[k] for k in ("embed", "bias")}
+    apply = sharded(body, specs, P("data", None, "model"), check_vma=False)
+    params = {k: PARAMS[k] for k in specs}
+    assert fold_checked(apply, params, INPUT).report.n_folded == folded
+    moved = {k: centered("embed", "bias")[k] for k in specs}
+    assert (relative_difference(apply(moved, INPUT), apply(params, INPUT)) < 1e-12) == folded
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_attention_of_a_weight_stationary_stack(check_vma: bool) -> None:
+    """Features over all devices, kernels over both mesh axes: no device has a whole token."""
+    heads, width = 4, 16
+    kernels = {
+        "qkv": P(None, None, "data", "model"),
+        "out": P(None, "model", "data"),
+        "up": P(None, "data", "model"),
+        "down": P(None, "model", "data"),
+    }
+    sizes = {"qkv": (2, 3, width, width), "out": (2, width, width)}
+    sizes |= {"up": (2, width, 32), "down": (2, 32, width)}
+    stream = ("data", "model")
+    specs = kernels | {"table": P(None, stream), "bias": P(None, stream)}
+    params = {k: draw(*n) for k, n in sizes.items()} | {"table": draw(11, width)}
+    params |= {"bias": draw(2, width)}
+
+    def normed(s: jax.Array) -> jax.Array:
+        return jax.lax.all_gather(two_pass(s, stream), "model", axis=2, tiled=True)
+
+    def body(p: Any, ids: jax.Array) -> jax.Array:
+        s = p["table"][ids]
+        for i in range(2):
+            q, k, v = jax.lax.psum(jnp.einsum("btf,nfg->nbtg", normed(s), p["qkv"][i]), "data")
+            q, k, v = (y.reshape(*y.shape[:2], heads // 4, -1) for y in (q, k, v))
+            y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+            wrote = y.reshape(*y.shape[:2], -1) @ p["out"][i]
+            s = s + jax.lax.psum_scatter(wrote, "model", scatter_dimension=2, tiled=True)
+            h = jax.nn.gelu(jax.lax.psum(normed(s) @ p["up"][i], "data"))
+            wrote = h @ p["down"][i]
+            s = s + jax.lax.psum_scatter(wrote, "model", scatter_dimension=2, tiled=True)
+            s = s + p["bias"][i]
+        return two_pass(s, stream)
+
+    apply = sharded(body, specs, P(None, None, stream), P(), check_vma=check_vma)
+    ids = jnp.array([[3, 1, 4], [1, 5, 9]])
+    folded = fold_checked(apply, params, ids)
+    report = folded.report
+    assert (len(report.norms), report.n_folded, report.n_inserted) == (5, 5, 0)
+    assert {e.key_path for e in report.edits} == {"table", "out", "down", "bias"}
+    assert {norm.mesh_axes for norm in report.norms} == {stream}
+    removed = count_psums(apply, params, ids) - count_psums(folded.apply, folded.params, ids)
+    assert removed == 5
 
 
 def test_gradients_of_a_feature_sharded_model() -> None:

@@ -142,12 +142,12 @@ def _push_dropout(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
 
 register("add sub neg add_any", Rule(_pull_sum, _push_sum))
 register(IDENTITIES - {"convert_element_type"}, Rule(_pull_sum, _push_sum))
-register("convert_element_type", Rule(_pull_convert, _push_convert, elementwise=True))
+register("convert_element_type", Rule(_pull_convert, _push_convert, _pull_sum))
 register(IDENTITIES_OF_EACH, Rule(_pull_each, _push_each))
-register("mul div", Rule(_pull_mul, _push_mul, elementwise=True))
+register("mul div", Rule(_pull_mul, _push_mul, _pull_sum))
 register("select_n", Rule(_pull_select, _push_select))
 
 register(DROPOUT, Rule(_pull_dropout, _push_dropout))
 
 # Opaque to means and shifts, but uniform where all operands are.
-register(NONLINEAR, Rule(elementwise=True))
+register(NONLINEAR, Rule(uniform=_pull_sum))

@@ -1,4 +1,4 @@
-"""Sums along axes other than those of the mean: sums, cumulative sums, pooling."""
+"""Reductions along axes other than those of the mean: sums, cumulative sums, pooling, maxima."""
 
 from __future__ import annotations
 
@@ -63,5 +63,10 @@ def _keep(along: AxisSet, mixed: Sequence[int]) -> Pull | Opaque:
 
 
 register("reduce_sum", Rule(_pull_sum, _push_sum))
+# Opaque to means and shifts, except where a `Tracker` says so, but the same numbers are reduced to
+# the same: the maximum in a softmax is uniform wherever its scores are.
+register(
+    "argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod", Rule(uniform=_pull_sum)
+)
 register("cumsum", Rule(_pull_cumsum, _push_cumsum))
 register("reduce_window_sum", Rule(_pull_window, _push_window))

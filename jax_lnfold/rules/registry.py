@@ -101,15 +101,15 @@ def no_push(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """The two answers for one primitive.
+    """The answers for one primitive.
 
-    `elementwise` adds that the output is uniform along whatever all operands are uniform along,
-    even where it is not linear.
+    `uniform` is there where more is known of uniformity than an exact pull says, as nonlinear
+    operations keep it, too: which operands, uniform along which sets, make the output uniform?
     """
 
     pull: PullRule = no_pull
     push: PushRule = no_push
-    elementwise: bool = False
+    uniform: PullRule | None = None
 
 
 OPAQUE = Rule()
