@@ -142,7 +142,10 @@ def check_many(number: int, count: int) -> Counter[str]:
     return found
 
 
-@pytest.mark.parametrize("number", range(6))
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("number", [*range(3), *(pytest.param(n, marks=SLOW) for n in range(3, 6))])
 def test_random_programs(number: int) -> None:
     found = check_many(number, PROGRAMS_AT_ONCE)
     assert found["programs"] >= PROGRAMS_AT_ONCE

@@ -87,7 +87,9 @@ def vit() -> tuple[Any, Folded]:
     return model, jax_lnfold.fold(model.apply_fn, model.params, *model.inputs)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name", [n if n == "adamw" else pytest.param(n, marks=pytest.mark.slow) for n in OPTIMIZERS]
+)
 def test_four_ways_to_train_agree_step_for_step(name: str) -> None:
     """LayerNorm and folded model, reparameterised and with centered updates, for 200 steps."""
     if name == "adamw":
@@ -134,7 +136,10 @@ def test_without_centered_gradients_adam_takes_another_way() -> None:
     assert relative_difference(results[0], results[1]) > 1e-4
 
 
-@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "dtype",
+    [*(pytest.param(d, marks=pytest.mark.slow) for d in ("float64", "float32")), "bfloat16"],
+)
 def test_the_constraint_holds_after_10000_steps(dtype: Any) -> None:
     model, params, x = net(dtype, depth=1, width=6)
     folded = jax_lnfold.fold(model.apply, params, x)
