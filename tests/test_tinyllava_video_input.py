@@ -159,7 +159,7 @@ def test_times_start_at_the_first_frame(tmp_path: Path) -> None:
     [
         ("a.mp4", "mpeg4", "yuv420p", (47, 63)),
         ("a.mp4", "libx264", "yuv444p", (47, 63)),
-        ("a.mkv", "ffv1", "gray10le", (33, 17)),
+        ("a.mkv", "ffv1", "gray10le", (33, 48)),  # PyAV converts narrower ones badly
         ("a.mkv", "ffv1", "bgra", (33, 17)),
         ("a.webm", "libvpx-vp9", "yuv420p", (31, 45)),
         ("a.avi", "mjpeg", "yuvj422p", (31, 45)),

@@ -280,7 +280,7 @@ def test_within_other_transformations(name: str) -> None:
     tx = around(name, folded.plan)
     (trained, _), _ = steps(lambda p: cross_entropy(folded.apply(p, x)), tx, folded.params, 12)
     twin = model.apply(trained, x)
-    assert relative_difference(folded.apply(trained, x), twin) < 1e-11
+    assert relative_difference(folded.apply(trained, x), twin) < 1e-9
     moved = relative_difference(trained["params"]["stem"], folded.params["params"]["stem"])
     assert (moved == 0) == (name == "frozen"), "what is frozen keeps its bits"
 
