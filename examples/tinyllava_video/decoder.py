@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from .config import PhiConfig, Qwen2Config
-from .layers import Embed, Linear, heads, joined, layer_norm
+from .layers import MLP, Embed, Linear, heads, joined, layer_norm
 
 
 class KV(NamedTuple):
@@ -116,19 +116,6 @@ class Qwen2Block(nnx.Module):
         return x + self.mlp(self.post_attention_layernorm(x)), cache
 
 
-class PhiMLP(nnx.Module):
-    """Two layers with a tanh-GELU between them."""
-
-    def __init__(self, config: PhiConfig, rngs: nnx.Rngs) -> None:
-        """Make it with random weights."""
-        self.fc1 = Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
-        self.fc2 = Linear(config.intermediate_size, config.hidden_size, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps ``[..., hidden]`` to the same shape."""
-        return self.fc2(nnx.gelu(self.fc1(x), approximate=True))
-
-
 class PhiBlock(nnx.Module):
     """Attention and a feed-forward read one LayerNorm, in parallel."""
 
@@ -136,7 +123,7 @@ class PhiBlock(nnx.Module):
         """Make it with random weights."""
         self.input_layernorm = layer_norm(config.hidden_size, config.layer_norm_eps, rngs)
         self.self_attn = Attention(config, out_bias=True, rngs=rngs)
-        self.mlp = PhiMLP(config, rngs)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, rngs)
 
     def __call__(
         self, x: jax.Array, rotary: Rotary, cache: KV | None, start: jax.Array | int

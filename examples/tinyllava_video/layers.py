@@ -13,6 +13,19 @@ Linear = partial(nnx.Linear, kernel_init=normal)
 Embed = partial(nnx.Embed, embedding_init=normal)
 
 
+class MLP(nnx.Module):
+    """Two layers with a tanh-GELU between them."""
+
+    def __init__(self, size: int, inner: int, rngs: nnx.Rngs) -> None:
+        """Make it with random weights."""
+        self.fc1 = Linear(size, inner, rngs=rngs)
+        self.fc2 = Linear(inner, size, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps ``[..., size]`` to the same shape."""
+        return self.fc2(nnx.gelu(self.fc1(x), approximate=True))
+
+
 def layer_norm(size: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """With the variance in two passes, as PyTorch computes it."""
     return nnx.LayerNorm(size, epsilon=epsilon, use_fast_variance=False, rngs=rngs)

@@ -8,7 +8,7 @@ from flax import nnx
 
 from .config import SiglipConfig
 from .errors import InputError
-from .layers import Embed, Linear, heads, joined, layer_norm, normal
+from .layers import MLP, Embed, Linear, heads, joined, layer_norm, normal
 
 
 class Embeddings(nnx.Module):
@@ -53,19 +53,6 @@ class Attention(nnx.Module):
         return self.out_proj(joined(jax.nn.dot_product_attention(q, k, v)))
 
 
-class MLP(nnx.Module):
-    """Two layers with a tanh-GELU between them."""
-
-    def __init__(self, config: SiglipConfig, rngs: nnx.Rngs) -> None:
-        """Make it with random weights."""
-        self.fc1 = Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
-        self.fc2 = Linear(config.intermediate_size, config.hidden_size, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps ``[..., hidden]`` to the same shape."""
-        return self.fc2(nnx.gelu(self.fc1(x), approximate=True))
-
-
 class Block(nnx.Module):
     """A pre-LN block."""
 
@@ -74,7 +61,7 @@ class Block(nnx.Module):
         self.layer_norm1 = layer_norm(config.hidden_size, config.layer_norm_eps, rngs)
         self.self_attn = Attention(config, rngs)
         self.layer_norm2 = layer_norm(config.hidden_size, config.layer_norm_eps, rngs)
-        self.mlp = MLP(config, rngs)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps ``[batch, tokens, hidden]`` to the same shape."""
@@ -92,7 +79,7 @@ class Head(nnx.Module):
         self.in_proj = Linear(d, 3 * d, rngs=rngs)
         self.out_proj = Linear(d, d, rngs=rngs)
         self.layernorm = layer_norm(config.hidden_size, config.layer_norm_eps, rngs)
-        self.mlp = MLP(config, rngs)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps ``[batch, tokens, hidden]`` to ``[batch, hidden]``."""
