@@ -6,7 +6,6 @@ from pathlib import Path
 
 import av
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -15,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from examples.tinyllava_video.__main__ import main
 from examples.tinyllava_video.config import named
-from examples.tinyllava_video.train import batches, clip, train
+from examples.tinyllava_video.train import answer_logits, batches, clip, train
 from examples.tinyllava_video.weights import load
 
 QUESTION = "What happens in <image>?"
@@ -91,19 +90,10 @@ def test_training_keeps_the_constraint_on_eight_devices() -> None:
         for edited in (kernel, latents):
             assert np.abs(edited.mean(-1)).max() < 1e-6 * np.abs(edited).max()
         given = next(batches(config, 4, seed=9))
-        trained, folded = (jax.jit(f)(params, given) for f in (found.folded.apply, _logits(graph)))
+        trained, folded = (
+            jax.jit(f)(params, given) for f in (found.folded.apply, answer_logits(graph))
+        )
         np.testing.assert_allclose(trained, folded, atol=2e-3)
-
-
-def _logits(graph: nnx.GraphDef) -> object:
-    """The model with its LayerNorms, at the positions of the answer."""
-
-    def logits(params: nnx.State, given: object) -> jax.Array:
-        after = jnp.concatenate((given.after, given.answer[:, :-1]), axis=1)
-        found = nnx.merge(graph, params)(given.pixels, given.before, after)
-        return found[:, -given.answer.shape[1] :]
-
-    return logits
 
 
 def test_clips_show_a_digit_that_moves() -> None:

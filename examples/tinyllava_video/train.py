@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -89,6 +89,17 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
     return data.images, data.target
 
 
+def answer_logits(graph: nnx.GraphDef) -> Callable[[Tree, Batch], jax.Array]:
+    """A function of parameters and a batch: the logits from which its answers are read."""
+
+    def logits(params: Tree, given: Batch) -> jax.Array:
+        after = jnp.concatenate((given.after, given.answer[:, :-1]), axis=1)
+        found = nnx.merge(graph, params)(given.pixels, given.before, after)
+        return found[:, -given.answer.shape[1] :]
+
+    return logits
+
+
 def train(config: Config, steps: int, *, mesh: Mesh, batch: int = 8, seed: int = 0) -> Trained:
     """Some steps of AdamW on a mesh of the axes ``data`` and ``model``."""
     model = distribute(TinyLlavaVideo(config, nnx.Rngs(seed)), mesh)
@@ -97,14 +108,9 @@ def train(config: Config, steps: int, *, mesh: Mesh, batch: int = 8, seed: int =
         lambda path, _: "vision_tower" not in jax.tree_util.keystr(path), params
     )
 
-    def logits(params: Tree, given: Batch) -> jax.Array:
-        after = jnp.concatenate((given.after, given.answer[:, :-1]), axis=1)
-        found = nnx.merge(graph, params)(given.pixels, given.before, after)
-        return found[:, -given.answer.shape[1] :]
-
     source = batches(config, batch, seed)
     spread = partial(jax.device_put, device=NamedSharding(mesh, P("data")))
-    folded = jax_lnfold.fold(logits, params, spread(next(source)))
+    folded = jax_lnfold.fold(answer_logits(graph), params, spread(next(source)))
     params = folded.params
     tx = optax.chain(
         jax_lnfold.center_gradients(folded.plan),
