@@ -16,8 +16,16 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import jax
+from rich.console import Console
+from rich.progress import Progress
+
 from .cases import CPU, GPU, KEYS, TPU, Case, pick
+from .programs import FORWARD, SharedArrays, random_arrays, variants
 from .registry import MODELS
+from .store import Store
+from .tables import table
+from .timing import interleaved, repeated
 from .tpu import TOPOLOGIES, Estimate, lowered, no_libtpu, read, set_up_environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -32,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--length", nargs="+", type=int, metavar="N", help="positions, or image side")
     made.add_argument("--spellings", nargs="+", choices=["one_pass", "two_pass"])
     made.add_argument("--dtypes", nargs="+", metavar="NAME")
+    made.add_argument("--variants", nargs="+", choices=FORWARD, default=FORWARD)
     made.add_argument("--rounds", type=int, help="rounds of timing (default: 11, fewer if large)")
     made.add_argument("--tpu", choices=[*TOPOLOGIES], help="compile for this TPU, do not run")
     made.add_argument("--quantity", choices=QUANTITIES, default="cycles", help="what to show of it")
@@ -61,8 +70,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def chosen(options: argparse.Namespace) -> list[Case]:
     """The cases of a run."""
-    import jax
-
     defaults = CPU if jax.default_backend() == "cpu" else GPU
     return pick(
         TPU[options.tpu] if options.tpu else defaults,
@@ -77,8 +84,6 @@ def chosen(options: argparse.Namespace) -> list[Case]:
 
 def backend() -> str:
     """A name for this machine's device: cpu, h200, ..."""
-    import jax
-
     if jax.default_backend() == "cpu":
         return "cpu"
     words = jax.devices()[0].device_kind.lower().replace("nvidia", "").split()
@@ -87,12 +92,6 @@ def backend() -> str:
 
 def run(cases: list[Case], options: argparse.Namespace) -> None:
     """Every case that is not stored yet, then the table and the figure of all."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from .store import Store
-    from .tables import table
-
     console = Console()
     if not console.is_terminal:
         console.width = 200  # a file has room
@@ -102,10 +101,11 @@ def run(cases: list[Case], options: argparse.Namespace) -> None:
         task = progress.add_task("", total=len(cases))
         for case in cases:
             progress.update(task, description=str(case))
+            absent = [v for v in options.variants if not store.has(*case.key, v)]
             if options.tpu:
-                compile_all(store, case, options.tpu)
-            else:
-                measure(store, case)
+                compile_all(store, case, absent, options.tpu)
+            elif absent:
+                measure(store, case, options.variants)
             progress.advance(task)
     console.print(table(store.rows, options.quantity, options.markdown))
     if not options.output:
@@ -114,12 +114,9 @@ def run(cases: list[Case], options: argparse.Namespace) -> None:
     draw_all([path])
 
 
-def compile_all(store: Any, case: Case, kind: str) -> None:
-    """Estimates for the rows of one case that are missing; the same program is compiled once."""
-    from .programs import FORWARD, variants
-
-    absent = [v for v in FORWARD if not store.has(*case.key, v)]
-    for program in variants(*base(case), **others(case), chosen=absent, target="tpu"):
+def compile_all(store: Store, case: Case, chosen: Sequence[str], kind: str) -> None:
+    """Estimates for some variants of a case; the same program is compiled once."""
+    for program in variants(*base(case), **others(case), chosen=chosen, target="tpu"):
         low = lowered(program.apply, program.params, program.x, kind=kind)
         digest = sha256(low.as_text().encode()).hexdigest()[:16]
         same = [row for row in store.rows if row["program"] == digest]
@@ -138,18 +135,11 @@ def others(case: Case) -> dict[str, Any]:
     return {"length": case.length, "stored": case.dtype}
 
 
-def measure(store: Any, case: Case) -> None:
-    """Time all variants of a case side by side, if one of them is missing."""
-    import jax
-
-    from .programs import FORWARD, SharedArrays, random_arrays, variants
-    from .timing import interleaved, repeated
-
-    if all(store.has(*case.key, v) for v in FORWARD):
-        return
+def measure(store: Store, case: Case, chosen: Sequence[str]) -> None:
+    """Time variants of a case side by side."""
     calls, repeats, params = {}, {}, SharedArrays()
     x = None
-    for program in variants(*base(case), **others(case), chosen=FORWARD):
+    for program in variants(*base(case), **others(case), chosen=chosen):
         x = random_arrays(program.x, seed=1) if x is None else x
         arguments = params.fill(program.params), x
         compiled = jax.jit(program.apply).lower(*arguments).compile()
@@ -163,8 +153,6 @@ def measure(store: Any, case: Case) -> None:
 
 def missing() -> list[str]:
     """Which rows of other backends are not stored, and how to make them."""
-    from .programs import FORWARD
-
     lines = []
     tables = {f"tpu_{kind}": cases for kind, cases in TPU.items()} | {"cpu": CPU}
     for name, cases in tables.items():
