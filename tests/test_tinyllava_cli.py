@@ -14,6 +14,9 @@ from jax.sharding import PartitionSpec as P
 
 from examples.tinyllava_video.__main__ import main
 from examples.tinyllava_video.config import named
+from examples.tinyllava_video.model import TinyLlavaVideo
+from examples.tinyllava_video.pipeline import Pipeline
+from examples.tinyllava_video.text import byte_tokenizer
 from examples.tinyllava_video.train import answer_logits, batches, clip, train
 from examples.tinyllava_video.weights import load
 
@@ -54,6 +57,21 @@ def test_answers_are_those_of_the_original(
     assert "LayerNorms folded" in folded.err
     assert "LayerNorms" not in original.err
     assert sheet.stat().st_size > 0
+
+
+def test_only_a_donated_model_is_used_up() -> None:
+    model = TinyLlavaVideo(named("tiny-phi"), nnx.Rngs(3))
+    kernel, size = model.connector.linear.kernel[...], model.config.vision.image_size
+    pixels = np.random.default_rng(0).uniform(-1, 1, (8, size, size, 3)).astype(np.float32)
+    kept, donated = (
+        Pipeline(model, byte_tokenizer(), max_new_tokens=4, donate=donate)
+        for donate in (False, True)
+    )
+    answer = kept.answer(pixels, QUESTION)
+    assert not kernel.is_deleted()
+    assert donated.answer(pixels, QUESTION) == answer
+    assert kernel.is_deleted()
+    assert not donated.model.connector.linear.kernel[...].is_deleted()
 
 
 def test_errors_say_what_to_do(video: Path, capsys: pytest.CaptureFixture[str]) -> None:

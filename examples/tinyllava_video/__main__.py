@@ -82,6 +82,7 @@ def answered(options: argparse.Namespace) -> str:
         model,
         tokenizer,
         fold=not options.original,
+        donate=True,
         **{name: getattr(options, name) for name in names},
     )
     start = time.perf_counter()

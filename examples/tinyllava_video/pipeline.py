@@ -22,7 +22,9 @@ class Pipeline:
     """A model with its tokenizer and its way of answering.
 
     Video, prompt and the loop that makes the answer are one program, folded as a whole when the
-    first question comes; with `fold` false it is run as it is. `report` is that of the fold.
+    first question comes; with `fold` false it is run as it is. `report` is that of the fold. With
+    `donate` true the fold takes the memory of the parameters that it edits: `model`, as it was
+    given, cannot be used any more, `self.model` can.
     """
 
     def __init__(
@@ -31,12 +33,14 @@ class Pipeline:
         tokenizer: PreTrainedTokenizerBase,
         *,
         fold: bool = True,
+        donate: bool = False,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         top_p: float = 1.0,
     ) -> None:
         """Answers are made as `TinyLlavaVideo.generate` says."""
-        self.tokenizer, self.fold, self.temperature = tokenizer, fold, temperature
+        self.tokenizer, self.temperature = tokenizer, temperature
+        self.fold, self.donate = fold, donate
         self.report: jax_lnfold.Report | None = None
         options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
         eos = eos_ids(tokenizer)
@@ -81,7 +85,7 @@ class Pipeline:
         run = self._original
         if self.fold:
             try:
-                folded = jax_lnfold.fold(run, self._params, *inputs)
+                folded = jax_lnfold.fold(run, self._params, *inputs, donate=self.donate)
             except jax_lnfold.TraceError as error:
                 raise error.__cause__ or error from None  # what the model says of its inputs
             run, self._params, self.report = folded.apply, folded.params, folded.report
