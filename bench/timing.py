@@ -34,14 +34,20 @@ def interleaved(
 
 
 def repeated(call: Callable[[], Any], at_least: float = 0.02) -> tuple[Callable[[], Any], int]:
-    """Calls one after the other that take `at_least` so many seconds together, and how many.
+    """Calls of what is compiled that take `at_least` so many seconds together, and how many.
 
     On devices that work while Python goes on, short programs would measure Python otherwise.
     """
-    jax.block_until_ready(call())
-    begin = time.perf_counter()
-    jax.block_until_ready(call())
-    number = max(1, round(at_least / (time.perf_counter() - begin)))
+
+    def seconds() -> float:
+        begin = time.perf_counter()
+        jax.block_until_ready(call())
+        return time.perf_counter() - begin
+
+    found = seconds()
+    if found < 1:  # the first call says too little of short ones
+        found = seconds()
+    number = max(1, round(at_least / found))
 
     def run() -> Any:
         for _ in range(number - 1):

@@ -76,7 +76,8 @@ def answered(options: argparse.Namespace) -> str:
     if options.sheet:
         show(frames).save(options.sheet)
     pixels = preprocess(frames.pixels, config.vision.image_size)
-    say(f"{len(pixels)} of {frames.duration:.1f} s read in {time.perf_counter() - start:.1f} s")
+    seconds = time.perf_counter() - start
+    say(f"{len(pixels)} frames of {frames.duration:.1f} s read in {seconds:.1f} s")
     names = "max_new_tokens", "temperature", "top_p"
     pipeline = Pipeline(
         model,
