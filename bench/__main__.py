@@ -101,11 +101,12 @@ def run(cases: list[Case], options: argparse.Namespace) -> None:
         task = progress.add_task("", total=len(cases))
         for case in cases:
             progress.update(task, description=str(case))
-            absent = [v for v in options.variants if not store.has(*case.key, v)]
+            stored = [v for v in FORWARD if store.has(*case.key, v)]
+            absent = [v for v in options.variants if v not in stored]
             if options.tpu:
                 compile_all(store, case, absent, options.tpu)
             elif absent:
-                measure(store, case, options.variants)
+                measure(store, case, [v for v in FORWARD if v in {*stored, *absent}])
             progress.advance(task)
     console.print(table(store.rows, options.quantity, options.markdown))
     if not options.output:
@@ -136,7 +137,7 @@ def others(case: Case) -> dict[str, Any]:
 
 
 def measure(store: Store, case: Case, chosen: Sequence[str]) -> None:
-    """Time variants of a case side by side."""
+    """Time variants of a case side by side, which replaces all rows of the case."""
     calls, repeats, params = {}, {}, SharedArrays()
     x = None
     for program in variants(*base(case), **others(case), chosen=chosen):

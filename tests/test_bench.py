@@ -364,9 +364,10 @@ def test_a_run_from_the_command_line(
     assert "clip_l_text" in capsys.readouterr().out
     main([*command, "--output", str(path)])
     assert json.loads(path.read_text())["rows"] == rows, "nothing is timed again"
-    main([*command, "--variants", ORIGINAL, BOUND, "--output", str(tmp_path / "few.json")])
-    few = json.loads((tmp_path / "few.json").read_text())["rows"]
-    assert [row["variant"] for row in few] == [ORIGINAL, BOUND]
+    for added, known in (ORIGINAL, [ORIGINAL]), (BOUND, [ORIGINAL, BOUND]):
+        main([*command, "--variants", added, "--output", str(tmp_path / "few.json")])
+        few = json.loads((tmp_path / "few.json").read_text())["rows"]
+        assert [row["variant"] for row in few] == known, "no row is lost"
     path.with_suffix(".svg").unlink()
     main(["--plot", "--output", str(path)])
     assert path.with_suffix(".svg").exists()

@@ -59,6 +59,13 @@ def test_answers_are_those_of_the_original(
     assert sheet.stat().st_size > 0
 
 
+def test_without_a_report_one_line_says_what_folded(
+    video: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["--video", str(video), "--prompt", QUESTION, "--max-new-tokens", "1"])
+    assert " LayerNorms ran as RMSNorms" in capsys.readouterr().err
+
+
 def test_only_a_donated_model_is_used_up() -> None:
     model = TinyLlavaVideo(named("tiny-phi"), nnx.Rngs(3))
     kernel, size = model.connector.linear.kernel[...], model.config.vision.image_size
