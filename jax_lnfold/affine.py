@@ -7,7 +7,7 @@ layer whose kernel nobody else reads, a shift when these layers have a bias of t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -43,6 +43,12 @@ class AffineMerge:
     shift: int | None
     readers: tuple[Reader, ...]
 
+    @property
+    def parts(self) -> Iterator[int]:
+        """The leaf of each role; sound only if all are different (theory, section 9)."""
+        read = (leaf for r in self.readers for leaf in (r.kernel, r.bias))
+        return (leaf for leaf in (self.scale, self.shift, *read) if leaf is not None)
+
 
 def find_affine(graph: Graph) -> dict[int, AffineMerge]:
     """All scales that can be taken up, by leaf value; no leaf has a part in two of them."""
@@ -53,11 +59,10 @@ def find_affine(graph: Graph) -> dict[int, AffineMerge]:
             merge = _Walk(graph, value).run()
         except CannotAbsorb:
             continue
-        parts = {merge.scale, merge.shift}
-        parts |= {leaf for r in merge.readers for leaf in (r.kernel, r.bias)}
+        parts = {*merge.parts}
         if merge.readers and not parts & taken:
             found[value] = merge
-            taken |= parts - {None}
+            taken |= parts
     return found
 
 
@@ -76,14 +81,19 @@ class _Walk:
         """The merge; raises `CannotAbsorb`."""
         graph = self.graph
         self._follow(self.scale, self.axes, shifted=False)
-        parts = {leaf for r in self.readers for leaf in (r.kernel, r.bias) if leaf is not None}
-        touched = [v for v, i in graph.leaves.items() if i in parts or v == self.shift]
+        shift = None if self.shift is None else graph.leaves[self.shift]
+        merge = AffineMerge(graph.leaves[self.scale], shift, tuple(self.readers))
+        parts = [*merge.parts]
+        if len({*parts}) < len(parts):
+            raise CannotAbsorb  # a leaf with two roles would be edited for one of them
+        if shift is not None and any(r.bias is None for r in merge.readers):
+            raise CannotAbsorb  # one kernel takes the scale alone: plans have no words for it
+        touched = [v for v, i in graph.leaves.items() if i in parts and v != self.scale]
         if any((op.index, i) not in self.followed for v in touched for op, i in graph.uses[v]):
             raise CannotAbsorb  # something else reads the parameter
         if any(v in graph.outputs for v in touched):
             raise CannotAbsorb
-        shift = None if self.shift is None else graph.leaves[self.shift]
-        return AffineMerge(graph.leaves[self.scale], shift, tuple(self.readers))
+        return merge
 
     def _follow(self, value: int, places: Places, shifted: bool) -> None:
         graph = self.graph
@@ -133,7 +143,7 @@ class _Walk:
         """The other term must be one leaf, along the axes of the scale."""
         leaf, origins = self._origin(op, position)
         sizes = self.graph.shape(leaf)
-        along = tuple(origins.get(p) if isinstance(p, int) else 0 for p in places)
+        along = tuple(map(origins.get, places))  # a row of the same loop as the scale's
         axes = tuple(d for d, n in enumerate(sizes) if n != 1)
         if along != axes or self.shift not in (None, leaf):
             raise CannotAbsorb
@@ -157,8 +167,9 @@ class _Walk:
         if not shifted:
             self.readers[Reader(leaf, tuple(along))] = None
             return
-        if batch[0]:
-            raise CannotAbsorb
+        sizes = self.graph.shape(op.inputs[1 - position])
+        if batch[0] or any(d not in origins and sizes[d] != 1 for d in pairs.values()):
+            raise CannotAbsorb  # the kernel is summed over more often than it has elements
         ranks = [len(self.graph.shape(v)) for v in op.inputs]
         free = output_axes(op.params["dimension_numbers"], ranks, 1 - position)
         made_of = {o: origins.get(d) for d, o in free.items()}  # axis of the product -> kernel

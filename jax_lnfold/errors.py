@@ -22,4 +22,4 @@ class PlanMismatchError(FoldError):
 
 
 class PlanFormatError(FoldError):
-    """A serialised plan is not readable: broken JSON, missing fields or another version."""
+    """A plan is not readable: broken JSON, another version, or parts that do not fit together."""

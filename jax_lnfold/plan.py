@@ -17,8 +17,8 @@ import numpy as np
 from .axes import AxisSet
 from .center import Recipe, edit_leaf, overflows
 from .edits import AffineEdit, AffineReader, CenterEdit, LeafEdit, LeafSpec, ScaleEdit
-from .errors import FoldError, TreeError
-from .planfile import parse
+from .errors import FoldError, PlanFormatError, TreeError
+from .planfile import Parts, check_parts, parse
 from .trees import check_leaves, committed_to
 
 
@@ -34,6 +34,19 @@ class FoldPlan:
     edits: tuple[CenterEdit, ...]
     scales: tuple[ScaleEdit, ...] = ()
     affine: tuple[AffineEdit, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raise a `PlanFormatError` unless the plan would be read back from its file."""
+        try:
+            check_parts(Parts(self.leaves, self.edits, self.scales, self.affine))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise PlanFormatError(
+                f"plan: its parts do not fit together ({error}); make it with `fold` or `plan_fold`"
+            ) from error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Plans that are unpickled are checked like all others."""
+        return FoldPlan, (self.leaves, self.edits, self.scales, self.affine)
 
     @property
     def version(self) -> int:

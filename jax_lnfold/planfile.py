@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from .axes import ALL, FREE, AxisSet, Labels
@@ -50,7 +51,7 @@ def parse(text: str) -> Parts:
             ),
             tuple(map(_affine, data["affine"])) if version == 3 else (),
         )
-        _check(parts)
+        check_parts(parts)
     except (KeyError, TypeError, ValueError) as error:
         raise PlanFormatError(
             f"text: broken plan ({type(error).__name__}: {error}); write it with `to_json`"
@@ -66,8 +67,11 @@ def _affine(data: dict[str, Any]) -> AffineEdit:
     return AffineEdit(data["key_path"], data["shift"], tuple(readers))
 
 
-def _check(plan: Parts) -> None:
-    """Raise a `ValueError` unless the edits fit the leaves of the plan."""
+def check_parts(plan: Parts) -> None:
+    """Raise a `ValueError` unless the edits fit the leaves of the plan, and each other.
+
+    What can be told without the program, of every plan alike, whoever made it.
+    """
     shapes = {leaf.key_path: leaf.shape for leaf in plan.leaves}
     if len(shapes) < len(plan.leaves) or not all(isinstance(path, str) for path in shapes):
         raise ValueError("the key paths of its leaves are not different strings")
@@ -79,14 +83,7 @@ def _check(plan: Parts) -> None:
                 groups = {*entry} - {-1}
                 if len(entry) != size or groups != {*range(len(groups))}:
                     raise ValueError(f"no labels for {size} positions of leaf {edit.key_path!r}")
-    merged = [path for s in plan.scales for path in (s.key_path, *(p for p, _ in s.targets))]
-    affine = [path for merge in plan.affine for path in _parts_of(merge)]
-    for paths, names in ((merged, "scales and their targets"), (affine, "scales and readers")):
-        if len({*paths}) < len(paths) or not shapes.keys() >= {*paths}:
-            raise ValueError(f"its {names} are not different leaves")
-    filled = {m.key_path for m in plan.affine} | {m.shift for m in plan.affine}
-    if twice := filled & {*merged, *(edit.key_path for edit in plan.edits)}:
-        raise ValueError(f"leaf {min(map(str, twice))!r} is taken up, and edited besides")
+    _check_roles(plan, shapes)
     for scale in plan.scales:
         for path, axes in scale.targets:
             _check_axes(shapes, scale.key_path, path, axes)
@@ -96,6 +93,23 @@ def _check(plan: Parts) -> None:
                 _check_axes(shapes, source, reader.kernel, reader.axes)
             if merge.shift is not None:
                 _check_bias(shapes, reader)
+
+
+def _check_roles(plan: Parts, shapes: Container[str]) -> None:
+    """One leaf, one role: only so does every edit find what the merge is about."""
+    merged = [path for s in plan.scales for path in (s.key_path, *(p for p, _ in s.targets))]
+    affine = [path for merge in plan.affine for path in _parts_of(merge)]
+    for paths, names in ((merged, "scales and their targets"), (affine, "scales and readers")):
+        if len({*paths}) < len(paths) or not all(path in shapes for path in paths):
+            raise ValueError(f"its {names} are not different leaves")
+    takers = {s.key_path: s.targets for s in plan.scales}
+    takers |= {m.key_path: m.readers for m in plan.affine}
+    if lost := [path for path, found in takers.items() if not found]:
+        raise ValueError(f"nothing takes up the scale {lost[0]!r}")
+    filled = [*takers, *(m.shift for m in plan.affine if m.shift is not None)]
+    edits = Counter((*merged, *affine, *(edit.key_path for edit in plan.edits)))
+    if twice := [path for path in filled if edits[path] > 1]:
+        raise ValueError(f"leaf {min(twice)!r} is taken up, and edited besides")
 
 
 def _parts_of(merge: AffineEdit) -> Iterator[str]:
@@ -122,6 +136,7 @@ def _check_bias(shapes: Mapping[str, tuple[int, ...]], reader: AffineReader) -> 
     kernel = shapes[reader.kernel]
     rest = [n for d, n in enumerate(kernel) if d not in reader.summed and n != 1]
     inside = {*reader.summed} <= {*range(len(kernel))} and reader.summed
+    inside = inside and len({*reader.summed}) == len(reader.summed)
     if reader.bias is None or not inside or rest != [n for n in shapes[reader.bias] if n != 1]:
         raise ValueError(f"leaf {reader.bias!r} is no bias of {reader.kernel!r}")
 

@@ -9,7 +9,7 @@ from typing import Any
 from .affine import AffineMerge, Reader, find_affine
 from .axes import AxisSet
 from .edits import AffineEdit, AffineReader, CenterEdit, LeafSpec, ScaleEdit
-from .errors import PlanMismatchError
+from .errors import PlanFormatError, PlanMismatchError
 from .facts import Facts
 from .graph import Graph
 from .placement import Placement, place_within
@@ -26,6 +26,16 @@ TRAINING = (
 
 def make_plan(params: Any, placement: Placement) -> FoldPlan:
     """The placement's parameter edits, with key paths instead of leaf numbers."""
+    try:
+        return _plan(params, placement)
+    except PlanFormatError as error:
+        raise PlanFormatError(
+            f"apply_fn: no plan can be made for it ({error.__cause__}); nothing was changed: this "
+            "is a bug of jax_lnfold, please report it"
+        ) from error
+
+
+def _plan(params: Any, placement: Placement) -> FoldPlan:
     graph = placement.graph
     paths = [path for path, _ in leaf_paths(params)]
     shapes = {i: graph.shape(v) for v, i in graph.leaves.items()}
