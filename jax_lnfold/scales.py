@@ -72,7 +72,8 @@ class _Absorber:
     def run(self) -> dict[int, tuple[int, ...]]:
         self._follow(self.scale, self.axes)
         for leaf in self.absorbed:
-            if any((op.index, i) not in self.followed for op, i in self.graph.uses[leaf]):
+            others = {(op.index, i) for op, i in self.graph.uses[leaf]} - self.followed
+            if others or leaf in self.graph.outputs:
                 raise CannotAbsorb  # something else reads the unscaled parameter
         return self.absorbed
 

@@ -140,6 +140,30 @@ def test_roles(case: str, names: str) -> None:
     assert FoldPlan.from_json(folded.plan.to_json()) == folded.plan
 
 
+def gated(p: Params, x: jax.Array, also: Callable[[Params], Any]) -> Any:
+    """A LayerScale behind a term that one centering makes zero-mean before it is repeated."""
+    y = jnp.broadcast_to(jnp.tanh(x[:, :1]) @ p["w3"], (2, 9, D)) + p["b3"]
+    return normed(y * p["gate"], p["g1"]), also(p)
+
+
+ALSO: dict[str, tuple[Callable[[Params], Any], bool]] = {
+    "nothing": (lambda p: None, True),
+    "another leaf": (lambda p: p["w1"], True),
+    "a kernel": (lambda p: p["w3"], False),
+    "rows of a kernel": (lambda p: p["w3"][:2], False),
+    "a bias": (lambda p: p["b3"], False),
+    "the scale": (lambda p: p["gate"], False),
+}
+
+
+@pytest.mark.parametrize("also", ALSO)
+def test_what_is_returned_takes_no_scale(also: str) -> None:
+    returned, merged = ALSO[also]
+    params, x = parameters(BLOCK | {"w3": (4, D)}), jnp.ones((2, 7, 4))
+    folded = fold_checked(partial(gated, also=returned), params, x)
+    assert len(folded.report.scales) == merged
+
+
 # --- the plan is checked by itself ---------------------------------------------------------------
 
 
@@ -165,7 +189,7 @@ def merge(**change: Any) -> Callable[[FoldPlan], FoldPlan]:
     return lambda good: replace(good, affine=(replace(good.affine[0], **change), *good.affine[1:]))
 
 
-def gated(key_path: str, *targets: str) -> Callable[[FoldPlan], FoldPlan]:
+def gate(key_path: str, *targets: str) -> Callable[[FoldPlan], FoldPlan]:
     axes = {"w": (1,), "b": (0,), "g": (0,), "c": (0,)}
     edit = ScaleEdit(key_path, tuple((t, axes[t[0]]) for t in targets))
     return lambda good: replace(good, scales=(edit,))
@@ -181,13 +205,13 @@ BROKEN: dict[str, Callable[[FoldPlan], FoldPlan]] = {
     "no bias for the shift": reader(0, bias=None),
     "an axis summed over twice": reader(0, summed=(0, 0)),
     "no readers": merge(readers=()),
-    "no targets": gated("gate"),
-    "a target twice": gated("gate", "w3", "w3"),
-    "a target that is the scale": gated("gate", "gate"),
-    "a target that is taken up": gated("gate", "w3", "g1"),
-    "a target that is a shift": gated("gate", "w3", "c2"),
-    "a scale that is a bias": gated("b1", "w3", "b3"),
-    "a scale that is centered": gated("b3", "w3"),
+    "no targets": gate("gate"),
+    "a target twice": gate("gate", "w3", "w3"),
+    "a target that is the scale": gate("gate", "gate"),
+    "a target that is taken up": gate("gate", "w3", "g1"),
+    "a target that is a shift": gate("gate", "w3", "c2"),
+    "a scale that is a bias": gate("b1", "w3", "b3"),
+    "a scale that is centered": gate("b3", "w3"),
     "no leaf": merge(shift="nothing"),
     "not even a merge": lambda good: replace(good, affine=("g1",)),
 }
@@ -202,7 +226,7 @@ def test_no_such_plan_can_be_made(name: str) -> None:
 def test_targets_may_be_readers() -> None:
     """What takes up a scale may be scaled besides: first the one, then the other."""
     params, good = parameters(BLOCK), plan()
-    got = gated("gate", "w1", "b1")(good).center(params)
+    got = gate("gate", "w1", "b1")(good).center(params)
     p = {name: np.asarray(x) for name, x in params.items()}
     want = p["g1"][:, None] * p["w1"] * p["gate"]
     np.testing.assert_allclose(got["w1"], want, rtol=1e-14)
