@@ -7,41 +7,29 @@ layer whose kernel nobody else reads, a shift when these layers have a bias of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from heapq import heappop, heappush
 
-import jax.numpy as jnp
+from .graph import Graph, Op
+from .readers import Reader, axes_of_product, kernel_axes, source_of, summed_axes, with_bias
+from .scales import CannotAbsorb, Places, candidates, carried, renumbered
 
-from .graph import CallPath, Graph, Op
-from .primitives import IDENTITIES
-from .rules.contraction import output_axes
-from .scales import CannotAbsorb, Places, candidates, kept_axes, renumbered
-
-Origins = Mapping[int, int | CallPath]
-"""Axis of a value -> axis of the leaf it is made of."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reader:
-    """A linear layer, by the positions of its leaves in the tree.
-
-    The axes of the scale with more than one element run along `axes` of the kernel. The layer sums
-    over the `summed` axes; the rest are those of the bias, in their order.
-    """
-
-    kernel: int
-    axes: tuple[int, ...]
-    bias: int | None = None
-    summed: tuple[int, ...] = ()
+Words = tuple[str | int, ...]
+"""A sentence without its stop, in parts: text, and leaves by position."""
 
 
 @dataclass(frozen=True, slots=True)
 class AffineMerge:
-    """Take the scale and the shift at these leaves (positions) up into the readers."""
+    """Take the scale and the shift at these leaves (positions) up into the readers.
+
+    `one` is the number that is stored for a scale of one: 0 if the program adds 1 to the leaf.
+    """
 
     scale: int
     shift: int | None
     readers: tuple[Reader, ...]
+    one: int = 1
 
     @property
     def parts(self) -> Iterator[int]:
@@ -50,20 +38,62 @@ class AffineMerge:
         return (leaf for leaf in (self.scale, self.shift, *read) if leaf is not None)
 
 
-def find_affine(graph: Graph) -> dict[int, AffineMerge]:
-    """All scales that can be taken up, by leaf value; no leaf has a part in two of them."""
+def find_affine(graph: Graph) -> tuple[dict[int, AffineMerge], dict[int, Words]]:
+    """The scales that can be taken up, and why all others cannot, by leaf value.
+
+    No leaf has a part in two of them.
+    """
     found: dict[int, AffineMerge] = {}
+    left: dict[int, Words] = {}
     taken: set[int] = set()
     for value in candidates(graph):
-        try:
-            merge = _Walk(graph, value).run()
-        except CannotAbsorb:
+        if not _scales_data(graph, value):
             continue
-        parts = {*merge.parts}
-        if merge.readers and not parts & taken:
+        try:
+            merge = merge_of(graph, value)
+            if shared := taken.intersection(merge.parts):
+                raise CannotAbsorb(min(shared), " takes up another scale")
+        except CannotAbsorb as why:
+            left[value] = why.args
+        else:
             found[value] = merge
-            taken |= parts
-    return found
+            taken.update(merge.parts)
+    return found, left
+
+
+def merge_of(graph: Graph, scale: int) -> AffineMerge:
+    """How the leaf value `scale` is taken up; raises `CannotAbsorb` with the words for a report."""
+    return _Walk(graph, scale).run()
+
+
+def _scales_data(graph: Graph, leaf: int) -> bool:
+    """Whether a leaf, moved, or with something added that depends on no data, multiplies data."""
+    todo, seen = [leaf], {leaf}
+    while todo:
+        for op, position in graph.uses[todo.pop()]:
+            others = [v for i, v in enumerate(op.inputs) if i != position]
+            free = all(graph.data_free[v] for v in others)
+            product = op.name == "mul" or (
+                op.name == "dot_general" and not summed_axes(op, position)
+            )
+            if product and not free:
+                return True
+            if carried(graph, op) is not None or (free and (product or op.name in ("add", "sub"))):
+                todo += {*op.outputs} - seen
+                seen.update(op.outputs)
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class _Scaled:
+    """A value that is linear in the scale, whose axes are at `places`, plus the shift if `shifted`.
+
+    `raw` is the leaf itself, moved and converted only.
+    """
+
+    places: Places
+    raw: bool = False
+    shifted: bool = False
 
 
 class _Walk:
@@ -72,168 +102,162 @@ class _Walk:
     def __init__(self, graph: Graph, scale: int) -> None:
         self.graph, self.scale = graph, scale
         self.axes = tuple(d for d, n in enumerate(graph.shape(scale)) if n != 1)
-        self.scaled: set[int] = {scale}
+        self.scaled: dict[int, _Scaled] = {}
+        self.todo: list[int] = []  # operations that read them, as a heap: operands come first
+        self.one: int | None = None
         self.shift: int | None = None  # leaf value
         self.readers: dict[Reader, None] = {}
         self.followed: set[tuple[int, int]] = set()  # uses of leaves
 
     def run(self) -> AffineMerge:
         """The merge; raises `CannotAbsorb`."""
-        graph = self.graph
-        self._follow(self.scale, self.axes, shifted=False)
+        graph, done = self.graph, -1
+        self._reach(self.scale, _Scaled(self.axes, raw=True))
+        while self.todo:
+            if (index := heappop(self.todo)) != done:
+                self._step(graph.ops[index])
+            done = index
         shift = None if self.shift is None else graph.leaves[self.shift]
-        merge = AffineMerge(graph.leaves[self.scale], shift, tuple(self.readers))
-        parts = [*merge.parts]
-        if len({*parts}) < len(parts):
-            raise CannotAbsorb  # a leaf with two roles would be edited for one of them
-        if shift is not None and any(r.bias is None for r in merge.readers):
-            raise CannotAbsorb  # one kernel takes the scale alone: plans have no words for it
-        touched = [v for v, i in graph.leaves.items() if i in parts and v != self.scale]
-        if any((op.index, i) not in self.followed for v in touched for op, i in graph.uses[v]):
-            raise CannotAbsorb  # something else reads the parameter
-        if any(v in graph.outputs for v in touched):
-            raise CannotAbsorb
+        one = 1 if self.one is None else self.one
+        merge = AffineMerge(graph.leaves[self.scale], shift, tuple(self.readers), one)
+        self._check(merge)
         return merge
 
-    def _follow(self, value: int, places: Places, shifted: bool) -> None:
-        graph = self.graph
-        if value in graph.outputs:
-            raise CannotAbsorb
-        self.scaled.add(value)
-        for op, position in graph.uses[value]:
-            result = op.outputs[0] if op.outputs else value
-            others = [v for i, v in enumerate(op.inputs) if i != position]
-            if any(v in self.scaled for v in others):
-                raise CannotAbsorb  # squared, say
-            if op.name == "dot_general":
-                self._read(op, position, places, shifted)
-            elif op.name in IDENTITIES:
-                if not jnp.issubdtype(graph.avals[result].dtype, jnp.floating):
-                    raise CannotAbsorb
-                self._follow(result, places, shifted)
-            elif op.name == "broadcast_in_dim":
-                moved = renumbered(places, op.params["broadcast_dimensions"])
-                self._follow(result, moved, shifted)
-            elif op.name in ("reshape", "squeeze"):
-                self._follow(result, renumbered(places, kept_axes(graph, value, result)), shifted)
-            elif op.name == "transpose":
-                back = {p: i for i, p in enumerate(op.params["permutation"])}
-                self._follow(result, renumbered(places, back), shifted)
-            elif op.name == "slice":
-                sizes = [
-                    (graph.shape(value)[p], graph.shape(result)[p])
-                    for p in places
-                    if isinstance(p, int)
-                ]
-                if any(n != m for n, m in sizes):
-                    raise CannotAbsorb
-                self._follow(result, places, shifted)
-            elif op.name == "loop_slice":
-                rows = (op.path if p == 0 else p - 1 if isinstance(p, int) else p for p in places)
-                self._follow(result, tuple(rows), shifted)
-            elif (op.name == "mul" or (op.name == "div" and position == 0)) and not shifted:
-                self._follow(result, places, shifted)
-            elif op.name == "add" and not shifted:
-                self._add_shift(op, 1 - position, places)
-                self._follow(result, places, shifted=True)
-            else:
-                raise CannotAbsorb
+    def _check(self, merge: AffineMerge) -> None:
+        """Every leaf has one role, and nothing but the readers reads it."""
+        graph, kernels = self.graph, [r.kernel for r in merge.readers]
+        if not kernels:
+            raise CannotAbsorb("nothing reads what it scales")
+        for kernel in kernels:
+            if kernels.count(kernel) > 1:
+                raise CannotAbsorb(
+                    "its kernel ", kernel, " is read in two ways, or with two biases"
+                )
+        roles = [*merge.parts]
+        for leaf in roles:
+            if roles.count(leaf) > 1:
+                raise CannotAbsorb("the parameter ", leaf, " has two roles in it")
+        for reader in merge.readers:
+            if merge.shift is not None and reader.bias is None:  # plans have no words for it
+                words = "the kernel ", reader.kernel, " reads it without the shift ", merge.shift
+                raise CannotAbsorb(*words)
+        for value, leaf in graph.leaves.items():
+            if leaf not in roles or value == self.scale:
+                continue
+            for op, position in graph.uses[value]:
+                if (op.index, position) not in self.followed:
+                    raise CannotAbsorb(f"{op.place()} reads the parameter ", leaf, ", too")
+            if value in graph.outputs:
+                raise CannotAbsorb("the parameter ", leaf, " is returned")
+
+    def _reach(self, value: int, state: _Scaled) -> None:
+        if value in self.graph.outputs:
+            raise CannotAbsorb("it is returned" if state.raw else "what it scales is returned")
+        self.scaled[value] = state
+        for op, _ in self.graph.uses[value]:
+            heappush(self.todo, op.index)
+
+    def _step(self, op: Op) -> None:
+        hits = [i for i, v in enumerate(op.inputs) if v in self.scaled]
+        if op.name in ("add", "sub"):
+            self._reach(op.outputs[0], self._sum(op, hits))
+            return
+        if len(hits) > 1:
+            raise CannotAbsorb(f"{op.place()} reads what it scales twice")
+        state = self.scaled[op.inputs[hits[0]]]
+        if (axes := carried(self.graph, op)) is not None:
+            self._reach(op.outputs[0], replace(state, places=renumbered(state.places, axes)))
+        elif op.name in ("mul", "neg") or (op.name == "div" and hits == [0]):
+            self._reach(op.outputs[0], self._times(op, state, state.places))
+        elif op.name == "dot_general":
+            self._product(op, hits[0], state)
+        else:
+            raise CannotAbsorb(f"{op.place()} reads what it scales")
+
+    def _means(self, one: int) -> None:
+        """The scale is the leaf plus ``1 - one``, everywhere."""
+        if self.one not in (None, one):
+            raise CannotAbsorb("it is read as it is, and with 1 added")
+        self.one = one
+
+    def _times(self, op: Op, state: _Scaled, places: Places) -> _Scaled:
+        """Something that is linear in a value."""
+        if state.shifted:
+            raise CannotAbsorb(f"{op.place()} scales what is scaled and shifted")
+        if state.raw:
+            self._means(1)
+        return _Scaled(places)
+
+    def _sum(self, op: Op, hits: Sequence[int]) -> _Scaled:
+        """A sum of two such values, or of one with a parameter, which is the shift."""
+        minus = op.name == "sub"
+        states = [self.scaled.get(v) for v in op.inputs]
+        if minus and states[1] is not None:  # so would be its shift
+            states[1] = self._times(op, states[1], states[1].places)
+        if len(hits) > 1:
+            return self._joint(op, *filter(None, states))
+        state, other = states[hits[0]], 1 - hits[0]
+        assert state is not None
+        number = self.graph.scalar(op.inputs[other])
+        if number is not None and number == 0:
+            return state
+        if number is not None and number == 1 and state.raw and not minus:
+            self._means(0)
+            return _Scaled(state.places)
+        if minus and other == 1:
+            raise CannotAbsorb(f"{op.place()} subtracts from what it scales")
+        if state.shifted:
+            raise CannotAbsorb(f"{op.place()} adds to what is scaled and shifted")
+        linear = self._times(op, state, state.places)
+        self._add_shift(op, other, state.places)
+        return replace(linear, shifted=True)
+
+    def _joint(self, op: Op, one: _Scaled, other: _Scaled) -> _Scaled:
+        if one.raw or other.raw:
+            raise CannotAbsorb(f"{op.place()} adds it to what it scales")
+        if one.places != other.places or (one.shifted and other.shifted):
+            raise CannotAbsorb(
+                f"{op.place()} adds what it scales along other axes, or shifted twice"
+            )
+        return _Scaled(one.places, shifted=one.shifted or other.shifted)
 
     def _add_shift(self, op: Op, position: int, places: Places) -> None:
         """The other term must be one leaf, along the axes of the scale."""
-        leaf, origins = self._origin(op, position)
-        sizes = self.graph.shape(leaf)
-        along = tuple(map(origins.get, places))  # a row of the same loop as the scale's
-        axes = tuple(d for d, n in enumerate(sizes) if n != 1)
-        if along != axes or self.shift not in (None, leaf):
-            raise CannotAbsorb
-        if [sizes[d] for d in axes] != [self.graph.shape(self.scale)[d] for d in self.axes]:
-            raise CannotAbsorb
-        self.shift = leaf
+        graph, found = self.graph, source_of(self.graph, op, position)
+        if found is None:
+            raise CannotAbsorb(f"{op.place()} adds to it what is no parameter as it is stored")
+        leaf, sizes = graph.leaves[found.leaf], graph.shape(found.leaf)
+        axes = [d for d, n in enumerate(sizes) if n != 1]
+        same = [sizes[d] for d in axes] == [graph.shape(self.scale)[d] for d in self.axes]
+        if [*map(found.origins.get, places)] != axes or not same:
+            raise CannotAbsorb("the parameter ", leaf, ", which is added to it, has other axes")
+        if self.shift not in (None, found.leaf):
+            raise CannotAbsorb(
+                "the parameters ", graph.leaves[self.shift], " and ", leaf, " shift it"
+            )
+        self.shift = found.leaf
+        self.followed.add(found.use)
 
-    def _read(self, op: Op, position: int, places: Places, shifted: bool) -> None:
-        """A product that sums over the axes of the scale."""
-        contracted, batch = op.params["dimension_numbers"]
-        pairs = dict(zip(contracted[position], contracted[1 - position], strict=True))
-        kernel, origins = self._origin(op, 1 - position)
-        along = []
-        for p in places:
-            if isinstance(p, int) and p not in pairs:
-                raise CannotAbsorb
-            along.append(origins.get(pairs[p]) if isinstance(p, int) else origins.get(p))
-        if None in along or len({*along}) < len(along):
-            raise CannotAbsorb
-        leaf = self.graph.leaves[kernel]
-        if not shifted:
-            self.readers[Reader(leaf, tuple(along))] = None
+    def _product(self, op: Op, position: int, state: _Scaled) -> None:
+        """A product that sums over the axes of the scale reads it; another one passes it on."""
+        graph, places = self.graph, state.places
+        if not {*summed_axes(op, position)}.intersection(places):
+            there = renumbered(places, axes_of_product(graph, op, position))
+            self._reach(op.outputs[0], self._times(op, state, there))
             return
-        sizes = self.graph.shape(op.inputs[1 - position])
-        if batch[0] or any(d not in origins and sizes[d] != 1 for d in pairs.values()):
-            raise CannotAbsorb  # the kernel is summed over more often than it has elements
-        ranks = [len(self.graph.shape(v)) for v in op.inputs]
-        free = output_axes(op.params["dimension_numbers"], ranks, 1 - position)
-        made_of = {o: origins.get(d) for d, o in free.items()}  # axis of the product -> kernel
-        bias, bias_axes = self._bias(op.outputs[0], made_of, origins)
-        summed = tuple(sorted(origins[d] for d in pairs.values() if d in origins))
-        rest = [d for d, n in enumerate(self.graph.shape(kernel)) if n != 1 and d not in summed]
-        if [*bias_axes] != rest:
-            raise CannotAbsorb
-        self.readers[Reader(leaf, tuple(along), bias, summed)] = None
-
-    def _bias(
-        self, value: int, made_of: Mapping[int, object], origins: Mapping[object, int]
-    ) -> tuple[int, tuple[int, ...]]:
-        """The leaf that is added to a product, with the axes of the kernel it runs along."""
-        graph = self.graph
-        while True:
-            uses = graph.uses[value]
-            if len(uses) != 1 or value in graph.outputs:
-                raise CannotAbsorb
-            (op, position), *_ = uses
-            if op.name == "add":
-                break
-            if op.name not in IDENTITIES:
-                raise CannotAbsorb
-            value = op.outputs[0]
-        leaf, own = self._origin(op, 1 - position)
-        kernel_axis = {own[a]: made_of.get(a) for a in own if isinstance(a, int)}
-        kernel_axis |= {own[p]: origins.get(p) for p in own if not isinstance(p, int)}
-        axes = [d for d, n in enumerate(graph.shape(leaf)) if n != 1]
-        along = [k for d in axes if isinstance(k := kernel_axis.get(d), int)]
-        if len(along) < len(axes):
-            raise CannotAbsorb
-        return graph.leaves[leaf], tuple(along)
-
-    def _origin(self, op: Op, position: int) -> tuple[int, dict]:
-        """The leaf that an operand is, moved and converted only, and where its axes come from.
-
-        An axis of the operand is mapped to an axis of the leaf, and so is a loop that takes it
-        row by row.
-        """
-        graph, value = self.graph, op.inputs[position]
-        origins: dict = {d: d for d in range(len(graph.shape(value)))}
-        use = (op.index, position)
-        while value not in graph.leaves:
-            made = graph.producer[value]
-            if made is None or len(graph.uses[value]) != 1 or value in graph.outputs:
-                raise CannotAbsorb
-            before, use = made[0], (made[0].index, 0)
-            if before.name in IDENTITIES:
-                back = {d: d for d in range(len(graph.shape(value)))}
-            elif before.name == "transpose":
-                back = dict(enumerate(before.params["permutation"]))
-            elif before.name == "broadcast_in_dim":
-                back = {o: i for i, o in enumerate(before.params["broadcast_dimensions"])}
-            elif before.name in ("reshape", "squeeze"):
-                back = kept_axes(graph, value, before.inputs[0])
-            elif before.name == "loop_slice":
-                back = {d: d + 1 for d in range(len(graph.shape(value)))}
-            else:
-                raise CannotAbsorb
-            origins = {a: back[d] for a, d in origins.items() if d in back}
-            if before.name == "loop_slice":
-                origins[before.path] = 0
-            value = before.inputs[0]
-        self.followed.add(use)
-        sizes = graph.shape(value)
-        return value, {a: d for a, d in origins.items() if sizes[d] != 1}
+        kernel = source_of(graph, op, 1 - position)
+        if kernel is None:
+            raise CannotAbsorb(
+                f"{op.place()} multiplies it with what is no parameter as it is stored"
+            )
+        leaf, along = graph.leaves[kernel.leaf], kernel_axes(op, position, places, kernel)
+        if along is None:
+            raise CannotAbsorb("its axes are not all axes of the kernel ", leaf)
+        if state.raw:
+            self._means(1)
+        self.followed.add(kernel.use)
+        reader = Reader(leaf, along)
+        if state.shifted:
+            reader, use = with_bias(graph, op, 1 - position, kernel, reader)
+            self.followed.add(use)
+        self.readers[reader] = None

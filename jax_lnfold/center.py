@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd, prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,20 +28,27 @@ def center_array(x: Any, along: AxisSet, part: Shape | None = None) -> Any:
     return _edited(x, None, None, Recipe(sets=(along,)), part).astype(x.dtype, copy=False)
 
 
+class Factor(NamedTuple):
+    """A factor runs along `axes` of what it scales; it is a leaf plus the number `plus`."""
+
+    axes: tuple[int, ...]
+    plus: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """What is done to one leaf, with the other leaves (`sources`) that it takes, in this order.
 
     With `fill`, all elements become that number. Otherwise first, if there are `summed` axes, the
     product of a shift and a kernel is added: the shift runs along `axes` of the kernel, `summed`
-    axes are summed over and the leaf's own axes run along the rest. Then the leaf is scaled by a
-    factor along each of `factors`, and at last centered along `sets`.
+    axes are summed over and the leaf's own axes run along the rest. Then the leaf is scaled along
+    each of `factors`, and at last centered along `sets`.
     """
 
     fill: float | None = None
     axes: tuple[int, ...] = ()
     summed: tuple[int, ...] = ()
-    factors: tuple[tuple[int, ...], ...] = ()
+    factors: tuple[Factor, ...] = ()
     sets: tuple[AxisSet, ...] = ()
 
 
@@ -98,10 +105,11 @@ def _terms(x: Any, sources: Sequence[Any], recipe: Recipe) -> tuple[Any, Any]:
             aligned = _aligned(jnp.asarray(shift, wide), recipe.axes, kernel.shape, jnp)
             added = (aligned * kernel).sum(axis=recipe.summed)
         added = added.reshape(x.shape)
-    elif not recipe.sets and len(rest) == 1 and rest[0].dtype == x.dtype:
+    elif not recipe.sets and [f.plus for f in recipe.factors] == [0] and rest[0].dtype == x.dtype:
         wide = x.dtype
-    for source, axes in zip(rest, recipe.factors, strict=True):
+    for source, (axes, plus) in zip(rest, recipe.factors, strict=True):
         aligned = _aligned(xp.asarray(source, wide), axes, x.shape, xp)
+        aligned = aligned + plus if plus else aligned
         factor = aligned if factor is None else factor * aligned
     return added, factor
 

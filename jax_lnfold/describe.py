@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from math import prod
 
 import jax.numpy as jnp
 import numpy as np
 
 from .advice import advice
+from .affine import Words
 from .defer import Deferral
 from .graph import Graph, Place
 from .norms import LayerNorm
 from .placement import Placement, Reason
 from .plan import FoldPlan
 from .primitives import MOVES
-from .report import Insertion, Norm, Programs, Report
+from .report import Insertion, Norm, Programs, Report, ScaleLeft
 from .streams import find_events
 
 
@@ -66,6 +68,10 @@ def make_report(
         edits=plan.edits,
         scales=plan.scales,
         affine=plan.affine,
+        affine_left=tuple(
+            ScaleLeft(key_paths[leaf], _in_words(why, key_paths))
+            for leaf, why in placement.affine_left.items()
+        ),
         deferred=deferred,
         opaque=dict(opaque),
         visits=facts.visits,
@@ -76,6 +82,10 @@ def make_report(
         n_operations=len(graph.ops),
         programs=programs,
     )
+
+
+def _in_words(words: Words, key_paths: Sequence[str]) -> str:
+    return "".join(f"`{key_paths[w]}`" if isinstance(w, int) else w for w in words)
 
 
 def _edited_bytes(graph: Graph, plan: FoldPlan, key_paths: list[str]) -> int:

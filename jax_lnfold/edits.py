@@ -59,12 +59,15 @@ class AffineReader:
 class AffineEdit:
     """Multiply the kernels of `readers` by the scale at `key_path`, then set that to one.
 
-    The shift at key path `shift`, if any, goes into their biases and becomes zero.
+    The shift at key path `shift`, if any, goes into their biases and becomes zero. Where the
+    program adds 1 to the leaf, `one` is 0: they are multiplied by the leaf plus ``1 - one``, and
+    it is set to `one`.
     """
 
     key_path: str
     shift: str | None
     readers: tuple[AffineReader, ...]
+    one: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
-from .affine import AffineMerge
+from .affine import AffineMerge, Words
 from .axes import AxisSet
 from .collector import collector_paused
 from .facts import Blocker, Claim, Facts, solve
@@ -59,7 +59,8 @@ class Placement:
     `norms` to reasons, `inserted` says why what feeds a value of `explicit` was not centered
     instead, `zero` lists what is zero-mean at run time once the centerings are made. The positions
     in `approximate` are of folded norms that rest on a dropout taken for the identity. What is in
-    `affine` is taken up by the linear layers behind it.
+    `affine` is taken up by the linear layers behind it; `affine_left` says of other scales, by the
+    position of the leaf, why not.
     """
 
     search: ZeroMeanGraph
@@ -74,6 +75,7 @@ class Placement:
     zero: tuple[Claim, ...]
     approximate: frozenset[int] = frozenset()
     affine: tuple[AffineMerge, ...] = ()
+    affine_left: dict[int, Words] = field(default_factory=dict)
 
     @property
     def facts(self) -> Facts:

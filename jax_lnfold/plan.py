@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .axes import AxisSet
-from .center import Recipe, edit_leaf, overflows
+from .center import Factor, Recipe, edit_leaf, overflows
 from .edits import AffineEdit, AffineReader, CenterEdit, LeafEdit, LeafSpec, ScaleEdit
 from .errors import FoldError, PlanFormatError, TreeError
 from .planfile import Parts, check_parts, parse
@@ -50,8 +50,8 @@ class FoldPlan:
 
     @property
     def version(self) -> int:
-        """Of the plan file: 3 if scales and shifts are taken up by what reads them, else 2."""
-        return 3 if self.affine else 2
+        """Of the plan file: 2, 3 if scales are taken up by what reads them, 4 if 1 is added."""
+        return 2 if not self.affine else 4 if any(m.one != 1 for m in self.affine) else 3
 
     def center(self, params: Any, donate: bool = False) -> Any:
         """The edited copy of `params`, a tree of the structure and shapes the plan was made for.
@@ -101,13 +101,14 @@ class FoldPlan:
         sets: dict[str, tuple[AxisSet, ...]] = {}
         for edit in self.edits:
             sets[edit.key_path] = (*sets.get(edit.key_path, ()), edit.along)
-        factors: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+        factors: dict[str, list[tuple[str, Factor]]] = {}
         shifted: dict[str, tuple[str, AffineReader]] = {}
         fills: dict[str, float] = {}
         for merge in self.affine:
-            fills[merge.key_path] = 1.0
+            fills[merge.key_path] = float(merge.one)
             for reader in merge.readers:
-                factors.setdefault(reader.kernel, []).append((merge.key_path, reader.axes))
+                factor = Factor(reader.axes, 1 - merge.one)
+                factors.setdefault(reader.kernel, []).append((merge.key_path, factor))
                 if merge.shift is not None and reader.bias is not None:
                     shifted[reader.bias] = (merge.shift, reader)
             if merge.shift is not None:
@@ -115,15 +116,15 @@ class FoldPlan:
         for scale in self.scales:
             fills[scale.key_path] = 1.0
             for path, axes in scale.targets:
-                factors.setdefault(path, []).append((scale.key_path, axes))
+                factors.setdefault(path, []).append((scale.key_path, Factor(axes)))
         found: dict[str, LeafEdit] = {}
         changed = {*sets, *factors, *shifted}
         in_order = [leaf.key_path for leaf in self.leaves if leaf.key_path in changed]
         for path in (*(p for p in in_order if p in shifted), *in_order):
-            sources, axes = (
+            sources, scaled = (
                 zip(*factors.get(path, ()), strict=True) if path in factors else ((), ())
             )
-            recipe = Recipe(factors=axes, sets=sets.get(path, ()))
+            recipe = Recipe(factors=scaled, sets=sets.get(path, ()))
             if path in shifted:
                 shift, reader = shifted[path]
                 sources = (shift, reader.kernel, *sources)
@@ -176,15 +177,20 @@ class FoldPlan:
           every position is a group of its own (``"free"``), or a list with the number of the group
           that each position is in, -1 for those that are left as they are. Two positions of the
           leaf are in one group if they are along every axis. All ``"free"`` sets the leaf to zero.
-        - ``affine`` (version 3 only): before all that, the kernel of every reader is multiplied by
+        - ``affine`` (since version 3): before all that, the kernel of every reader is multiplied by
           the leaf at ``key_path`` along ``axes``, as above, and that leaf is set to one. Unless
           ``shift`` is null, the leaf at ``bias`` takes up the product of the leaf at ``shift`` with
           the kernel as it was, summed over the axes ``summed``; then ``shift`` is set to zero.
-        - ``version``: 3 if there is an ``affine``, else 2.
+          With ``one`` 0 instead of 1 (version 4 only) the program adds 1 to the leaf at
+          ``key_path``: the kernels are multiplied by the leaf plus one, and it is set to zero.
+        - ``version``: 2; 3 if there is an ``affine``; 4 if in one of these ``one`` is 0.
         """
-        data = asdict(self) | {"version": self.version}
+        data: dict[str, Any] = asdict(self) | {"version": self.version}
         if not self.affine:
             del data["affine"]
+        elif self.version == 3:
+            for merge in data["affine"]:
+                del merge["one"]
         return json.dumps(data, indent=1)
 
     @staticmethod

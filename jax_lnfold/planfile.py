@@ -11,8 +11,11 @@ from .axes import ALL, FREE, AxisSet, Labels
 from .edits import AffineEdit, AffineReader, CenterEdit, LeafSpec, ScaleEdit
 from .errors import PlanFormatError
 
-VERSIONS = (2, 3)
-"""Versions that can be read: 3 adds ``affine`` to 2, and is written only where that is used."""
+VERSIONS = (2, 3, 4)
+"""Versions that can be read: 3 adds ``affine`` to 2, and 4 adds ``one`` to that.
+
+Each is written only where that is used.
+"""
 
 
 class Parts(NamedTuple):
@@ -49,7 +52,9 @@ def parse(text: str) -> Parts:
                 ScaleEdit(s["key_path"], tuple((path, _ints(axes)) for path, axes in s["targets"]))
                 for s in data["scales"]
             ),
-            tuple(map(_affine, data["affine"])) if version == 3 else (),
+            tuple(_affine(m, m["one"] if version > 3 else 1) for m in data["affine"])
+            if version > 2
+            else (),
         )
         check_parts(parts)
     except (KeyError, TypeError, ValueError) as error:
@@ -59,12 +64,12 @@ def parse(text: str) -> Parts:
     return parts
 
 
-def _affine(data: dict[str, Any]) -> AffineEdit:
+def _affine(data: dict[str, Any], one: Any) -> AffineEdit:
     readers = (
         AffineReader(r["kernel"], _ints(r["axes"]), r["bias"], _ints(r["summed"]))
         for r in data["readers"]
     )
-    return AffineEdit(data["key_path"], data["shift"], tuple(readers))
+    return AffineEdit(data["key_path"], data["shift"], tuple(readers), one)
 
 
 def check_parts(plan: Parts) -> None:
@@ -88,6 +93,8 @@ def check_parts(plan: Parts) -> None:
         for path, axes in scale.targets:
             _check_axes(shapes, scale.key_path, path, axes)
     for merge in plan.affine:
+        if type(merge.one) is not int or merge.one not in (0, 1):
+            raise ValueError(f"{merge.one!r} does not stand for one in {merge.key_path!r}")
         for reader in merge.readers:
             for source in filter(None, (merge.key_path, merge.shift)):
                 _check_axes(shapes, source, reader.kernel, reader.axes)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from .affine import AffineMerge, Reader, find_affine
+from .affine import AffineMerge, find_affine, merge_of
 from .axes import AxisSet
 from .edits import AffineEdit, AffineReader, CenterEdit, LeafSpec, ScaleEdit
 from .errors import PlanFormatError, PlanMismatchError
@@ -14,7 +14,8 @@ from .facts import Facts
 from .graph import Graph
 from .placement import Placement, place_within
 from .plan import FoldPlan
-from .scales import ScaleMerge, find_merges
+from .readers import Reader
+from .scales import CannotAbsorb, ScaleMerge, find_merges
 from .trees import leaf_paths
 
 TRAINING = (
@@ -57,6 +58,7 @@ def _plan(params: Any, placement: Placement) -> FoldPlan:
                     )
                     for r in m.readers
                 ),
+                one=m.one,
             )
             for m in placement.affine
         ),
@@ -66,10 +68,16 @@ def _plan(params: Any, placement: Placement) -> FoldPlan:
 def with_affine(placement: Placement) -> Placement:
     """The placement with every scale and shift that linear layers can take up, and it leaves."""
     graph = placement.graph
-    busy = {graph.leaves[v] for v in placement.leaf_sets}
-    busy |= {leaf for m in placement.merges for leaf in (m.scale, *(t for t, _ in m.targets))}
-    found = find_affine(graph).values()
-    return replace(placement, affine=tuple(m for m in found if not {m.scale, m.shift} & busy))
+    merged = {m.scale for m in placement.merges}
+    targets = {leaf for m in placement.merges for leaf, _ in m.targets}
+    busy = merged | targets | {graph.leaves[v] for v in placement.leaf_sets}
+    found, left = find_affine(graph)
+    for value, merge in [*found.items()]:
+        if {merge.scale, merge.shift} & busy:
+            left[value] = ("a LayerNorm folds because it, or its shift, is edited otherwise",)
+            del found[value]
+    words = {graph.leaves[v]: why for v, why in left.items() if graph.leaves[v] not in merged}
+    return replace(placement, affine=tuple(found.values()), affine_left=words)
 
 
 def place_again(plan: FoldPlan, params: Any, graph: Graph, explicit_cost: float) -> Placement:
@@ -96,7 +104,6 @@ def _affine_again(
     plan: FoldPlan, index: Mapping[str, int], value: Mapping[int, int], graph: Graph
 ) -> tuple[AffineMerge, ...]:
     """The affine edits of `plan` as merges of this trace, in which not all readers need appear."""
-    found = find_affine(graph) if plan.affine else {}
     merges = []
     for edit in plan.affine:
         readers = {
@@ -104,13 +111,16 @@ def _affine_again(
             for r in edit.readers
         }
         shift = None if edit.shift is None else index[edit.shift]
-        merge = AffineMerge(index[edit.key_path], shift, tuple(readers))
-        here = found.get(value[merge.scale])
-        same = here is not None and here.shift == shift and {*here.readers} <= readers
-        absent = readers - {*here.readers} if here is not None and same else readers
-        touched = {leaf for r in absent for leaf in (r.kernel, r.bias)} - {None}
-        touched |= set() if same else {merge.scale, merge.shift} - {None}
-        if any(graph.uses[value[i]] for i in touched if i is not None):
+        merge = AffineMerge(index[edit.key_path], shift, tuple(readers), edit.one)
+        try:
+            here = merge_of(graph, value[merge.scale])
+        except CannotAbsorb:
+            here = None
+        same = here is not None and replace(here, readers=merge.readers) == merge
+        if here is None or not same or not {*here.readers} <= readers:
+            here = None
+        seen = set() if here is None else {*here.parts}
+        if any(_is_seen(graph, value[leaf]) for leaf in {*merge.parts} - seen):
             raise PlanMismatchError(
                 f"inputs: for these inputs the scale {edit.key_path!r}, or what takes it up, is "
                 "used in another way than in the example the plan was made for; fold again with "
@@ -118,6 +128,10 @@ def _affine_again(
             )
         merges.append(merge)
     return tuple(merges)
+
+
+def _is_seen(graph: Graph, leaf: int) -> bool:
+    return bool(graph.uses[leaf]) or leaf in graph.outputs
 
 
 def _check_edits(
@@ -132,7 +146,8 @@ def _check_edits(
     graph = facts.graph
     for scale, edit in zip(scales, plan.scales, strict=True):
         touched = (scale.scale, *(leaf for leaf, _ in scale.targets))
-        if merges.get(value[scale.scale]) != scale and any(graph.uses[value[i]] for i in touched):
+        seen = any(_is_seen(graph, value[i]) for i in touched)
+        if seen and merges.get(value[scale.scale]) != scale:
             raise PlanMismatchError(
                 f"inputs: for these inputs the scale {edit.key_path!r} is used in another way than "
                 "in the example the plan was made for; fold again with these inputs"

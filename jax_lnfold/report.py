@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -19,7 +19,7 @@ from .edits import AffineEdit, CenterEdit, ScaleEdit
 from .errors import NotAnalysedError
 from .graph import Place
 from .streams import Event
-from .table import Row, counted, grouped, to_html, to_rich, to_text
+from .table import Row, counted, grouped, merged, template, to_html, to_rich, to_text
 from .trees import first_line
 
 Programs = Callable[[], tuple[ClosedJaxpr, ClosedJaxpr]]
@@ -73,6 +73,14 @@ class Insertion:
         return words + (f" To do without, {self.advice}." if self.advice else "")
 
 
+@dataclass(frozen=True, slots=True)
+class ScaleLeft:
+    """A scale (its key path) that no linear layer takes up, and why; `fold_affine` asked for it."""
+
+    key_path: str
+    reason: str
+
+
 @dataclass(frozen=True, repr=False)
 class Report:
     """The outcome of a fold; `print` shows it as a table.
@@ -84,7 +92,7 @@ class Report:
     are used in: they are rounded once more, as they would not be if they were edited before a cast.
     `dropouts` counts the dropouts taken for the identity, `deviation` is the largest difference of
     an output that they caused on the example inputs, relative to the largest output (None if the
-    inputs were shapes only).
+    inputs were shapes only). With `fold_affine`, `affine_left` are the scales that stay.
     """
 
     norms: tuple[Norm, ...]
@@ -95,6 +103,7 @@ class Report:
     deferred: tuple[Deferral, ...]
     opaque: dict[str, int]
     visits: int
+    affine_left: tuple[ScaleLeft, ...] = ()
     rounded: tuple[str, ...] = ()
     dropouts: int = 0
     deviation: float | None = None
@@ -200,6 +209,7 @@ def summary(report: Report) -> list[str]:
     lines += map(str, report.insertions)
     if report.deferred:
         lines.append(f"{counted(len(report.deferred), 'scale')} deferred behind matrix products.")
+    lines += _scales_left(report)
     if report.dropouts:
         measured = "not measured: pass arrays to fold"
         if report.deviation is not None:
@@ -218,6 +228,27 @@ def summary(report: Report) -> list[str]:
         met = ", ".join(f"{name} ({n})" for name, n in report.opaque.items())
         lines.append(f"Opaque operations met: {met}.")
     return lines
+
+
+def _scales_left(report: Report) -> list[str]:
+    """Why scales are not taken up: a line for all that are left for the same reason."""
+    lines = []
+    for group in _alike(report.affine_left, lambda s: s.reason):
+        of_blocks = _alike(group, lambda s: s.key_path)
+        paths = ", ".join(f"`{merged([s.key_path for s in some])}`" for some in of_blocks)
+        verb = "Scale {} stays" if len(group) == 1 else "Scales {} stay"
+        lines.append(f"{verb.format(paths)}: {merged([s.reason for s in group])}.")
+    return lines
+
+
+def _alike(
+    scales: Iterable[ScaleLeft], text: Callable[[ScaleLeft], str]
+) -> Iterable[list[ScaleLeft]]:
+    """Those whose texts differ in numbers only together."""
+    found: dict[str, list[ScaleLeft]] = {}
+    for scale in scales:
+        found.setdefault(template(text(scale)), []).append(scale)
+    return found.values()
 
 
 def _lines(report: Report) -> list[str]:

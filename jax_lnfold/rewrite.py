@@ -70,7 +70,7 @@ class _Rewriter:
             for op in norm.sums
         }
         value = {i: v for v, i in self.graph.leaves.items()}
-        self.filled = {value[m.scale]: 1.0 for m in placement.affine}
+        self.filled = {value[m.scale]: float(m.one) for m in placement.affine}
         self.filled |= {value[m.shift]: 0.0 for m in placement.affine if m.shift is not None}
 
     def closed(
@@ -209,7 +209,9 @@ class _Rewriter:
             finite = self._is_finite(op.inputs[1]) and self.graph.scalar(op.inputs[1]) != 0
             return 0 if hit[0] and (finite or numbers[1] == 1) else None
         if name in ("add", "sub"):
-            return 0 if all(hit) else None
+            added = map(self.graph.scalar, op.inputs)
+            one = name == "add" and any(hit) and any(n is not None and n == 1 for n in added)
+            return 0 if all(hit) else 1 if one else None
         if name == "mul":
             # 0 * c needs a finite c: a known number or one in the program.
             pairs = zip(numbers, op.inputs, strict=True)

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import jax.numpy as jnp
 
 from .graph import CallPath, Graph, Op
-from .primitives import IDENTITIES
+from .primitives import IDENTITIES, MOVES
 from .rules.contraction import output_axes
 
-Places = tuple[int | CallPath, ...]
-"""Where the axes of a scale are in a value: an axis, or the loop that takes it row by row."""
+Place = int | CallPath
+"""An axis of a value, or the loop that takes it row by row."""
+Places = tuple[Place, ...]
+"""Where the axes of a scale are in a value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,7 @@ class ScaleMerge:
 
 
 class CannotAbsorb(Exception):
-    """A parameter has a use that rules out the merge."""
+    """A parameter has a use that rules out the merge: why in words, with leaves by position."""
 
 
 def candidates(graph: Graph) -> list[int]:
@@ -98,15 +101,8 @@ class _Absorber:
                 if not self._fits(result, places):
                     raise CannotAbsorb
                 self._absorb(op, 1 - position, places)
-            elif op.name == "broadcast_in_dim":
-                self._follow(result, renumbered(places, op.params["broadcast_dimensions"]))
-            elif op.name in ("reshape", "squeeze"):
-                self._follow(result, renumbered(places, kept_axes(self.graph, value, result)))
-            elif op.name == "convert_element_type":
-                self._follow(result, places)
-            elif op.name == "loop_slice":
-                rows = (op.path if p == 0 else p - 1 if isinstance(p, int) else p for p in places)
-                self._follow(result, tuple(rows))
+            elif (axes := carried(self.graph, op)) is not None:
+                self._follow(result, renumbered(places, axes))
             else:
                 raise CannotAbsorb
 
@@ -176,22 +172,44 @@ class _Absorber:
         if op.name == "broadcast_in_dim" and axis in params["broadcast_dimensions"]:
             return 0, params["broadcast_dimensions"].index(axis)
         if op.name in ("reshape", "squeeze"):
-            before, after = shape(op.inputs[0]), shape(op.outputs[0])
-            if before[-1:] == after[-1:] and axis == len(after) - 1:
-                return 0, len(before) - 1
-            return 0, kept_axes(self.graph, op.outputs[0], op.inputs[0])[axis]
+            back = kept_axes(shape(op.outputs[0]), shape(op.inputs[0]))
+            if axis in back:
+                return 0, back[axis]
         raise CannotAbsorb
 
 
-def kept_axes(graph: Graph, before: int, after: int) -> dict[int, int]:
-    """Axis before -> axis after a reshape that only adds or drops axes of size 1."""
-    shapes = [graph.shape(v) for v in (before, after)]
-    old, new = ([d for d, n in enumerate(shape) if n != 1] for shape in shapes)
-    if [shapes[0][d] for d in old] != [shapes[1][d] for d in new]:
-        raise CannotAbsorb
-    return dict(zip(old, new, strict=True))
+def kept_axes(before: Sequence[int], after: Sequence[int]) -> dict[int, int]:
+    """Axis before -> axis after a reshape, for those that keep their size and their stride."""
+    old, new = (
+        {(prod(shape[d + 1 :]), n): d for d, n in enumerate(shape) if 0 not in shape[d + 1 :]}
+        for shape in (before, after)
+    )
+    return {old[key]: new[key] for key in old if key in new and key[1] != 1}
 
 
-def renumbered(places: Places, axes: Sequence[int] | Mapping[int, int]) -> Places:
+def carried(graph: Graph, op: Op) -> Mapping[int, Place] | None:
+    """Where the axes of the operand are in the result, if all `op` does is move and convert it.
+
+    An axis that is taken row by row is in the loop. What is cut, merged or split is nowhere.
+    """
+    if op.name not in MOVES | IDENTITIES | {"slice", "loop_slice"}:
+        return None
+    before, after = graph.shape(op.inputs[0]), graph.shape(op.outputs[0])
+    if op.name == "broadcast_in_dim":
+        return dict(enumerate(map(int, op.params["broadcast_dimensions"])))  # may be NumPy's
+    if op.name == "transpose":
+        return {int(p): d for d, p in enumerate(op.params["permutation"])}
+    if op.name == "loop_slice":
+        return {0: op.path} | {d + 1: d for d in range(len(after))}
+    if op.name in ("reshape", "squeeze"):
+        return kept_axes(before, after)
+    if not jnp.issubdtype(graph.avals[op.outputs[0]].dtype, jnp.floating):
+        return None
+    return {d: d for d, (n, m) in enumerate(zip(before, after, strict=True)) if n == m}
+
+
+def renumbered(places: Places, axes: Mapping[int, Place]) -> Places:
     """Where the axes are after a value was moved; those in loops stay."""
-    return tuple(int(axes[p]) if isinstance(p, int) else p for p in places)
+    if any(isinstance(p, int) and p not in axes for p in places):
+        raise CannotAbsorb("its axes are cut, merged or split")
+    return tuple(axes[p] if isinstance(p, int) else p for p in places)

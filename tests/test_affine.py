@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,8 +26,9 @@ from safetensors.numpy import load_file, save_file
 from zoo import ZOO, perturb
 
 import jax_lnfold
-from jax_lnfold import FoldError, FoldPlan, PlanFormatError, PlanMismatchError
+from jax_lnfold import FoldError, FoldPlan, PlanFormatError, PlanMismatchError, TreeError
 from jax_lnfold.checkpoints import center_checkpoint
+from jax_lnfold.report import summary
 from jax_lnfold.trees import leaf_paths
 
 fold_affine = partial(fold_checked, fold_affine=True)
@@ -45,7 +47,7 @@ TAKEN_UP = {
     "mixer_wide": 2,  # half of the norms are read across tokens, the last one is pooled
     "mixer_narrow": 2,
     "dit": 0,  # norms without parameters
-    "swin": 6,  # not those before windows are padded, merged, or pooled
+    "swin": 9,  # not those before windows are shifted, merged, or pooled
     "swin_v2": 0,  # norms write into the stream
     "convnext": 4,  # not those that a convolution reads
     "gpt2": 4,  # the tied head has no bias
@@ -146,6 +148,47 @@ def converted(p: Params, x: jax.Array) -> jax.Array:
     return y.astype(jnp.float64) @ p["w"].astype(jnp.float64) + p["b"]
 
 
+def vmapped(p: Params, x: jax.Array) -> jax.Array:
+    """As Equinox writes it: there is a transpose between the product and the bias."""
+    return jax.vmap(jax.vmap(lambda token: p["t"] @ token + p["b"]))(norm(p, x))
+
+
+def flattened(p: Params, x: jax.Array) -> jax.Array:
+    y = norm(p, x).reshape(-1, 12) @ p["w"]
+    return y.reshape(*x.shape[:2], 5) + p["b"]
+
+
+def ensemble(p: Params, x: jax.Array) -> jax.Array:
+    return jax.vmap(plain, in_axes=(0, None))({k: p[f"{k}s"] for k in "gcwb"}, x)
+
+
+def one_product(p: Params, x: jax.Array) -> jax.Array:
+    """As Keras writes it: the mean is subtracted from the shift."""
+    mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    k = jax.lax.rsqrt(var + 1e-6) * p["g"]
+    return (x * k + (-mean * k + p["c"])) @ p["w"] + p["b"]
+
+
+def two_products(p: Params, x: jax.Array) -> jax.Array:
+    mean, r = x.mean(-1, keepdims=True), jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-6)
+    return (p["g"] * x * r + (p["c"] - p["g"] * mean * r)) @ p["w"] + p["b"]
+
+
+def as_an_einsum(p: Params, x: jax.Array) -> jax.Array:
+    """As Penzai writes it."""
+    return (jnp.einsum("btd,d->btd", nn.standardize(x), p["g"]) + p["c"]) @ p["w"] + p["b"]
+
+
+def offset_zero(p: Params, x: jax.Array) -> jax.Array:
+    """As Haiku writes a norm without an offset."""
+    return (nn.standardize(x) * p["g"] + jnp.zeros((), x.dtype)) @ p["w"] + p["b"]
+
+
+def mixed_first(p: Params, x: jax.Array) -> jax.Array:
+    y = jnp.einsum("btd,tc->bcd", nn.standardize(x) * p["g"], x[0, :, :3])
+    return y @ p["w"] + p["b"]
+
+
 TAKEN = {
     "plain": (plain, {"g", "c", "w", "b"}, {}),
     "two readers": (two_readers, {"g", "c", "w", "b", "v", "d"}, {}),
@@ -157,6 +200,19 @@ TAKEN = {
     "shared twice": (shared_twice, {"g", "c", "w", "b"}, {}),
     "converted": (converted, {"g", "c", "w", "b"}, {}),
     "a row": (plain, {"g", "c", "w", "b"}, {"g": (1, 12), "c": (1, 1, 12), "b": (1, 5)}),
+    "turned result": (turned, {"g", "c", "w", "b"}, {}),
+    "vmapped": (vmapped, {"g", "c", "t", "b"}, {"t": (5, 12)}),
+    "flattened": (flattened, {"g", "c", "w", "b"}, {}),
+    "ensemble": (
+        ensemble,
+        {"gs", "cs", "ws", "bs"},
+        {"gs": (3, 12), "cs": (3, 12), "ws": (3, 12, 5), "bs": (3, 5)},
+    ),
+    "one product": (one_product, {"g", "c", "w", "b"}, {}),
+    "two products": (two_products, {"g", "c", "w", "b"}, {}),
+    "an einsum": (as_an_einsum, {"g", "c", "w", "b"}, {}),
+    "offset zero": (offset_zero, {"g", "w"}, {}),
+    "tokens mixed first": (mixed_first, {"g", "w"}, {}),
 }
 
 
@@ -236,34 +292,206 @@ def features_cut(p: Params, x: jax.Array) -> jax.Array:
     return norm(p, x)[..., :6] @ p["w"][:6] + p["b"]
 
 
-LEFT: dict[str, tuple[Callable[..., Any], dict[str, tuple[int, ...]]]] = {
-    "read by the residual": (read_by_the_residual, {}),
-    "returned": (returned, {}),
-    "a reader without bias": (reader_without_bias, {}),
-    "bias read twice": (bias_read_twice, {}),
-    "kernel read twice": (kernel_read_twice, {}),
-    "shift read twice": (shift_read_twice, {}),
-    "scale squared": (scale_squared, {}),
-    "nonlinear": (nonlinear, {}),
-    "shift scaled by data": (shift_scaled_by_data, {}),
-    "bias of a scaled product": (bias_scaled, {}),
-    "bias per token": (bias_per_token, {"tokens": (7, 5)}),
-    "tokens mixed": (mixed_tokens, {"mix": (7, 4)}),
-    "two shifts": (two_shifts, {"e": (12,)}),
-    "shift of data": (shift_of_data, {}),
-    "features cut": (features_cut, {}),
-    "turned result": (turned, {}),  # right, but not followed
+def shift_subtracted(p: Params, x: jax.Array) -> jax.Array:
+    return (nn.standardize(x) * p["g"] - p["c"]) @ p["w"] + p["b"]
+
+
+def negated(p: Params, x: jax.Array) -> jax.Array:
+    return -norm(p, x) @ p["w"] + p["b"]
+
+
+def shifted_twice(p: Params, x: jax.Array) -> jax.Array:
+    return (norm(p, x) + norm(p, jnp.sin(x))) @ p["w"] + p["b"]
+
+
+def turned_sum(p: Params, x: jax.Array) -> jax.Array:
+    y = norm(p, x[:, :1] * x[:, :1].mT)
+    return (y + y.mT) @ p["w"] + p["b"]
+
+
+def bias_of_a_part(p: Params, x: jax.Array) -> jax.Array:
+    y = norm(p, x) @ p["w"]
+    return jnp.concatenate([y[..., :3] + p["b"][:3], y[..., 3:]], -1)
+
+
+def regrouped(p: Params, x: jax.Array) -> jax.Array:
+    return norm(p, x).reshape(2, 7, 3, 4).swapaxes(2, 3).reshape(2, 7, 12) @ p["w"] + p["b"]
+
+
+LEFT: dict[str, tuple[Callable[..., Any], dict[str, tuple[int, ...]], str]] = {
+    "read by the residual": (read_by_the_residual, {}, "`add` .* adds to what is scaled and"),
+    "returned": (returned, {}, "what it scales is returned"),
+    "a reader without bias": (reader_without_bias, {}, "nothing but a bias .* kernel `v` has"),
+    "bias read twice": (bias_read_twice, {}, "`tanh` .* reads the parameter `b`, too"),
+    "kernel read twice": (kernel_read_twice, {}, "`dot_general` .* reads the parameter `w`, too"),
+    "shift read twice": (shift_read_twice, {}, "reads the parameter `c`, too"),
+    "scale squared": (scale_squared, {}, "`mul` .* reads what it scales twice"),
+    "nonlinear": (nonlinear, {}, r"`tanh` \(test_affine.py:\d+\) reads what it scales"),
+    "shift scaled by data": (shift_scaled_by_data, {}, "`mul` .* what is scaled and shifted"),
+    "bias of a scaled product": (bias_scaled, {}, "nothing but a bias .* kernel `w` has none"),
+    "bias per token": (bias_per_token, {"tokens": (7, 5)}, "`tokens` is no bias of the kernel `w`"),
+    "tokens mixed": (mixed_tokens, {"mix": (7, 4)}, "`dot_general` .* is scaled and shifted"),
+    "two shifts": (two_shifts, {"e": (12,)}, "`add` .* adds to what is scaled and shifted"),
+    "shift of data": (shift_of_data, {}, "adds to it what is no parameter as it is stored"),
+    "features cut": (features_cut, {}, "its axes are cut, merged or split"),
+    "shift subtracted": (shift_subtracted, {}, "`sub` .* subtracts from what it scales"),
+    "negated": (negated, {}, "`neg` .* scales what is scaled and shifted"),
+    "shifted twice": (shifted_twice, {}, "`add` .* along other axes, or shifted twice"),
+    "turned sum": (turned_sum, {}, "`add` .* along other axes, or shifted twice"),
+    "bias of a part": (bias_of_a_part, {}, "nothing but a bias .* kernel `w` has none"),
+    "regrouped": (regrouped, {}, "its axes are cut, merged or split"),
 }
 
 
 @pytest.mark.parametrize("name", LEFT)
 def test_left(name: str) -> None:
-    apply, shapes = LEFT[name]
+    apply, shapes, reason = LEFT[name]
     params, x = arrays(**shapes), jax.random.normal(jax.random.key(1), (2, 7, 12), jnp.float64)
     folded = fold_affine(apply, params, x)
     assert not folded.report.affine
     for key in ("g", "w", "b"):
         np.testing.assert_array_equal(folded.params[key], params[key])
+    (left,) = folded.report.affine_left
+    assert left.key_path == "g"
+    assert re.search(reason, left.reason)
+    assert f"Scale `g` stays: {left.reason}." in summary(folded.report)
+    assert not jax_lnfold.analyze(apply, params, x).affine_left
+
+
+def test_what_scales_no_data_is_no_scale() -> None:
+    """Learned queries go through a linear layer, too."""
+
+    def apply(p: Params, x: jax.Array) -> jax.Array:
+        return nn.standardize(x) @ (p["g"] @ p["w"] + p["b"] + p["v"].T @ p["w"]).T
+
+    params, x = arrays(), jnp.ones((2, 7, 5))
+    report = jax_lnfold.analyze(apply, params, x, fold_affine=True)
+    assert (report.affine, report.affine_left) == ((), ())
+
+
+def test_a_line_for_each_reason() -> None:
+    """What differs in numbers only has one line."""
+
+    def apply(p: Any, x: jax.Array) -> jax.Array:
+        for layer in p["layers"]:
+            x = jnp.tanh(norm(layer, x)) @ layer["w"]
+            x = (nn.standardize(x) * layer["h"]) * (x @ layer["v"])
+        return x
+
+    layer = arrays(w=(12, 12), v=(12, 12), h=(12,))
+    params, x = {"layers": [layer] * 3}, jnp.ones((2, 7, 12))
+    lines = summary(jax_lnfold.analyze(apply, params, x, fold_affine=True))
+    (tanh,) = [line for line in lines if "`tanh`" in line]
+    assert tanh.startswith("Scales `layers/{0-2}/g` stay: `tanh` (test_affine.py:")
+    assert sum(line.startswith("Scale") for line in lines) == 3  # `h` of the last is returned
+
+
+# --- scales that are stored as what is added to one ----------------------------------------------
+
+
+def plus_one(p: Params, x: jax.Array) -> jax.Array:
+    return (nn.standardize(x) * (1 + p["g"]) + p["c"]) @ p["w"] + p["b"]
+
+
+def one_added(p: Params, x: jax.Array) -> jax.Array:
+    return (nn.standardize(x) * (p["g"].reshape(1, 12) + jnp.ones(12))) @ p["w"] + p["b"]
+
+
+def one_added_twice(p: Params, x: jax.Array) -> jax.Array:
+    """As layers that share a norm."""
+    return plus_one(p, x) * plus_one(p, jnp.sin(x))
+
+
+def as_stored_too(p: Params, x: jax.Array) -> jax.Array:
+    return (nn.standardize(x) * (1 + p["g"]) * p["g"]) @ p["w"] + p["b"]
+
+
+def one_minus(p: Params, x: jax.Array) -> jax.Array:
+    return (nn.standardize(x) * (1 - p["g"])) @ p["w"] + p["b"]
+
+
+def two_plus(p: Params, x: jax.Array) -> jax.Array:
+    return (nn.standardize(x) * (2 + p["g"])) @ p["w"] + p["b"]
+
+
+def doubled_first(p: Params, x: jax.Array) -> jax.Array:
+    return (nn.standardize(x) * (1 + 2 * p["g"])) @ p["w"] + p["b"]
+
+
+PLUS_ONE: dict[str, tuple[Callable[..., jax.Array], bool]] = {
+    "1 + s": (plus_one, True),
+    "s + ones": (one_added, True),
+    "twice": (one_added_twice, True),
+    "s as well": (as_stored_too, False),
+    "1 - s": (one_minus, False),
+    "2 + s": (two_plus, False),
+    "1 + 2 s": (doubled_first, False),
+}
+
+
+@pytest.mark.parametrize("name", PLUS_ONE)
+def test_one_is_added(name: str) -> None:
+    apply, taken = PLUS_ONE[name]
+    params, x = arrays(), jax.random.normal(jax.random.key(1), (2, 7, 12), jnp.float64)
+    folded = fold_affine(apply, params, x)
+    plan = folded.plan
+    assert FoldPlan.from_json(plan.to_json()) == plan
+    assert [edit.one for edit in plan.affine] == [0] * taken
+    assert [scale.key_path for scale in folded.report.affine_left] == ["g"] * (not taken)
+    assert (folded.params["g"] == (0 if taken else params["g"])).all()
+    if taken:  # nothing is left of it in the program
+        added = [count_equations("add", f, params, x) for f in (apply, folded.apply)]
+        assert added[1] < added[0]
+
+
+def test_one_in_plan_files() -> None:
+    """A version of its own, written where it is needed only."""
+    params, x = arrays(), jnp.ones((2, 7, 12))
+    texts = [
+        jax_lnfold.plan_fold(apply, params, x, fold_affine=True).to_json()
+        for apply in (plain, plus_one)
+    ]
+    three, four = map(json.loads, texts)
+    assert (three["version"], four["version"]) == (3, 4)
+    assert four["affine"][0].pop("one") == 0
+    assert three == four | {"version": 3}
+    with pytest.raises(PlanFormatError, match="KeyError: 'one'"):
+        FoldPlan.from_json(json.dumps(four))
+    for one in (2, -1, 0.0, True, None):
+        four["affine"][0]["one"] = one
+        with pytest.raises(PlanFormatError, match="does not stand for one in 'g'"):
+            FoldPlan.from_json(json.dumps(four))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("host", [False, True])
+def test_one_is_added_before_rounding(dtype: Any, host: bool) -> None:
+    """Also where the leaf holds less than half a unit of one."""
+    params = {k: v.astype(dtype) for k, v in arrays().items()} | {"g": jnp.full(12, 1e-3, dtype)}
+    plan = jax_lnfold.plan_fold(plus_one, params, jnp.ones((2, 7, 12), dtype), fold_affine=True)
+    got = plan.center(jax.tree.map(np.asarray, params) if host else params)
+    scale, kernel = (np.asarray(params[k], np.float64) for k in ("g", "w"))
+    want = (1 + scale)[:, None] * kernel
+    error = np.abs(np.asarray(got["w"], np.float64) - want) / np.abs(want)
+    wide = jnp.float64 if host else jnp.promote_types(dtype, jnp.float32)
+    assert error.max() <= float(jnp.finfo(dtype).eps) / 2 + float(jnp.finfo(wide).eps)
+
+
+def test_training_keeps_what_one_is_added_to() -> None:
+    params, x = arrays(), jax.random.normal(jax.random.key(1), (2, 7, 12), jnp.float64)
+    folded = jax_lnfold.fold(plus_one, params, x, fold_affine=True)
+    tx = optax.chain(optax.adam(1e-2), jax_lnfold.center_updates(folded.plan))
+    trained, state = folded.params, tx.init(folded.params)
+    for _ in range(3):  # the original's gradient moves the scale
+        grads = jax.grad(lambda p: (plus_one(p, x) ** 2).sum())(trained)
+        assert np.abs(grads["g"]).min() > 0
+        updates, state = tx.update(grads, state, trained)
+        trained = optax.apply_updates(trained, updates)
+    assert relative_difference(trained, folded.params) > 1e-3
+    np.testing.assert_array_equal(trained["g"], 0)
+    assert relative_difference(folded.apply(trained, x), plus_one(trained, x)) < 1e-12
+    with pytest.raises(TreeError, match="'g' is not centered as the plan centers it"):
+        tx.init(folded.params | {"g": jnp.ones(12)})
 
 
 def test_the_edit_is_the_formula() -> None:
@@ -426,6 +654,27 @@ def test_another_trace() -> None:
     check_contracts(apply, params, folded, x, jnp.ones(()))
     with pytest.raises(PlanMismatchError, match="scale 'g', or what takes it up, is used in"):
         folded.apply(folded.params, x, jnp.ones(3))
+
+
+OTHERWISE: dict[str, Callable[..., Any]] = {
+    "the scale is returned": lambda p, x: p["g"],
+    "the kernel is returned": lambda p, x: p["w"][1:],
+    "the bias is returned": lambda p, x: (plus_one(p, x), p["b"]),
+    "nothing is added": lambda p, x: plain(p, x),
+    "no shift": lambda p, x: (nn.standardize(x) * (1 + p["g"])) @ p["w"] + p["b"],
+}
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_another_trace_that_sees_the_edit(name: str) -> None:
+    def apply(p: Params, x: jax.Array) -> Any:
+        return plus_one(p, x) if x.ndim == 3 else OTHERWISE[name](p, x)
+
+    params, x = arrays(), jax.random.normal(jax.random.key(1), (2, 7, 12), jnp.float64)
+    folded = fold_affine(apply, params, x)
+    check_contracts(apply, params, folded, x[:1])
+    with pytest.raises(PlanMismatchError, match="scale 'g', or what takes it up, is used in"):
+        folded.apply(folded.params, x[0])
 
 
 @pytest.mark.parametrize("value", [None, "yes", 2, {"g"}])

@@ -32,6 +32,7 @@ FLOORS = [
     {"checkpoints", "tracking", "training"},
     {"facts"},
     {"norms", "scales"},
+    {"readers"},
     {"affine"},
     {"zeromean"},
     {"placement"},

@@ -247,8 +247,8 @@ def test_a_walk_that_errs_edits_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     find = jax_lnfold.planning.find_affine
 
     def err(*args: Any) -> Any:
-        found = find(*args)
-        return {v: replace(m, readers=m.readers * 2) for v, m in found.items()}
+        found, left = find(*args)
+        return {v: replace(m, readers=m.readers * 2) for v, m in found.items()}, left
 
     monkeypatch.setattr(jax_lnfold.planning, "find_affine", err)
     params, x = parameters(BLOCK), jnp.ones((3, 4))
