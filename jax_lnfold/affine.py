@@ -13,6 +13,7 @@ from heapq import heappop, heappush
 
 from .graph import Graph, Op
 from .readers import Reader, axes_of_product, kernel_axes, source_of, summed_axes, with_bias
+from .scaled import Scaled, moved
 from .scales import CannotAbsorb, Places, candidates, carried, renumbered
 
 Words = tuple[str | int, ...]
@@ -84,25 +85,12 @@ def _scales_data(graph: Graph, leaf: int) -> bool:
     return False
 
 
-@dataclass(frozen=True, slots=True)
-class _Scaled:
-    """A value that is linear in the scale, whose axes are at `places`, plus the shift if `shifted`.
-
-    `raw` is the leaf itself, moved and converted only.
-    """
-
-    places: Places
-    raw: bool = False
-    shifted: bool = False
-
-
 class _Walk:
     """Follows one scale forward to the linear layers that read what it scales."""
 
     def __init__(self, graph: Graph, scale: int) -> None:
         self.graph, self.scale = graph, scale
-        self.axes = tuple(d for d, n in enumerate(graph.shape(scale)) if n != 1)
-        self.scaled: dict[int, _Scaled] = {}
+        self.scaled: dict[int, Scaled] = {}
         self.todo: list[int] = []  # operations that read them, as a heap: operands come first
         self.one: int | None = None
         self.shift: int | None = None  # leaf value
@@ -112,7 +100,9 @@ class _Walk:
     def run(self) -> AffineMerge:
         """The merge; raises `CannotAbsorb`."""
         graph, done = self.graph, -1
-        self._reach(self.scale, _Scaled(self.axes, raw=True))
+        sizes = {d: n for d, n in enumerate(graph.shape(self.scale)) if n != 1}
+        first = Scaled((*sizes,), (*sizes.values(),), (0,) * len(sizes), raw=True)
+        self._reach(self.scale, first)
         while self.todo:
             if (index := heappop(self.todo)) != done:
                 self._step(graph.ops[index])
@@ -150,7 +140,7 @@ class _Walk:
             if value in graph.outputs:
                 raise CannotAbsorb("the parameter ", leaf, " is returned")
 
-    def _reach(self, value: int, state: _Scaled) -> None:
+    def _reach(self, value: int, state: Scaled) -> None:
         if value in self.graph.outputs:
             raise CannotAbsorb("it is returned" if state.raw else "what it scales is returned")
         self.scaled[value] = state
@@ -158,19 +148,20 @@ class _Walk:
             heappush(self.todo, op.index)
 
     def _step(self, op: Op) -> None:
-        hits = [i for i, v in enumerate(op.inputs) if v in self.scaled]
+        states = [self.scaled.get(v) for v in op.inputs]
+        hits = [i for i, state in enumerate(states) if state is not None]
         if op.name in ("add", "sub"):
             self._reach(op.outputs[0], self._sum(op, hits))
-            return
-        if len(hits) > 1:
+        elif (results := moved(self.graph, op, states)) is not None:
+            for value, state in zip(op.outputs, results, strict=True):
+                self._reach(value, state)
+        elif len(hits) > 1:
             raise CannotAbsorb(f"{op.place()} reads what it scales twice")
-        state = self.scaled[op.inputs[hits[0]]]
-        if (axes := carried(self.graph, op)) is not None:
-            self._reach(op.outputs[0], replace(state, places=renumbered(state.places, axes)))
         elif op.name in ("mul", "neg") or (op.name == "div" and hits == [0]):
+            state = self.scaled[op.inputs[hits[0]]]
             self._reach(op.outputs[0], self._times(op, state, state.places))
         elif op.name == "dot_general":
-            self._product(op, hits[0], state)
+            self._product(op, hits[0], self.scaled[op.inputs[hits[0]]])
         else:
             raise CannotAbsorb(f"{op.place()} reads what it scales")
 
@@ -180,15 +171,15 @@ class _Walk:
             raise CannotAbsorb("it is read as it is, and with 1 added")
         self.one = one
 
-    def _times(self, op: Op, state: _Scaled, places: Places) -> _Scaled:
+    def _times(self, op: Op, state: Scaled, places: Places) -> Scaled:
         """Something that is linear in a value."""
         if state.shifted:
             raise CannotAbsorb(f"{op.place()} scales what is scaled and shifted")
         if state.raw:
             self._means(1)
-        return _Scaled(places)
+        return replace(state, places=places, raw=False)
 
-    def _sum(self, op: Op, hits: Sequence[int]) -> _Scaled:
+    def _sum(self, op: Op, hits: Sequence[int]) -> Scaled:
         """A sum of two such values, or of one with a parameter, which is the shift."""
         minus = op.name == "sub"
         states = [self.scaled.get(v) for v in op.inputs]
@@ -203,33 +194,34 @@ class _Walk:
             return state
         if number is not None and number == 1 and state.raw and not minus:
             self._means(0)
-            return _Scaled(state.places)
+            return replace(state, raw=False)
         if minus and other == 1:
             raise CannotAbsorb(f"{op.place()} subtracts from what it scales")
         if state.shifted:
             raise CannotAbsorb(f"{op.place()} adds to what is scaled and shifted")
         linear = self._times(op, state, state.places)
-        self._add_shift(op, other, state.places)
+        self._add_shift(op, other, linear)
         return replace(linear, shifted=True)
 
-    def _joint(self, op: Op, one: _Scaled, other: _Scaled) -> _Scaled:
+    def _joint(self, op: Op, one: Scaled, other: Scaled) -> Scaled:
         if one.raw or other.raw:
             raise CannotAbsorb(f"{op.place()} adds it to what it scales")
-        if one.places != other.places or (one.shifted and other.shifted):
-            raise CannotAbsorb(
-                f"{op.place()} adds what it scales along other axes, or shifted twice"
-            )
-        return _Scaled(one.places, shifted=one.shifted or other.shifted)
+        either = replace(one, shifted=one.shifted or other.shifted)
+        if (one.shifted and other.shifted) or either != replace(other, shifted=either.shifted):
+            words = f"{op.place()} adds other parts or axes of what it scales, or its shift twice"
+            raise CannotAbsorb(words)
+        return either
 
-    def _add_shift(self, op: Op, position: int, places: Places) -> None:
+    def _add_shift(self, op: Op, position: int, state: Scaled) -> None:
         """The other term must be one leaf, along the axes of the scale."""
         graph, found = self.graph, source_of(self.graph, op, position)
         if found is None:
             raise CannotAbsorb(f"{op.place()} adds to it what is no parameter as it is stored")
         leaf, sizes = graph.leaves[found.leaf], graph.shape(found.leaf)
         axes = [d for d, n in enumerate(sizes) if n != 1]
-        same = [sizes[d] for d in axes] == [graph.shape(self.scale)[d] for d in self.axes]
-        if [*map(found.origins.get, places)] != axes or not same:
+        whole = state.is_whole(graph.shape(op.inputs[position]))
+        same = whole and tuple(sizes[d] for d in axes) == state.sizes
+        if not same or [*map(found.origins.get, state.places)] != axes:
             raise CannotAbsorb("the parameter ", leaf, ", which is added to it, has other axes")
         if self.shift not in (None, found.leaf):
             raise CannotAbsorb(
@@ -238,7 +230,7 @@ class _Walk:
         self.shift = found.leaf
         self.followed.add(found.use)
 
-    def _product(self, op: Op, position: int, state: _Scaled) -> None:
+    def _product(self, op: Op, position: int, state: Scaled) -> None:
         """A product that sums over the axes of the scale reads it; another one passes it on."""
         graph, places = self.graph, state.places
         if not {*summed_axes(op, position)}.intersection(places):
@@ -246,6 +238,8 @@ class _Walk:
             self._reach(op.outputs[0], self._times(op, state, there))
             return
         kernel = source_of(graph, op, 1 - position)
+        if not state.is_whole(graph.shape(op.inputs[position])):
+            raise CannotAbsorb(f"{op.place()} reads a part of what it scales")
         if kernel is None:
             raise CannotAbsorb(
                 f"{op.place()} multiplies it with what is no parameter as it is stored"

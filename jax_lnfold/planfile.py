@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from .axes import ALL, FREE, AxisSet, Labels
@@ -88,33 +88,36 @@ def check_parts(plan: Parts) -> None:
                 groups = {*entry} - {-1}
                 if len(entry) != size or groups != {*range(len(groups))}:
                     raise ValueError(f"no labels for {size} positions of leaf {edit.key_path!r}")
-    _check_roles(plan, shapes)
+    merged = [path for s in plan.scales for path in (s.key_path, *(p for p, _ in s.targets))]
+    affine = [path for merge in plan.affine for path in _parts_of(merge)]
+    for paths, names in ((merged, "scales and their targets"), (affine, "scales and readers")):
+        if len({*paths}) < len(paths) or not shapes.keys() >= {*paths}:
+            raise ValueError(f"its {names} are not different leaves")
     for scale in plan.scales:
         for path, axes in scale.targets:
             _check_axes(shapes, scale.key_path, path, axes)
     for merge in plan.affine:
-        if type(merge.one) is not int or merge.one not in (0, 1):
-            raise ValueError(f"{merge.one!r} does not stand for one in {merge.key_path!r}")
-        for reader in merge.readers:
-            for source in filter(None, (merge.key_path, merge.shift)):
-                _check_axes(shapes, source, reader.kernel, reader.axes)
-            if merge.shift is not None:
-                _check_bias(shapes, reader)
+        _check_merge(shapes, merge)
+    _check_filled(plan, Counter((*merged, *affine, *(edit.key_path for edit in plan.edits))))
 
 
-def _check_roles(plan: Parts, shapes: Container[str]) -> None:
-    """One leaf, one role: only so does every edit find what the merge is about."""
-    merged = [path for s in plan.scales for path in (s.key_path, *(p for p, _ in s.targets))]
-    affine = [path for merge in plan.affine for path in _parts_of(merge)]
-    for paths, names in ((merged, "scales and their targets"), (affine, "scales and readers")):
-        if len({*paths}) < len(paths) or not all(path in shapes for path in paths):
-            raise ValueError(f"its {names} are not different leaves")
+def _check_merge(shapes: Mapping[str, tuple[int, ...]], merge: AffineEdit) -> None:
+    if type(merge.one) is not int or merge.one not in (0, 1):
+        raise ValueError(f"{merge.one!r} does not stand for one in {merge.key_path!r}")
+    for reader in merge.readers:
+        for source in filter(None, (merge.key_path, merge.shift)):
+            _check_axes(shapes, source, reader.kernel, reader.axes)
+        if merge.shift is not None:
+            _check_bias(shapes, reader)
+
+
+def _check_filled(plan: Parts, edits: Mapping[str, int]) -> None:
+    """What becomes one or zero is taken up by something, and not edited otherwise."""
     takers = {s.key_path: s.targets for s in plan.scales}
     takers |= {m.key_path: m.readers for m in plan.affine}
     if lost := [path for path, found in takers.items() if not found]:
         raise ValueError(f"nothing takes up the scale {lost[0]!r}")
-    filled = [*takers, *(m.shift for m in plan.affine if m.shift is not None)]
-    edits = Counter((*merged, *affine, *(edit.key_path for edit in plan.edits)))
+    filled = (*takers, *(m.shift for m in plan.affine if m.shift is not None))
     if twice := [path for path in filled if edits[path] > 1]:
         raise ValueError(f"leaf {min(twice)!r} is taken up, and edited besides")
 

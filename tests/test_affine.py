@@ -47,7 +47,7 @@ TAKEN_UP = {
     "mixer_wide": 2,  # half of the norms are read across tokens, the last one is pooled
     "mixer_narrow": 2,
     "dit": 0,  # norms without parameters
-    "swin": 9,  # not those before windows are shifted, merged, or pooled
+    "swin": 12,  # not those before windows are merged, or pooled
     "swin_v2": 0,  # norms write into the stream
     "convnext": 4,  # not those that a convolution reads
     "gpt2": 4,  # the tied head has no bias
@@ -189,6 +189,20 @@ def mixed_first(p: Params, x: jax.Array) -> jax.Array:
     return y @ p["w"] + p["b"]
 
 
+def rolled(p: Params, x: jax.Array) -> jax.Array:
+    """As shifted windows, with a part of the features as it was."""
+    first, *rest = jnp.split(norm(p, x), [2, 8], axis=-1)
+    return jnp.concatenate([jnp.roll(first, 2, axis=1), *rest], -1) @ p["w"] + p["b"]
+
+
+def shifted_tokens(p: Params, x: jax.Array) -> jax.Array:
+    """As in ProGen: half of the features are those of the token before."""
+    y = nn.standardize(x) * p["g"]
+    before = jnp.pad(y[..., :6], [(0, 0), (1, 0), (0, 0)])[:, :-1]
+    token = jnp.concatenate([jnp.zeros((len(x), 1, 12)), y[:, 1:]], 1)
+    return jnp.concatenate([before, token[..., 6:]], -1) @ p["w"] + p["b"]
+
+
 TAKEN = {
     "plain": (plain, {"g", "c", "w", "b"}, {}),
     "two readers": (two_readers, {"g", "c", "w", "b", "v", "d"}, {}),
@@ -213,6 +227,8 @@ TAKEN = {
     "an einsum": (as_an_einsum, {"g", "c", "w", "b"}, {}),
     "offset zero": (offset_zero, {"g", "w"}, {}),
     "tokens mixed first": (mixed_first, {"g", "w"}, {}),
+    "rolled": (rolled, {"g", "c", "w", "b"}, {}),
+    "shifted tokens": (shifted_tokens, {"g", "w"}, {}),
 }
 
 
@@ -318,6 +334,39 @@ def regrouped(p: Params, x: jax.Array) -> jax.Array:
     return norm(p, x).reshape(2, 7, 3, 4).swapaxes(2, 3).reshape(2, 7, 12) @ p["w"] + p["b"]
 
 
+def halves_swapped(p: Params, x: jax.Array) -> jax.Array:
+    return jnp.concatenate(jnp.split(norm(p, x), 2, axis=-1)[::-1], -1) @ p["w"] + p["b"]
+
+
+def halves_added(p: Params, x: jax.Array) -> jax.Array:
+    left, right = jnp.split(norm(p, x), 2, axis=-1)
+    return (left + right) @ p["w"][:6] + p["b"]
+
+
+def one_half_twice(p: Params, x: jax.Array) -> jax.Array:
+    left, _ = jnp.split(norm(p, x), 2, axis=-1)
+    return jnp.concatenate([left, left], -1) @ p["w"] + p["b"]
+
+
+def every_other(p: Params, x: jax.Array) -> jax.Array:
+    y = norm(p, x)
+    return jnp.concatenate([y[..., ::2], y[..., 1::2]], -1) @ p["w"] + p["b"]
+
+
+def padded(p: Params, x: jax.Array) -> jax.Array:
+    return jnp.pad(norm(p, x), [(0, 0), (0, 1), (0, 0)]) @ p["w"] + p["b"]
+
+
+def padded_features(p: Params, x: jax.Array) -> jax.Array:
+    y = jnp.pad(nn.standardize(x) * p["g"], [(0, 0), (0, 0), (1, 0)])
+    return y[..., :-1] @ p["w"] + p["b"]
+
+
+def joined_with_ones(p: Params, x: jax.Array) -> jax.Array:
+    y = jnp.concatenate([jnp.ones((2, 1, 12)), nn.standardize(x) * p["g"]], 1)
+    return y @ p["w"] + p["b"]
+
+
 LEFT: dict[str, tuple[Callable[..., Any], dict[str, tuple[int, ...]], str]] = {
     "read by the residual": (read_by_the_residual, {}, "`add` .* adds to what is scaled and"),
     "returned": (returned, {}, "what it scales is returned"),
@@ -333,12 +382,23 @@ LEFT: dict[str, tuple[Callable[..., Any], dict[str, tuple[int, ...]], str]] = {
     "tokens mixed": (mixed_tokens, {"mix": (7, 4)}, "`dot_general` .* is scaled and shifted"),
     "two shifts": (two_shifts, {"e": (12,)}, "`add` .* adds to what is scaled and shifted"),
     "shift of data": (shift_of_data, {}, "adds to it what is no parameter as it is stored"),
-    "features cut": (features_cut, {}, "its axes are cut, merged or split"),
+    "features cut": (features_cut, {}, "`dot_general` .* reads a part of what it scales"),
     "shift subtracted": (shift_subtracted, {}, "`sub` .* subtracts from what it scales"),
     "negated": (negated, {}, "`neg` .* scales what is scaled and shifted"),
-    "shifted twice": (shifted_twice, {}, "`add` .* along other axes, or shifted twice"),
-    "turned sum": (turned_sum, {}, "`add` .* along other axes, or shifted twice"),
+    "shifted twice": (
+        shifted_twice,
+        {},
+        "`add` .* adds other parts or axes of what it scales, or its",
+    ),
+    "turned sum": (turned_sum, {}, "`add` .* adds other parts or axes of what it scales, or its"),
     "bias of a part": (bias_of_a_part, {}, "nothing but a bias .* kernel `w` has none"),
+    "halves swapped": (halves_swapped, {}, "`concatenate` .* joins what it scales with something"),
+    "halves added": (halves_added, {}, "`add` .* adds other parts or axes of what it scales"),
+    "one half twice": (one_half_twice, {}, "`concatenate` .* joins what it scales with something"),
+    "every other": (every_other, {}, "leaves out elements of it|`gather` .* reads what it scales"),
+    "padded": (padded, {}, "`pad` .* joins what it scales with something else"),
+    "features padded": (padded_features, {}, "`pad` .* joins what it scales with something else"),
+    "joined with ones": (joined_with_ones, {}, "`concatenate` .* joins what it scales with"),
     "regrouped": (regrouped, {}, "its axes are cut, merged or split"),
 }
 

@@ -32,7 +32,7 @@ FLOORS = [
     {"checkpoints", "tracking", "training"},
     {"facts"},
     {"norms", "scales"},
-    {"readers"},
+    {"readers", "scaled"},
     {"affine"},
     {"zeromean"},
     {"placement"},

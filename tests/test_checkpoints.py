@@ -21,7 +21,7 @@ import jax_lnfold
 from jax_lnfold import FoldError, FoldPlan, TreeError
 from jax_lnfold.api import plan_fold
 from jax_lnfold.axes import ALL, FREE, AxisSet, Entry, Labels
-from jax_lnfold.center import Recipe, edit_leaf
+from jax_lnfold.center import Factor, Recipe, edit_leaf
 from jax_lnfold.checkpoints import center_checkpoint
 from jax_lnfold.plan import CenterEdit, LeafSpec
 from jax_lnfold.trees import leaf_paths
@@ -492,8 +492,9 @@ def test_blocks(
     scale = rng.normal(size=[shape[d] for d in axes]).astype(np.float32)
     recipes = {
         Recipe(sets=sets): (),
-        Recipe(factors=(axes,), sets=sets): (scale,),
-        Recipe(factors=(axes, axes)): (scale, scale + 1),
+        Recipe(factors=(Factor(axes),), sets=sets): (scale,),
+        Recipe(factors=(Factor(axes), Factor(axes, 1))): (scale, scale),
+        Recipe(factors=(Factor(axes, 1),)): (scale,),
         Recipe(fill=0.0): (),
     }
     for recipe, sources in recipes.items():

@@ -25,7 +25,7 @@ from bench.programs import random_arrays
 from bench.registry import MODELS
 from bench.tpu import collectives
 from jax_lnfold.axes import ALL, FREE, AxisSet, Labels
-from jax_lnfold.center import Recipe, _compiled_bound, _compiled_edit, edit_leaf, overflows
+from jax_lnfold.center import Factor, Recipe, _compiled_bound, _compiled_edit, edit_leaf, overflows
 from jax_lnfold.collector import collector_paused
 from jax_lnfold.flatten import flatten
 from jax_lnfold.placement import Placement, place
@@ -122,7 +122,7 @@ def centered(name: str) -> Recipe:
     return Recipe(sets=(AxisSet((ROWS, WIDTH), (FREE, GROUPS[name])),))
 
 
-SCALED = Recipe(factors=((0,),))
+SCALED = Recipe(factors=(Factor((0,)),))
 TAKES_SHIFT = Recipe(axes=(0,), summed=(0,))
 LEAF = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32)
 
