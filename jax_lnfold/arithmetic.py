@@ -1,6 +1,7 @@
 """What becomes of a shift in one equation: sums, products and moves, computed exactly.
 
 Axes matter as much as numbers: every value knows which axis of the root each of its axes is.
+Examples are in the words of `shift_example`: x is the root, u its shift.
 """
 
 from __future__ import annotations
@@ -38,7 +39,26 @@ class Arithmetic:
         self._counts = {n for n in along.shape if isinstance(n, int)}
 
     def respond(self, op: Op, operands: list[Tracked | None], refusal: str) -> Tracked | None:
-        """The response of the output of `op`, None if it never responds."""
+        """The response of the output of `op`, None if it never responds.
+
+        Sums, products and moves have methods of their own. Of the others, extrema are shifted as
+        all their elements are, their positions are not, and a maximum with -inf is the identity:
+        ``max_S(x + u) = max_S(x) + u`` and ``(x + u)**2 = x**2 + 2 x u + u**2``. All else notices
+        the shift. Reads `axes` of reductions and `y` of powers.
+
+        >>> respond(lambda x: x.max(1), (2, 3), along=[1])
+        u
+        >>> respond(lambda x: x.max(0), (2, 3), along=[1])
+        refused: reduces over positions that are shifted differently
+        >>> respond(lambda x: x.argmax(1), (2, 3), along=[1])
+        0
+        >>> respond(lambda x: jnp.maximum(x, -jnp.inf), (2, 3), along=[1])
+        u
+        >>> respond(lambda x: jnp.maximum(x, 0.0), (2, 3), along=[1])
+        refused: ...
+        >>> respond(lambda x: x**2, (2, 3), along=[1])
+        2 x u + u**2
+        """
         name, first = op.name, operands[0]
         if name in ("argmax", "argmin") and first and is_shift(first):
             self._check_uniform(first, op.params["axes"])
@@ -64,19 +84,32 @@ class Arithmetic:
         raise Refused(refusal)
 
     def _is_minus_infinity(self, op: Op, operands: list[Tracked | None]) -> bool:
+        """Whether the operand that does not respond is -inf everywhere."""
         other = [i for i in (0, 1) if operands[i] is None]
         number = self.graph.scalar(op.inputs[other[0]]) if other else None
         return number is not None and bool(np.isneginf(float(number)))
 
     def _check_uniform(self, t: Tracked, axes: Sequence[int]) -> None:
+        """Refuse to reduce over axes along which u differs: neither n u nor a maximum then."""
         for axis in axes:
             d = t.dims[axis]
             if d is not None and not self.along.uniform_along(d):
                 raise Refused("reduces over positions that are shifted differently")
 
     def _move(self, op: Op, t: Tracked) -> Tracked:
-        """Axes appear, disappear or swap; those that matter keep their order of elements."""
-        if t.factors:
+        """Axes appear, disappear or swap; those that matter keep their order of elements.
+
+        ``move(x + u) = move(x) + move(u)``. Reads `permutation` of a transpose and
+        `broadcast_dimensions` of a broadcast.
+
+        >>> respond(lambda x: x - jnp.broadcast_to(x.mean(1)[:, None], (2, 3)), (2, 3), along=[1])
+        0
+        >>> respond(lambda x: x.T + x, (3, 3), along=[1])
+        refused: combines axes that do not line up
+        >>> respond(lambda x: x.reshape(6), (2, 3), along=[1])
+        refused: reshapes the shifted value
+        """
+        if t.factors:  # values of the program whose axes would have to move along
             raise Refused("moves the shifted value")
         before, after = self.graph.shape(op.inputs[0]), self.graph.shape(op.outputs[0])
         dims: list[int | None] = [None] * len(after)
@@ -88,6 +121,7 @@ class Arithmetic:
         else:
             old = [d for d, n in enumerate(before) if n != 1]
             new = [d for d, n in enumerate(after) if n != 1]
+            # Only axes of size 1 may come and go: else an axis of the result is none of the root.
             if [before[d] for d in old] != [after[d] for d in new]:
                 raise Refused("reshapes the shifted value")
             for d, o in zip(old, new, strict=True):
@@ -95,7 +129,15 @@ class Arithmetic:
         return Tracked(t.response, t.form, tuple(dims))
 
     def _sum(self, op: Op, t: Tracked) -> Tracked:
-        """``sum(x + u) = sum(x) + n u`` over axes along which u is uniform."""
+        """A sum over n positions counts the shift n times, if it is uniform along them.
+
+        ``sum(x + u) = sum(x) + n u``. Reads `axes`.
+
+        >>> respond(lambda x: x.sum(1), (2, 3), along=[1])
+        3 u
+        >>> respond(lambda x: x.sum(0), (2, 3), along=[1])
+        refused: reduces over positions that are shifted differently
+        """
         axes = op.params["axes"]
         self._check_uniform(t, axes)
         shape = self.graph.shape(op.inputs[0])
@@ -104,7 +146,7 @@ class Arithmetic:
         n = prod(shape[a] for a in axes)
         named = [t.dims[a] for a in axes if shape[a] != 1]
         real = frozenset(d for d in named if d is not None)
-        if real and None in named:
+        if real and None in named:  # some terms count several times: no plain sum of x
             raise Refused("sums repeated values")
         self._counts.add(n)
         result = summed(t, real, n)
@@ -117,6 +159,17 @@ class Arithmetic:
         return replace(result, dims=dims)
 
     def _add(self, op: Op, operands: list[Tracked | None], sign: Fraction) -> Tracked:
+        """Responses add up, and may cancel.
+
+        ``(x + r) - (y + s) = (x - y) + (r - s)``.
+
+        >>> respond(lambda x, y: x + y, (2, 3), (2, 3), along=[1])
+        u
+        >>> respond(lambda x: x - x.sum(1, keepdims=True) / 3, (2, 3), along=[1])
+        0
+        >>> respond(lambda x: x - x.sum(1, keepdims=True) / 4, (2, 3), along=[1])
+        1/4 u
+        """
         a, b = operands[0], operands[1] and scaled(operands[1], sign)
         if a is None or b is None:
             (t,) = (t for t in (a, b) if t is not None)
@@ -125,6 +178,17 @@ class Arithmetic:
         return replace(total(a, b), dims=dims)
 
     def _multiply(self, op: Op, operands: list[Tracked | None]) -> Tracked:
+        """A factor multiplies the response; two factors that respond make a square of it.
+
+        ``(x + r) (y + s) = x y + x s + r y + r s``.
+
+        >>> respond(lambda x, g: x * g, (2, 3), (2, 3), along=[1])
+        u * v1
+        >>> respond(lambda x: x * x, (2, 3), along=[1])
+        2 x u + u**2
+        >>> respond(lambda x, g: g / x, (2, 3), (2, 3), along=[1])
+        refused: divides by the shifted value
+        """
         a, b = operands
         if a is not None and b is not None:
             if op.name == "div":
@@ -160,6 +224,7 @@ class Arithmetic:
             if len(named) > 1:
                 raise Refused("combines axes that do not line up")
             d = named.pop() if named else None
+            # An operand without the axis has one shift for all of its positions.
             if d is not None and None in column and not self.along.uniform_along(d):
                 raise Refused("combines positions that are shifted differently")
             dims.append(d)

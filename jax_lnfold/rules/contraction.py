@@ -40,10 +40,19 @@ def _repeated_batches(ctx: Context, operand: int, entries: Sequence[Entry]) -> d
 
 
 def _pull_dot(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
-    """``C_S (h W) = h (C_S' W)`` with S' on the free axes of one operand.
+    """S on the free axes of one operand: center that one, weights rather than data.
 
-    Where S spans more than one operand's free axes, zero-mean along the finer set on one of them
-    is enough; weights are preferred over data.
+    ``C_S (h W) = h (C_S' W)``. Where S spans free axes of both, the finer set on one of them is
+    enough. Reads `dimension_numbers`.
+
+    >>> pull(jnp.matmul, (5, 2), (2, 3), along=[1])
+    operand 1 along axis 1
+    >>> pull(jnp.matmul, (5, 2), (2, 3), along=[0, 1])
+    operand 1 along axis 1, not exact
+    >>> pull(jnp.matmul, (4, 5, 2), (4, 2, 3), along=[0])
+    opaque: mixes the axes of the mean with each other
+    >>> pull(jnp.matmul, (4, 5, 2), (4, 2, 3), along=[0], uniform=[0])
+    operand 1 along axis 0
     """
     candidates: dict[tuple[bool, bool, int], AxisSet] = {}
     for operand in range(2):
@@ -52,7 +61,8 @@ def _pull_dot(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
         for d, o in axes.items():
             entries[d] = along.entries[o]
         wanted = AxisSet.of(ctx.in_shape(operand), entries)
-        if not wanted.trivial:
+        if not wanted.trivial:  # along nothing, the operand would have to be zero
+            # Uniform along a part of S only, the product may vary along the rest.
             exact = set(along.axes) <= set(axes.values())
             candidates[exact, ctx.data_free(operand), operand] = wanted
     if not candidates:
@@ -62,7 +72,15 @@ def _pull_dot(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
 
 
 def _push_dot(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
-    """``h (W + u) = h W + h u``, and ``h u`` is uniform along the free axes that u is."""
+    """The shift of an operand stays uniform along its free axes, not along those summed over.
+
+    ``h (W + u) = h W + h u``. Reads `dimension_numbers`.
+
+    >>> push(jnp.matmul, (5, 2), (2, 3), operand=1, along=[1])
+    output 0 along axis 1
+    >>> push(jnp.matmul, (5, 2), (2, 3), operand=1, along=[0])
+    output 0 along no axis
+    """
     entries: list[Entry] = [FREE] * len(ctx.out_shape())
     batch = [along.entries[d] for d in ctx.params["dimension_numbers"][1][operand]]
     axes = _axes_of_output(ctx, operand) | _repeated_batches(ctx, operand, batch)
@@ -72,7 +90,10 @@ def _push_dot(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
 
 
 def _kernel_features(ctx: Context, entry: Entry, size: int) -> Entry:
-    """The entry, split where the convolution's feature groups end."""
+    """The entry, split where the convolution's feature groups end.
+
+    Groups read different inputs, so a mean across them is not one of the kernel's columns.
+    """
     groups = ctx.params["feature_group_count"]
     if groups == 1:
         return entry
@@ -88,9 +109,22 @@ def _conv_features(ctx: Context) -> tuple[int, int, int]:
 
 
 def _pull_conv(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
-    """``C_S conv(x, K) = conv(x, C_S' K)`` on the kernel's output features, group by group."""
+    """S on the output features: center the kernel's, group by group.
+
+    ``C_S conv(x, K) = conv(x, C_S' K)``. Reads `dimension_numbers`, `feature_group_count` and
+    `batch_group_count`.
+
+    >>> def conv(x, k, groups=1):
+    ...     return jax.lax.conv_general_dilated(x, k, (1,), "SAME", feature_group_count=groups)
+    >>> pull(conv, (2, 4, 9), (6, 4, 3), along=[1])
+    operand 1 along axis 0
+    >>> pull(lambda x, k: conv(x, k, 2), (2, 4, 9), (6, 2, 3), along=[1])
+    operand 1 along axis 0 in groups (0, 0, 0, 1, 1, 1), not exact
+    >>> pull(conv, (2, 4, 9), (6, 4, 3), along=[2])
+    opaque: is a convolution that gives every position along the mean its own input
+    """
     kernel, result, size = _conv_features(ctx)
-    if ctx.params["batch_group_count"] != 1:
+    if ctx.params["batch_group_count"] != 1:  # output features read different parts of the batch
         return Opaque("is a convolution with batch groups")
     entry = _kernel_features(ctx, along.entries[result], size)
     if entry == FREE:
@@ -100,7 +134,18 @@ def _pull_conv(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
 
 
 def _push_conv(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
-    if operand == 0:
+    """A shift of the kernel along its output features becomes one along those of the result.
+
+    ``conv(x, K + u) = conv(x, K) + conv(x, u)``. Reads `dimension_numbers`, `feature_group_count`
+    and `batch_group_count`.
+
+    >>> conv = lambda x, k: jax.lax.conv(x, k, (1,), "SAME")
+    >>> push(conv, (2, 4, 9), (6, 4, 3), operand=1, along=[0])
+    output 0 along axis 1
+    >>> push(conv, (2, 4, 9), (6, 4, 3), along=[1])
+    opaque: is a convolution that reads the shifted value
+    """
+    if operand == 0:  # summed over features and windows, of which those at the border are cut off
         return Opaque("is a convolution that reads the shifted value")
     kernel, result, size = _conv_features(ctx)
     if ctx.params["batch_group_count"] != 1:

@@ -9,7 +9,16 @@ from .registry import Context, Opaque, Pull, Push, Rule, register
 
 
 def _pull_sum(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
-    """A sum over other axes keeps a zero mean."""
+    """Sums over other axes keep a zero mean.
+
+    ``C_S sum(x) = sum(C_S' x)``. About uniformity, the answer is that of every reduction: it
+    makes the same of the same slices. Reads `axes`.
+
+    >>> pull(lambda x: x.sum(0), (2, 3), along=[0])
+    operand 0 along axis 1
+    >>> uniform_if(lambda x: x.max(0), (2, 3), along=[0])
+    operand 0 along axis 1
+    """
     axes = set(ctx.params["axes"])
     rest = iter(along.entries)
     entries = [FREE if d in axes else next(rest) for d in range(len(ctx.in_shape(0)))]
@@ -17,16 +26,41 @@ def _pull_sum(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
 
 
 def _push_sum(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+    """The sum of a shift is uniform along the axes that are left.
+
+    ``sum(x + u) = sum(x) + sum(u)``. Reads `axes`.
+
+    >>> push(lambda x: x.sum(0), (2, 3), along=[0, 1])
+    output 0 along axis 0
+    >>> push(lambda x: x.sum(0), (2, 3), along=[0])
+    output 0 along no axis
+    """
     axes = set(ctx.params["axes"])
     entries = (e for d, e in enumerate(along.entries) if d not in axes)
     return ((0, AxisSet.of(ctx.out_shape(), entries)),)
 
 
 def _pull_cumsum(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
+    """Partial sums along another axis keep a zero mean.
+
+    ``C_S cumsum(x) = cumsum(C_S x)``. Reads `axis`.
+
+    >>> pull(lambda x: jnp.cumsum(x, 0), (2, 3), along=[1])
+    operand 0 along axis 1
+    >>> pull(lambda x: jnp.cumsum(x, 0), (2, 3), along=[0])
+    opaque: sums along the mean
+    """
     return _keep(along, [ctx.params["axis"]])
 
 
 def _push_cumsum(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+    """Partial sums of a shift grow along their axis, and stay uniform along the others.
+
+    ``cumsum(x + u) = cumsum(x) + cumsum(u)``. Reads `axis`.
+
+    >>> push(lambda x: jnp.cumsum(x, 0), (2, 3), along=[0, 1])
+    output 0 along axis 1
+    """
     return ((0, along.free([ctx.params["axis"]])),)
 
 
@@ -41,21 +75,45 @@ def _windowed(ctx: Context) -> list[int]:
         p["window_dilation"],
         strict=True,
     )
+    # Any other window, stride, padding or dilation sums some positions and not others.
     return [d for d, given in enumerate(per_axis) if given != (1, 1, (0, 0), 1, 1)]
 
 
 def _pull_window(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
+    """Sums over windows along other axes keep a zero mean.
+
+    ``C_S window_sum(x) = window_sum(C_S x)``. Reads `window_dimensions`, `window_strides`,
+    `padding`, `base_dilation` and `window_dilation`.
+
+    >>> def pool(x):
+    ...     return jax.lax.reduce_window(x, 0.0, jax.lax.add, (2, 1), (2, 1), "VALID")
+    >>> pull(pool, (6, 4), along=[1])
+    operand 0 along axis 1
+    >>> pull(pool, (6, 4), along=[0])
+    opaque: sums windows along the mean
+    """
     kept = along.free(_windowed(ctx))
-    if kept.trivial and not along.trivial:
+    if kept.trivial and not along.trivial:  # windows overlap, or leave positions out
         return Opaque("sums windows along the mean")
     return Pull(((0, AxisSet.of(ctx.in_shape(0), kept.entries)),), exact=kept == along)
 
 
 def _push_window(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+    """Windows at the border are padded: the shift stays uniform along the other axes only.
+
+    ``window_sum(x + u) = window_sum(x) + window_sum(u)``. Reads `window_dimensions`,
+    `window_strides`, `padding`, `base_dilation` and `window_dilation`.
+
+    >>> def pool(x):
+    ...     return jax.lax.reduce_window(x, 0.0, jax.lax.add, (2, 1), (2, 1), "SAME")
+    >>> push(pool, (5, 4), along=[0, 1])
+    output 0 along axis 1
+    """
     return ((0, AxisSet.of(ctx.out_shape(), along.free(_windowed(ctx)).entries)),)
 
 
 def _keep(along: AxisSet, mixed: Sequence[int]) -> Pull | Opaque:
+    """The finer set that leaves out the axes along which positions are mixed."""
     kept = along.free(mixed)
     if kept.trivial and not along.trivial:
         return Opaque("sums along the mean")

@@ -1,0 +1,51 @@
+"""Follows a shift through a function: the examples in `arithmetic` do, and whoever tries one may.
+
+The first operand, x, is shifted by u, uniform along some axes; the answer is by how much the result
+is then. ``v1`` is operand 1; operands are given as in `rules.example`.
+
+>>> respond(lambda x: jnp.mean(x**2, 1), (2, 3), along=[1])
+2/3 sum(x, 1) u + u**2
+>>> respond(lambda x: jnp.mean(x**2, 1) - jnp.mean(x, 1) ** 2, (2, 3), along=[1])
+0
+>>> respond(jnp.tanh, (2, 3), along=[1])
+refused: ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import jax
+
+from .arithmetic import Arithmetic
+from .response import Refused, Term, Tracked, X
+from .rules.example import Along, Words, axis_set, equation
+
+
+def respond(fn: Callable[..., Any], *operands: tuple[Any, ...] | jax.Array, along: Along) -> Words:
+    """By how much the output of the last equation changes when the first operand is shifted."""
+    graph, root = equation(fn, *operands).graph, 0
+    shifted = axis_set(graph.shape(root), along)
+    arithmetic, axes = Arithmetic(graph, shifted), tuple(range(len(shifted.shape)))
+    tracked = {root: Tracked({(1, ()): Fraction(1)}, {X: Fraction(1)}, axes)}
+    for op in graph.ops:
+        read = [tracked.get(v) for v in op.inputs]
+        try:
+            made = arithmetic.respond(op, read, "notices a shift") if any(read) else None
+        except Refused as refused:
+            return Words(f"refused: {refused}")
+        if made is not None:
+            tracked[op.outputs[0]] = made
+    last = tracked.get(graph.ops[-1].outputs[0])
+    terms = sorted(last.response.items(), key=str) if last is not None else ()
+    return Words(" + ".join(_words(*term) for term in terms) or "0")
+
+
+def _words(term: Term, number: Fraction) -> str:
+    degree, factors = term
+    sums = (f"sum({X}, {f[0] if len(f) == 1 else f})" for f in factors if not isinstance(f, str))
+    words = [*(f for f in factors if f == X), *sums, "u" if degree == 1 else f"u**{degree}"]
+    others = (f" {f[0]} v{f[1:]}" for f in factors if isinstance(f, str) and f != X)
+    return " ".join([str(number)] * (number != 1) + words) + "".join(others)
