@@ -1,7 +1,7 @@
-"""Follows a shift through a function: the examples in `arithmetic` do, and whoever tries one may.
+"""How a function responds to a shift, in words: for the examples in `arithmetic`, and to try one.
 
-The first operand, x, is shifted by u, uniform along some axes; the answer is by how much the result
-is then. ``v1`` is operand 1; operands are given as in `rules.example`.
+The first operand, x, is shifted by u, which is uniform along some axes; ``v1`` is operand 1.
+Operands are given as in `rules.example`.
 
 >>> respond(lambda x: jnp.mean(x**2, 1), (2, 3), along=[1])
 2/3 sum(x, 1) u + u**2

@@ -1,7 +1,7 @@
-"""Asks the rules about one equation: the examples of all rules do, and whoever tries a new one may.
+"""What a rule answers about one equation, in words: for the examples of rules, and to try a rule.
 
 The equation is the last one of a function, or the last one of a `primitive`. Operands are shapes
-(of floats) or arrays, and answers are words:
+(of floats) or arrays.
 
 >>> pull(lambda x: x.T, (2, 3), along=[0])
 operand 0 along axis 1
@@ -45,10 +45,7 @@ def equation(
     primitive: str | None = None,
     uniform: Sequence[int] = (),
 ) -> Context:
-    """What a rule sees of the equation.
-
-    The operands of the equation named in `uniform`, by position, are taken to vary along nothing.
-    """
+    """What a rule sees of the equation: its operands at the positions in `uniform` never vary."""
     avals = (
         jax.ShapeDtypeStruct(x, jnp.result_type(float)) if isinstance(x, tuple) else x
         for x in operands
@@ -77,7 +74,7 @@ def pull(
 ) -> Words:
     """Which operands must be zero-mean, so that an output is zero-mean along a set."""
     ctx = equation(fn, *operands, primitive=primitive, uniform=uniform)
-    return _operands(rule_for(ctx.op.name).pull(ctx, out, axis_set(ctx.out_shape(out), along)))
+    return _words(rule_for(ctx.op.name).pull(ctx, out, axis_set(ctx.out_shape(out), along)))
 
 
 def push(
@@ -90,8 +87,7 @@ def push(
 ) -> Words:
     """Along what the outputs are shifted uniformly, if an operand is along a set."""
     ctx = equation(fn, *operands, primitive=primitive, uniform=uniform)
-    answer = rule_for(ctx.op.name).push(ctx, operand, axis_set(ctx.in_shape(operand), along))
-    return _opaque(answer) if isinstance(answer, Opaque) else _listed("output", answer)
+    return _words(rule_for(ctx.op.name).push(ctx, operand, axis_set(ctx.in_shape(operand), along)))
 
 
 def uniform_if(
@@ -104,27 +100,21 @@ def uniform_if(
     """Which operands must be uniform, so that an output is uniform along a set."""
     ctx = equation(fn, *operands, primitive=primitive)
     rule = rule_for(ctx.op.name)
-    return _operands((rule.uniform or rule.pull)(ctx, out, axis_set(ctx.out_shape(out), along)))
+    return _words((rule.uniform or rule.pull)(ctx, out, axis_set(ctx.out_shape(out), along)))
 
 
-def _operands(answer: Pull | Opaque) -> Words:
+def _words(answer: Pull | Push | Opaque) -> Words:
     if isinstance(answer, Opaque):
-        return _opaque(answer)
-    how = "" if answer.exact else ", approximate" if answer.approximate else ", not exact"
-    return Words(_listed("operand", answer.needs) + how)
+        return Words(f"opaque: {answer.why}")
+    if not isinstance(answer, Pull):
+        return Words(", ".join(f"output {i} {_along(s)}" for i, s in answer))
+    how = [] if answer.exact else ["approximate" if answer.approximate else "not exact"]
+    return Words(", ".join([*(f"operand {i} {_along(s)}" for i, s in answer.needs), *how]))
 
 
-def _opaque(answer: Opaque) -> Words:
-    return Words(f"opaque: {answer.why}")
-
-
-def _listed(word: str, sets: Push) -> Words:
-    return Words(", ".join(f"{word} {i} along {_axes(s)}" for i, s in sets))
-
-
-def _axes(along: AxisSet) -> str:
-    pairs = ((d, along.entries[d]) for d in along.axes)
-    words = (
-        f"axis {d}" + (f" in groups {tuple(e)}" if isinstance(e, Labels) else "") for d, e in pairs
-    )
-    return " and ".join(words) or "no axis"
+def _along(along: AxisSet) -> str:
+    words = []
+    for d in along.axes:
+        e = along.entries[d]
+        words.append(f"axis {d} in groups {tuple(e)}" if isinstance(e, Labels) else f"axis {d}")
+    return "along " + (" and ".join(words) or "no axis")
