@@ -265,7 +265,8 @@ def _push_pad(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
 
 
 # Look-ups and updates of whole rows. Some axes are indexed; on the others ("row axes") whole
-# slices are moved, so a mean along row axes is the same before and after.
+# slices are moved, so a mean along row axes is the same before and after. An axis of which a part
+# is moved is none, as which part is known at run time only.
 
 
 def _rows_of_dynamic_slice(ctx: Context) -> dict[int, int]:
@@ -301,6 +302,7 @@ def _rows_of_update(ctx: Context) -> dict[int, int]:
 
 
 Rows = Callable[[Context], dict[int, int]]
+"""Row axes of the operand -> axes of the output of a look-up, or of the updates."""
 Batches = Callable[[Context], list[tuple[int, int, int]]]
 
 
