@@ -16,14 +16,9 @@ import numpy as np
 from .axes import AxisSet
 from .graph import Graph, Op
 from .primitives import MOVES
-from .response import Refused, Tracked, exact_number, ordered, product, scaled, summed, total
+from .response import Refused, Sum, Tracked, exact_number, ordered, product, scaled, summed, total
 
 _EXTREMA = frozenset({"reduce_max", "reduce_min"})
-
-
-def is_shift(t: Tracked) -> bool:
-    """Whether a value is shifted by just as much as the root."""
-    return set(t.response) == {(1, ())}
 
 
 class Arithmetic:
@@ -60,14 +55,14 @@ class Arithmetic:
         2 x u + u**2
         """
         name, first = op.name, operands[0]
-        if name in ("argmax", "argmin") and first and is_shift(first):
+        if name in ("argmax", "argmin") and first and first.is_shift:
             self._check_uniform(first, op.params["axes"])
             return None
         if name in MOVES and first:
             return self._move(op, first)
         if name == "reduce_sum" and first:
             return self._sum(op, first)
-        if name in _EXTREMA and first and is_shift(first):
+        if name in _EXTREMA and first and first.is_shift:
             self._check_uniform(first, op.params["axes"])
             dims = tuple(d for k, d in enumerate(first.dims) if k not in op.params["axes"])
             return Tracked(first.response, None, dims)
@@ -151,10 +146,10 @@ class Arithmetic:
         self._counts.add(n)
         result = summed(t, real, n)
         if real and result.form is not None and len(result.form) == 1:
-            (summed_over,) = result.form
-            if isinstance(summed_over, tuple):
-                self.sums.append((op, frozenset(summed_over)))
-                self._counts.add(prod(self.along.shape[d] for d in summed_over))
+            (factor,) = result.form
+            if isinstance(factor, Sum) and factor.axes:
+                self.sums.append((op, frozenset(factor.axes)))
+                self._counts.add(prod(self.along.shape[d] for d in factor.axes))
         dims = tuple(d for k, d in enumerate(t.dims) if k not in axes)
         return replace(result, dims=dims)
 

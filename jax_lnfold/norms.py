@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, replace
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -73,9 +74,13 @@ def find_norms(facts: Facts) -> Norms:
     centered: dict[int, AxisSet] = {}
     source: dict[Claim, LayerNorm] = {}  # what a centered value is centered from
     for x, along in _candidates(graph, every_sum):
-        for keep_products in (False, True):
-            tracker = Tracker(graph, x, along, facts.context, keep_products, stop_early=False)
+        met_stop = False
+        for stops, keep_products in product((True, False), repeat=2):
+            if not (stops or met_stop):
+                break
+            tracker = Tracker(graph, x, along, facts.context, keep_products, False, stops)
             tracker.run()
+            met_stop = met_stop or tracker.met_stop
             if not tracker.cancelled:
                 continue
             whole = frozenset(along.axes)
@@ -86,7 +91,7 @@ def find_norms(facts: Facts) -> Norms:
                 sums |= {op.index: op for op in origin.sums}
             norm = origin or LayerNorm(x, along, (), "", *_size(graph, x))
             for c in tracker.cancelled:
-                if c.centered:
+                if c.centered and stops:  # else its gradients may have a mean
                     own = centered[c.value] = AxisSet.over(graph.shape(c.value), c.centered)
                     if c.whole:
                         source[c.value, own] = replace(norm, sums=_in_order(sums))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 IDENTITIES = frozenset(
-    "convert_element_type copy stop_gradient name reduce_precision sharding_constraint "
-    "pvary".split()
+    "convert_element_type copy name reduce_precision sharding_constraint pvary".split()
 )
-"""Primitives of one operand whose output is that operand, up to rounding."""
+"""Primitives of one operand whose output is that operand, up to rounding, derivatives included."""
+STOP = "stop_gradient"
+"""The identity of which all derivatives are zero."""
 IDENTITIES_OF_EACH = frozenset({"optimization_barrier", "device_put"})
 """Primitives whose outputs are their operands, one by one."""
 LINEAR = frozenset("add sub neg add_any mul div select_n".split())
@@ -18,7 +19,7 @@ NONLINEAR = frozenset(
     "shift_right_logical sign sin sinh sqrt square tan tanh xor".split()
 )
 """Elementwise primitives that are opaque to means and shifts."""
-ELEMENTWISE = IDENTITIES | LINEAR | NONLINEAR
+ELEMENTWISE = IDENTITIES | {STOP} | LINEAR | NONLINEAR
 """Primitives that compute every element of one output from those at its place."""
 MOVES = frozenset({"broadcast_in_dim", "reshape", "squeeze", "transpose"})
 """Primitives that only move or repeat elements, along whole axes."""

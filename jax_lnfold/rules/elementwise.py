@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ..axes import ALL, FREE, AxisSet
 from ..graph import DROPOUT
-from ..primitives import IDENTITIES, IDENTITIES_OF_EACH, NONLINEAR
+from ..primitives import IDENTITIES, IDENTITIES_OF_EACH, NONLINEAR, STOP
 from .registry import Context, Opaque, Pull, Push, Rule, register
 
 
@@ -251,7 +251,7 @@ def _push_dropout(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
 
 
 register("add sub neg add_any", Rule(_pull_sum, _push_sum))
-register(IDENTITIES - {"convert_element_type"}, Rule(_pull_sum, _push_sum))
+register(IDENTITIES - {"convert_element_type"} | {STOP}, Rule(_pull_sum, _push_sum))
 register("convert_element_type", Rule(_pull_convert, _push_convert, _pull_sum))
 register(IDENTITIES_OF_EACH, Rule(_pull_each, _push_each))
 register("mul div", Rule(_pull_mul, _push_mul, _pull_sum))
