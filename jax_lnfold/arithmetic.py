@@ -178,7 +178,7 @@ class Arithmetic:
         ``(x + r) (y + s) = x y + x s + r y + r s``.
 
         >>> respond(lambda x, g: x * g, (2, 3), (2, 3), along=[1])
-        u * v1
+        v1 u
         >>> respond(lambda x: x * x, (2, 3), along=[1])
         2 x u + u**2
         >>> respond(lambda x, g: g / x, (2, 3), (2, 3), along=[1])

@@ -128,7 +128,13 @@ def total(a: Tracked, b: Tracked) -> Tracked:
 
 
 def stopped(t: Tracked) -> Tracked:
-    """The same of the copy that is behind `stop_gradient`."""
+    """The same of the copy that is behind `stop_gradient`, which is shifted by another u'.
+
+    ``stop(y + r(u)) = y' + r(u')``.
+
+    >>> respond(lambda x: x - jax.lax.stop_gradient(x), (2, 3), along=[1])
+    -u' + u
+    """
 
     def copy(factor: Factor) -> Factor:
         if isinstance(factor, Sum):

@@ -1,7 +1,7 @@
 """How a function responds to a shift, in words: for the examples in `arithmetic`, and to try one.
 
-The first operand, x, is shifted by u, which is uniform along some axes; ``v1`` is operand 1.
-Operands are given as in `rules.example`.
+The first operand, x, is shifted by u, which is uniform along some axes; ``v1`` is operand 1. Behind
+`stop_gradient` they are x', u' and v1'. Operands are given as in `rules.example`.
 
 >>> respond(lambda x: jnp.mean(x**2, 1), (2, 3), along=[1])
 2/3 sum(x, 1) u + u**2
@@ -20,7 +20,8 @@ from typing import Any
 import jax
 
 from .arithmetic import Arithmetic
-from .response import Refused, Term, Tracked, X
+from .primitives import STOP
+from .response import STOPPED_SHIFT, Factor, Refused, Sum, Term, Tracked, X, stopped
 from .rules.example import Along, Words, axis_set, equation
 
 
@@ -33,7 +34,10 @@ def respond(fn: Callable[..., Any], *operands: tuple[Any, ...] | jax.Array, alon
     for op in graph.ops:
         read = [tracked.get(v) for v in op.inputs]
         try:
-            made = arithmetic.respond(op, read, "notices a shift") if any(read) else None
+            if op.name == STOP and read[0]:
+                made = stopped(read[0])
+            else:
+                made = arithmetic.respond(op, read, "notices a shift") if any(read) else None
         except Refused as refused:
             return Words(f"refused: {refused}")
         if made is not None:
@@ -45,7 +49,17 @@ def respond(fn: Callable[..., Any], *operands: tuple[Any, ...] | jax.Array, alon
 
 def _words(term: Term, number: Fraction) -> str:
     degree, factors = term
-    sums = (f"sum({X}, {f[0] if len(f) == 1 else f})" for f in factors if not isinstance(f, str))
-    words = [*(f for f in factors if f == X), *sums, "u" if degree == 1 else f"u**{degree}"]
-    others = (f" {f[0]} v{f[1:]}" for f in factors if isinstance(f, str) and f != X)
-    return " ".join([str(number)] * (number != 1) + words) + "".join(others)
+    behind = factors.count(STOPPED_SHIFT)
+    times = "" if number == 1 else "-" if number == -1 else f"{number} "
+    words = [_name(f) for f in factors if f != STOPPED_SHIFT]
+    for shift, power in (("u", degree - behind), (STOPPED_SHIFT, behind)):
+        words += [shift if power == 1 else f"{shift}**{power}"] if power else []
+    return times + " ".join(words)
+
+
+def _name(factor: Factor) -> str:
+    if isinstance(factor, Sum):
+        x, axes = "x'" if factor.stopped else "x", factor.axes
+        return f"sum({x}, {axes[0] if len(axes) == 1 else axes})" if axes else x
+    how, value = factor.lstrip("'")[0], factor.lstrip("'")[1:]
+    return f"{'1/' if how == '/' else ''}v{value}{factor[: -len(value) - 1]}"

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from jax_lnfold import arithmetic, rules, shift_example
+from jax_lnfold import arithmetic, response, rules, shift_example
 from jax_lnfold.graph import Op
 from jax_lnfold.rules import RULES, example
 
 FORMULA = re.compile(r"``[^`]*=[^`]*``")
 READS = re.compile(r"Reads ([^.]*)\.")
-MODULES = [arithmetic, shift_example] + [
+MODULES = [arithmetic, response, shift_example] + [
     import_module(m.name) for m in walk_packages(rules.__path__, f"{rules.__name__}.")
 ]
 NAMES = {**vars(example), **vars(shift_example)}
