@@ -21,8 +21,12 @@ NONLINEAR = frozenset(
 """Elementwise primitives that are opaque to means and shifts."""
 ELEMENTWISE = IDENTITIES | {STOP} | LINEAR | NONLINEAR
 """Primitives that compute every element of one output from those at its place."""
+COMMUTATIVE = frozenset("add add_any and max min mul or xor".split())
+"""Elementwise primitives whose two operands can be exchanged."""
 MOVES = frozenset({"broadcast_in_dim", "reshape", "squeeze", "transpose"})
 """Primitives that only move or repeat elements, along whole axes."""
+PURE = ELEMENTWISE | MOVES | frozenset("dot_general reduce_max reduce_min reduce_sum slice".split())
+"""Primitives that a norm may be written with, and that make the same of the same operands."""
 OPAQUE = frozenset(
     "bitcast_convert_type cummax cummin cumprod cumlogsumexp iota observe random_bits random_wrap "
     "random_unwrap random_seed random_split random_fold_in sort threefry2x32 top_k".split()
