@@ -171,8 +171,8 @@ class Arithmetic:
         if op.name == "div" and position == 1:
             raise Refused("divides by the shifted value")
         dims = self._aligned(op, [t])
-        number = self.graph.scalar(op.inputs[1 - position])
-        if number is not None and np.isfinite(number):
+        number = self.number(op.inputs[1 - position])
+        if number is not None:
             factor = exact_number(number, self._counts)
             if op.name == "div" and factor == 0:
                 raise Refused("divides by zero")
@@ -184,11 +184,18 @@ class Arithmetic:
         }
         return Tracked(response, None, dims)
 
+    def number(self, value: int) -> np.ndarray | None:
+        """The real, finite number that every element is, if the program fixes it."""
+        number = self.graph.scalar(value)
+        if number is None or np.iscomplexobj(number) or not np.isfinite(number):
+            return None
+        return number
+
     def _factors(self, value: int, sign: str, depth: int = 0) -> tuple[Fraction, tuple[str, ...]]:
         """What a factor (divisor, for ``/``) is a product of, however it is grouped."""
         graph = self.graph
-        number = graph.scalar(value)
-        if number is not None and np.isfinite(number) and number != 0:
+        number = self.number(value)
+        if number is not None and number != 0:
             factor = exact_number(number, self._counts)
             return 1 / factor if sign == "/" else factor, ()
         made = graph.producer[value]

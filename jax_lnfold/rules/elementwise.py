@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ..axes import ALL, FREE, AxisSet
 from ..graph import DROPOUT
-from ..primitives import IDENTITIES, IDENTITIES_OF_EACH, NONLINEAR, STOP
+from ..primitives import COMPLEX, IDENTITIES, IDENTITIES_OF_EACH, NONLINEAR, STOP
 from .registry import Context, Opaque, Pull, Push, Rule, register
 
 
@@ -44,21 +44,21 @@ def _push_sum(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
 
 
 def _pull_convert(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
-    """A conversion between floating-point types is the identity up to rounding."""
-    if not _float_to_float(ctx):
+    """A conversion between real or complex types is linear, up to rounding."""
+    if not _is_linear(ctx):
         return Opaque("converts between number types")
     return Pull(((0, along),))
 
 
 def _push_convert(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
-    if not _float_to_float(ctx):
+    if not _is_linear(ctx):
         return Opaque("converts between number types")
     return ((0, along),)
 
 
-def _float_to_float(ctx: Context) -> bool:
+def _is_linear(ctx: Context) -> bool:
     new = ctx.params["new_dtype"]
-    return jnp.issubdtype(ctx.dtype(0), jnp.floating) and jnp.issubdtype(new, jnp.floating)
+    return jnp.issubdtype(ctx.dtype(0), jnp.inexact) and jnp.issubdtype(new, jnp.inexact)
 
 
 def _pull_each(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
@@ -141,6 +141,7 @@ def _push_dropout(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
 
 
 register("add sub neg add_any", Rule(_pull_sum, _push_sum))
+register(COMPLEX, Rule(_pull_sum, _push_sum))  # C_S is real, so it passes real and imaginary parts
 register(IDENTITIES - {"convert_element_type"} | {STOP}, Rule(_pull_sum, _push_sum))
 register("convert_element_type", Rule(_pull_convert, _push_convert, _pull_sum))
 register(IDENTITIES_OF_EACH, Rule(_pull_each, _push_each))

@@ -1,4 +1,4 @@
-"""Reductions along axes other than those of the mean: sums, cumulative sums, pooling, maxima."""
+"""What mixes positions along axes other than those of the mean: sums, pooling, Fourier, maxima."""
 
 from __future__ import annotations
 
@@ -55,6 +55,26 @@ def _push_window(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
     return ((0, AxisSet.of(ctx.out_shape(), along.free(_windowed(ctx)).entries)),)
 
 
+def _transformed(ctx: Context) -> range:
+    """The axes of a Fourier transform: the last ones."""
+    rank = len(ctx.in_shape(0))
+    return range(rank - len(ctx.params["fft_lengths"]), rank)
+
+
+def _pull_fft(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
+    """``C_S F(x) = F(C_S x)``: a transform of other axes is linear, real ones included."""
+    kept = along.free(_transformed(ctx))
+    if kept.trivial and not along.trivial:
+        return Opaque("transforms along the mean")
+    return Pull(((0, AxisSet.of(ctx.in_shape(0), kept.entries)),), exact=kept == along)
+
+
+def _push_fft(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+    """``F(x + u) = F(x) + F(u)``, which is uniform where u is, along other axes."""
+    kept = along.free(_transformed(ctx))
+    return ((0, AxisSet.of(ctx.out_shape(), kept.entries)),)
+
+
 def _keep(along: AxisSet, mixed: Sequence[int]) -> Pull | Opaque:
     kept = along.free(mixed)
     if kept.trivial and not along.trivial:
@@ -68,5 +88,6 @@ register("reduce_sum", Rule(_pull_sum, _push_sum))
 register(
     "argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod", Rule(uniform=_pull_sum)
 )
+register("fft", Rule(_pull_fft, _push_fft))
 register("cumsum", Rule(_pull_cumsum, _push_cumsum))
 register("reduce_window_sum", Rule(_pull_window, _push_window))
