@@ -239,6 +239,27 @@ quick("dot_general", lambda x, w: jnp.einsum("bqhk,bshk->bhqs", x, w), (2, 3, 2,
 quick("dot_general", lambda x, y: x @ y, (4,), (4,), pull=False, push=False)
 
 
+def ragged(
+    numbers: Any, rows: Sequence[Any], lhs: tuple[int, ...], rhs: tuple[int, ...], **known: bool
+) -> None:
+    """Rows in as many groups as there are numbers of rows; the last rows may belong to none."""
+    sizes = np.asarray(rows, np.int32)
+    run = lambda x, w: lax.ragged_dot_general(x, w, sizes, numbers)  # noqa: E731
+    example("ragged_dot_general", **known)(lambda rng: Program(run, normals(rng, lhs, rhs)))
+
+
+_Ragged = lax.RaggedDotDimensionNumbers
+ragged(_Ragged((((1,), (1,)), ((), ())), (0,), (0,)), (2, 0, 4), (6, 4), (3, 4, 5))
+ragged(_Ragged((((1,), (1,)), ((), ())), (0,), (0,)), (1, 2, 1), (6, 4), (3, 4, 5))
+ragged(_Ragged((((2,), (0,)), ((), ())), (0,), (2,)), (2, 1, 3), (6, 2, 4), (4, 5, 3))
+ragged(_Ragged((((2,), (2,)), ((0,), (1,))), (1,), (0,)), (2, 4), (3, 6, 4), (2, 3, 4, 5))
+ragged(_Ragged((((2,), (1,)), ((), ())), (1,), (0,)), [(2, 3), (0, 4)], (2, 5, 4), (2, 4, 3))
+ragged(_Ragged((((2,), (1,)), ((), ())), (0,), (0,)), (2, 3), (5, 6, 4), (2, 4, 3))
+ragged(_Ragged((((0,), (0,)), ((), ())), (0,), ()), (2, 3), (6, 4), (6, 5))
+ragged(_Ragged((((1,), (1,)), ((0,), (0,))), (1,), ()), (2, 3), (2, 6, 4), (2, 6, 5))
+ragged(_Ragged((((2,), (1,)), ((0,), (0,))), (0,), ()), (1, 1), (3, 5, 4), (3, 4, 6))
+
+
 def convolution(rng: Rng, groups: int, per_group: int) -> Program:
     spatial = int(rng.integers(1, 3))
     letters = "HW"[:spatial]
