@@ -16,9 +16,22 @@ import numpy as np
 from .axes import AxisSet
 from .graph import Graph, Op
 from .primitives import MOVES
-from .response import Refused, Sum, Tracked, exact_number, ordered, product, scaled, summed, total
+from .response import (
+    Refused,
+    Sum,
+    Tracked,
+    exact_number,
+    ordered,
+    product,
+    scaled,
+    stopped,
+    summed,
+    total,
+)
 
 _EXTREMA = frozenset({"reduce_max", "reduce_min"})
+_DEPTH = 4
+"""How far products are taken apart into their factors."""
 
 
 class Arithmetic:
@@ -55,6 +68,11 @@ class Arithmetic:
         2 x u + u**2
         """
         name, first = op.name, operands[0]
+        if any(t is not None and t.grows for t in operands):
+            return self._grow(op, operands)
+        # What responds in its derivatives alone is as far from overflowing as it was.
+        if name == "exp" and first and first.is_shift and not stopped(first).response:
+            return Tracked(first.response, None, first.dims, grows=True)
         if name in ("argmax", "argmin") and first and first.is_shift:
             self._check_uniform(first, op.params["axes"])
             return None
@@ -121,7 +139,43 @@ class Arithmetic:
                 raise Refused("reshapes the shifted value")
             for d, o in zip(old, new, strict=True):
                 dims[o] = t.dims[d]
-        return Tracked(t.response, t.form, tuple(dims))
+        return replace(t, dims=tuple(dims))
+
+    def _grow(self, op: Op, operands: list[Tracked | None]) -> Tracked:
+        """An exponential is multiplied, and so are its sums, products and quotients.
+
+        ``exp(x + u) = exp(x) exp(u)``. Only shifts that cancel in the values get here: of others,
+        the exponential might overflow. Reads `axes` of sums.
+
+        >>> def spread(x):
+        ...     return jnp.exp(x - jax.lax.stop_gradient(x.max(1, keepdims=True)))
+        >>> respond(lambda x: spread(x).sum(1), (2, 3), along=[1])
+        times exp(-u' + u)
+        >>> respond(lambda x: spread(x) / spread(x).sum(1, keepdims=True), (2, 3), along=[1])
+        0
+        >>> respond(lambda x: spread(x).sum(1) + 1.0, (2, 3), along=[1])
+        refused: combines an exponential of the shifted value with other values
+        >>> respond(jnp.exp, (2, 3), along=[1])
+        refused: ...
+        """
+        if any(t is not None and not t.grows for t in operands):
+            raise Refused("combines a shifted value with an exponential of it")
+        first, name = operands[0], op.name
+        if name in MOVES and first:
+            return self._move(op, first)
+        if name == "reduce_sum" and first:
+            self._check_uniform(first, op.params["axes"])
+            dims = tuple(d for k, d in enumerate(first.dims) if k not in op.params["axes"])
+            return replace(first, dims=dims)
+        if name in ("log", "abs") and first:
+            return replace(first, grows=name == "abs")
+        if name in ("mul", "div"):
+            signs = (1, -1 if name == "div" else 1)
+            pairs = zip(operands, signs, strict=True)
+            parts = [scaled(t, Fraction(sign)) for t, sign in pairs if t is not None]
+            growth = parts[0] if len(parts) == 1 else total(*parts)
+            return replace(growth, dims=self._aligned(op, parts), grows=True)
+        raise Refused("combines an exponential of the shifted value with other values")
 
     def _sum(self, op: Op, t: Tracked) -> Tracked:
         """A sum over n positions counts the shift n times, if it is uniform along them.
@@ -196,18 +250,46 @@ class Arithmetic:
         if op.name == "div" and position == 1:
             raise Refused("divides by the shifted value")
         dims = self._aligned(op, [t])
-        number = self.graph.scalar(op.inputs[1 - position])
-        if number is not None and np.isfinite(number):
+        number = self.number(op.inputs[1 - position])
+        if number is not None:
             factor = exact_number(number, self._counts)
             if op.name == "div" and factor == 0:
                 raise Refused("divides by zero")
             return replace(scaled(t, 1 / factor if op.name == "div" else factor), dims=dims)
-        token = f"{'/' if op.name == 'div' else '*'}{op.inputs[1 - position]}"
+        times, by = self._factors(op.inputs[1 - position], "/" if op.name == "div" else "*")
         response = {
-            (degree, ordered((*factors, token))): number
+            (degree, ordered((*factors, *by))): number * times
             for (degree, factors), number in t.response.items()
         }
         return Tracked(response, None, dims)
+
+    def number(self, value: int) -> np.ndarray | None:
+        """The real, finite number that every element is, if the program fixes it."""
+        number = self.graph.scalar(value)
+        if number is None or np.iscomplexobj(number) or not np.isfinite(number):
+            return None
+        return number
+
+    def _factors(self, value: int, sign: str, depth: int = 0) -> tuple[Fraction, tuple[str, ...]]:
+        """What a factor (divisor, for ``/``) is a product of, however it is grouped."""
+        graph = self.graph
+        number = self.number(value)
+        if number is not None and number != 0:
+            factor = exact_number(number, self._counts)
+            return 1 / factor if sign == "/" else factor, ()
+        made = graph.producer[value]
+        op = made[0] if made and depth < _DEPTH else None
+        if op is not None and op.name in ("mul", "div"):
+            back = {"*": "/", "/": "*"}[sign] if op.name == "div" else sign
+            first, second = op.inputs
+            a, more = self._factors(first, sign, depth + 1)
+            b, rest = self._factors(second, back, depth + 1)
+            return a * b, more + rest
+        if op is not None and op.name == "broadcast_in_dim":
+            (operand,) = op.inputs
+            if len(graph.shape(operand)) == len(graph.shape(value)):  # repeats single positions
+                return self._factors(operand, sign, depth)
+        return Fraction(1), (f"{sign}{graph.same[value]}",)
 
     def _aligned(self, op: Op, tracked: list[Tracked]) -> tuple[int | None, ...]:
         """Axes of the output; every operand must line up with the root in the same way."""

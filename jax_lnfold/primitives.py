@@ -12,6 +12,8 @@ IDENTITIES_OF_EACH = frozenset({"optimization_barrier", "device_put"})
 """Primitives whose outputs are their operands, one by one."""
 LINEAR = frozenset("add sub neg add_any mul div select_n".split())
 """Elementwise primitives that may pass on a mean."""
+COMPLEX = frozenset("complex conj imag real".split())
+"""Elementwise primitives that are linear over the real numbers, to and from the complex ones."""
 NONLINEAR = frozenset(
     "abs acos acosh and asin asinh atan atan2 atanh cbrt ceil clamp cos cosh digamma eq erf "
     "erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma log log1p logistic "
@@ -19,10 +21,14 @@ NONLINEAR = frozenset(
     "shift_right_logical sign sin sinh sqrt square tan tanh xor".split()
 )
 """Elementwise primitives that are opaque to means and shifts."""
-ELEMENTWISE = IDENTITIES | {STOP} | LINEAR | NONLINEAR
+ELEMENTWISE = IDENTITIES | {STOP} | LINEAR | COMPLEX | NONLINEAR
 """Primitives that compute every element of one output from those at its place."""
+COMMUTATIVE = frozenset("add add_any and max min mul or xor".split())
+"""Elementwise primitives whose two operands can be exchanged."""
 MOVES = frozenset({"broadcast_in_dim", "reshape", "squeeze", "transpose"})
 """Primitives that only move or repeat elements, along whole axes."""
+PURE = ELEMENTWISE | MOVES | frozenset("dot_general reduce_max reduce_min reduce_sum slice".split())
+"""Primitives that a norm may be written with, and that make the same of the same operands."""
 OPAQUE = frozenset(
     "bitcast_convert_type cummax cummin cumprod cumlogsumexp iota observe random_bits random_wrap "
     "random_unwrap random_seed random_split random_fold_in sort threefry2x32 top_k".split()

@@ -39,12 +39,14 @@ class Tracked:
     """A value that responds: how, and how its axes line up with those of the root.
 
     `form` writes the value itself as a combination of ``x`` and its sums, where that is possible.
-    `dims` names the root's axis behind every axis, None for a broadcast one.
+    `dims` names the root's axis behind every axis, None for a broadcast one. What `grows` is
+    multiplied by ``exp(r)``; else ``r`` is added to it.
     """
 
     response: Response
     form: dict[Factor, Fraction] | None
     dims: tuple[int | None, ...]
+    grows: bool = False
 
     @property
     def factors(self) -> set[str]:
@@ -55,7 +57,8 @@ class Tracked:
     @property
     def is_shift(self) -> bool:
         """Whether the value changes by nothing but a multiple of the shifts."""
-        return all(term in ((1, ()), (1, (STOPPED_SHIFT,))) for term in self.response)
+        shifts = (1, ()), (1, (STOPPED_SHIFT,))
+        return not self.grows and all(term in shifts for term in self.response)
 
 
 class Refused(Exception):
@@ -150,7 +153,7 @@ def stopped(t: Tracked) -> Tracked:
         form = {}
         for factor, number in t.form.items():
             accumulate(form, copy(factor), number)
-    return Tracked(response, form, t.dims)
+    return Tracked(response, form, t.dims, t.grows)
 
 
 def product(a: Tracked, b: Tracked) -> Tracked:

@@ -1,7 +1,8 @@
 """How a function responds to a shift, in words: for the examples in `arithmetic`, and to try one.
 
 The first operand, x, is shifted by u, which is uniform along some axes; ``v1`` is operand 1. Behind
-`stop_gradient` they are x', u' and v1'. Operands are given as in `rules.example`.
+`stop_gradient` they are x', u' and v1'. What is multiplied rather than shifted is ``times exp(r)``.
+Operands are given as in `rules.example`.
 
 >>> respond(lambda x: jnp.mean(x**2, 1), (2, 3), along=[1])
 2/3 sum(x, 1) u + u**2
@@ -43,8 +44,10 @@ def respond(fn: Callable[..., Any], *operands: tuple[Any, ...] | jax.Array, alon
         if made is not None:
             tracked[op.outputs[0]] = made
     last = tracked.get(graph.ops[-1].outputs[0])
-    terms = sorted(last.response.items(), key=str) if last is not None else ()
-    return Words(" + ".join(_words(*term) for term in terms) or "0")
+    if last is None or not last.response:
+        return Words("0")
+    response = " + ".join(_words(*term) for term in sorted(last.response.items(), key=str))
+    return Words(f"times exp({response})" if last.grows else response)
 
 
 def _words(term: Term, number: Fraction) -> str:

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from math import prod
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -131,8 +130,8 @@ class Tracker:
         if op.name == STOP and self._stops:
             self.met_stop = True
             return self._unless_cancelled(op, operands, stopped(operands[0]))
-        if op.name in IDENTITIES | IDENTITIES_OF_EACH | {STOP}:
-            return self._same(op, operands, hit)
+        if op.name in IDENTITIES | IDENTITIES_OF_EACH | {STOP} and not self._changes_kind(op):
+            return [(op.outputs[i], operands[i]) for i in hit]
         exact, refusal = self._prefers_exact(op, operands, hit), "notices a shift of its operand"
         if not exact:
             handed = self._hand_on(op, operands, hit)
@@ -174,7 +173,7 @@ class Tracker:
             named = (first.dims[a] for a in op.params["axes"])
             return all(d is None or self.along.uniform_along(d) for d in named)
         if op.name in ("mul", "div"):
-            by_number = self.graph.scalar(op.inputs[1 - hit[0]]) is not None
+            by_number = self.arithmetic.number(op.inputs[1 - hit[0]]) is not None
             return by_number or self._keep or not self._follows_root(first)
         if op.name in ("neg", "transpose"):
             return True
@@ -185,12 +184,12 @@ class Tracker:
         """Whether the value has the size of the root: another question can be asked about it."""
         return t is not None and any(isinstance(f, Sum) and not f.axes for f in t.form or ())
 
-    def _same(self, op: Op, operands: list[Tracked | None], hit: list[int]) -> list[Any]:
-        if op.name == "convert_element_type" and not jnp.issubdtype(
-            op.params["new_dtype"], jnp.floating
-        ):
-            raise Refused("converts the shifted value to another kind of number")
-        return [(op.outputs[i], operands[i]) for i in hit]
+    def _changes_kind(self, op: Op) -> bool:
+        """Whether it converts between real, complex and whole numbers."""
+        if op.name != "convert_element_type":
+            return False
+        dtypes = self.graph.avals[op.inputs[0]].dtype, op.params["new_dtype"]
+        return any(not jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes)
 
     def _shifted(self, value: int, t: Tracked | None) -> AxisSet | None:
         """Along what a merely shifted value is shifted uniformly, None if it is not that."""

@@ -126,6 +126,25 @@ def converted(rng: Rng) -> Program:
 quick("convert_element_type", lambda x: x.astype(int), (3, 4), pull=False, push=False)
 quick("convert_element_type", lambda x: (x > 0).astype(float), (3, 4), pull=False, push=False)
 
+_z = lax.complex
+
+
+def parts(z: Any) -> Any:
+    return lax.real(z), lax.imag(z)
+
+
+quick("complex", _z, (3, 4), (3, 4))
+quick("real imag", lambda x, y: parts(_z(x, y)), (3, 4), (3, 4))
+quick("real imag", lambda x, y: parts(_z(x, y)[:, None] * (2 - 1j)), (3, 4), (3, 4))
+quick("conj", lambda x, y: lax.conj(_z(x, y)), (3, 4), (3, 4))
+quick("conj", lax.conj, (3, 4))
+quick("convert_element_type", lambda x: x.astype(complex), (3, 4))
+quick("convert_element_type", lambda x, y: _z(x, y).astype(np.complex64), (3, 4), (3, 4))
+quick("mul", lambda x, y, g: _z(x, y) * _z(g, g + 1), (3, 4), (3, 4), (3, 1))
+quick("mul", lambda x, y: _z(x, y) * (2 - 1j), (3, 4), (3, 4))
+quick("mul", lambda x, y: _z(x, y) * _z(y, x), (3, 4), (3, 4), pull=False, push=False)
+quick("div", lambda x, y, g: _z(x, y) / _z(g, g + 1), (3, 4), (3, 4), (3, 1))
+
 PRODUCTS: dict[str, Callable[[Any, Any], Any]] = {
     "mul": lambda x, g: x * g,
     "div": lambda x, g: x / g,
@@ -214,9 +233,31 @@ def contraction(rng: Rng) -> Program:
 
 
 quick("dot_general", lambda x, w: x @ w, (3, 4), (4, 6))
+quick("dot_general", lambda x, y, w: _z(x, y) @ _z(w, -w), (3, 4), (3, 4), (4, 6))
 quick("dot_general", lambda x, w: jnp.einsum("btd,dhk->bthk", x, w), (2, 3, 4), (4, 2, 5))
 quick("dot_general", lambda x, w: jnp.einsum("bqhk,bshk->bhqs", x, w), (2, 3, 2, 4), (2, 5, 2, 4))
 quick("dot_general", lambda x, y: x @ y, (4,), (4,), pull=False, push=False)
+
+
+def ragged(
+    numbers: Any, rows: Sequence[Any], lhs: tuple[int, ...], rhs: tuple[int, ...], **known: bool
+) -> None:
+    """Rows in as many groups as there are numbers of rows; the last rows may belong to none."""
+    sizes = np.asarray(rows, np.int32)
+    run = lambda x, w: lax.ragged_dot_general(x, w, sizes, numbers)  # noqa: E731
+    example("ragged_dot_general", **known)(lambda rng: Program(run, normals(rng, lhs, rhs)))
+
+
+_Ragged = lax.RaggedDotDimensionNumbers
+ragged(_Ragged((((1,), (1,)), ((), ())), (0,), (0,)), (2, 0, 4), (6, 4), (3, 4, 5))
+ragged(_Ragged((((1,), (1,)), ((), ())), (0,), (0,)), (1, 2, 1), (6, 4), (3, 4, 5))
+ragged(_Ragged((((2,), (0,)), ((), ())), (0,), (2,)), (2, 1, 3), (6, 2, 4), (4, 5, 3))
+ragged(_Ragged((((2,), (2,)), ((0,), (1,))), (1,), (0,)), (2, 4), (3, 6, 4), (2, 3, 4, 5))
+ragged(_Ragged((((2,), (1,)), ((), ())), (1,), (0,)), [(2, 3), (0, 4)], (2, 5, 4), (2, 4, 3))
+ragged(_Ragged((((2,), (1,)), ((), ())), (0,), (0,)), (2, 3), (5, 6, 4), (2, 4, 3))
+ragged(_Ragged((((0,), (0,)), ((), ())), (0,), ()), (2, 3), (6, 4), (6, 5))
+ragged(_Ragged((((1,), (1,)), ((0,), (0,))), (1,), ()), (2, 3), (2, 6, 4), (2, 6, 5))
+ragged(_Ragged((((2,), (1,)), ((0,), (0,))), (0,), ()), (1, 1), (3, 5, 4), (3, 4, 6))
 
 
 def convolution(rng: Rng, groups: int, per_group: int) -> Program:
@@ -312,6 +353,21 @@ def pooled(rng: Rng) -> Program:
         ),
         normals(rng, sizes(rng, rank, 3)),
     )
+
+
+@example("fft")
+def transformed(rng: Rng) -> Program:
+    """Fourier transforms of every kind, along one axis or two, with lengths of their own."""
+    kind, count = rng.integers(4), int(rng.integers(1, 3))
+    lengths = tuple(rng.integers(3, 8, count).tolist())
+    before = (*lengths[:-1], lengths[-1] // 2 + 1) if kind == 3 else lengths
+    shape = (*sizes(rng, 3 - count), *before)
+    types = (lax.FftType.FFT, lax.FftType.IFFT, lax.FftType.RFFT, lax.FftType.IRFFT)
+
+    def run(x: Any, y: Any) -> Any:
+        return lax.fft(x if kind == 2 else _z(x, y), types[kind], lengths)
+
+    return Program(run, normals(rng, shape, shape))
 
 
 # Moves.

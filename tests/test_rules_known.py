@@ -65,6 +65,14 @@ def repeats_over_one(x: Any, w: Any) -> Any:
     return lax.dot_general(x, wide, (((3,), (2,)), ((0, 1), (0, 1))))
 
 
+def spectrum(x: Any) -> Any:
+    return lax.fft(x, lax.FftType.RFFT, (5,))
+
+
+def ragged(x: Any, w: Any) -> Any:
+    return lax.ragged_dot(x, w, np.array([2, 1, 2], np.int32))
+
+
 def dense(x: Any, w: Any) -> Any:
     return jnp.tensordot(x, w, 1)
 
@@ -128,6 +136,30 @@ PULLS: dict[str, Known] = {
     ),
     "conversion to whole numbers": Known(
         "convert_element_type", lambda x: x.astype(int), [(2, 6)], (F, A), None
+    ),
+    "real and imaginary part": Known(
+        "complex", lax.complex, [(2, 6), (2, 6)], (F, A), {0: (F, A), 1: (F, A)}
+    ),
+    "size of a complex number": Known("abs", jnp.abs, [np.ones((2, 6)) * 1j], (F, A), None),
+    "square of a complex number": Known(
+        "mul", lambda z: z * z.conj(), [np.ones((2, 6)) * 1j], (F, A), None
+    ),
+    "ragged product: columns of all kernels": Known(
+        "ragged_dot_general", ragged, [(5, 4), (3, 4, 6)], (F, A), {1: (F, F, A)}
+    ),
+    "ragged product: mean over the rows": Known(
+        "ragged_dot_general", ragged, [(5, 4), (3, 4, 6)], (A, F), None
+    ),
+    "ragged product: mean over rows and columns": Known(
+        "ragged_dot_general", ragged, [(5, 4), (3, 4, 6)], (A, A), None
+    ),
+    "transform along other axes": Known("fft", spectrum, [(6, 5)], (A, F), {0: (A, F)}),
+    "transform along other axes, half of the channels": Known(
+        "fft", spectrum, [(6, 5)], (HALVES, F), {0: (HALVES, F)}
+    ),
+    "transform along the mean": Known("fft", spectrum, [(6, 5)], (F, A), None),
+    "transform along some axes of the mean": Known(
+        "fft", spectrum, [(6, 5)], (A, A), {0: (A, F)}, exact=False
     ),
     "conversion from whole numbers": Known(
         "convert_element_type", lambda x: x.astype(float), [np.ones((2, 6), int)], (F, A), None
@@ -591,6 +623,14 @@ PUSHES: dict[str, Known] = {
         "tile", lambda x: jnp.tile(x, (1, 2)), [(5, 3)], (A, A), {0: (A, F)}
     ),
     "rows of a table": Known("gather", lambda t: t[INDEX], [(5, 6)], (F, A), {0: (F, A)}),
+    "ragged product: shifted columns": Known(
+        "ragged_dot_general", ragged, [(5, 4), (3, 4, 6)], (A, A, HALVES), {0: (F, HALVES)}, 1
+    ),
+    "ragged product: shifted rows": Known(
+        "ragged_dot_general", ragged, [(5, 4), (3, 4, 6)], (A, A), {0: (F, F)}
+    ),
+    "transform along other axes": Known("fft", spectrum, [(6, 5)], (A, A), {0: (A, F)}),
+    "transform along the mean": Known("fft", spectrum, [(6, 5)], (F, A), {0: (F, F)}),
     "rows of a table, one shift for all": Known(
         "gather", lambda t: t[INDEX], [(5, 6)], (A, A), {0: (F, A)}
     ),

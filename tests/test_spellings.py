@@ -120,6 +120,24 @@ def slope_and_intercept_one_pass(x: Array, g: Any, c: Any, axes: Axes, mean: Mea
     return (x * a - m * a) + c
 
 
+def product_written_twice(x: Array, g: Any, c: Any, axes: Axes, mean: Mean) -> Array:
+    m = mean(x, axes)
+    r = jax.lax.rsqrt(plain_mean(jnp.square(x - m), axes) + EPS)
+    return x * (r * g) + (c - (g * r) * m)
+
+
+def product_grouped_differently(x: Array, g: Any, c: Any, axes: Axes, mean: Mean) -> Array:
+    m = mean(x, axes)
+    r = jax.lax.rsqrt(plain_mean(jnp.square(x), axes) - m * m + EPS)
+    return g * x * r + (c - m * (r * g))
+
+
+def root_taken_twice(x: Array, g: Any, c: Any, axes: Axes, mean: Mean) -> Array:
+    m = mean(x, axes)
+    v = plain_mean(jnp.square(x - m), axes) + EPS
+    return g / jnp.sqrt(v) * x + (c - m / jnp.sqrt(v) * g)
+
+
 def eps_outside_the_root(x: Array, g: Any, c: Any, axes: Axes, mean: Mean) -> Array:
     d = x - mean(x, axes)
     return g * d / (jnp.sqrt(plain_mean(d * d, axes)) + EPS) + c
@@ -172,6 +190,9 @@ FORMULAS = {
         scale_with_the_root,
         slope_and_intercept,
         slope_and_intercept_one_pass,
+        product_written_twice,
+        product_grouped_differently,
+        root_taken_twice,
         eps_outside_the_root,
         power_of_minus_half,
         reciprocal_of_the_root,
@@ -280,6 +301,74 @@ def test_formula_without_its_mean(name: str) -> None:
 def test_input_that_is_not_centered_over_its_deviation(name: str) -> None:
     apply = model(bound(VARIANCES[name], (-1,), no_mean), (-1,))
     check_left_alone(apply, make_params((12,)), finds_nothing=False)
+
+
+# What multiplies the input, what the mean, and whether they are the same: of the root's reciprocal
+# r and the scales g and h.
+SLOPES: dict[str, tuple[Callable[..., Any], Callable[..., Any], bool]] = {
+    "wide": (
+        lambda r, g, h: r * g,
+        lambda r, g, h: r * jnp.broadcast_to(g, (*r.shape[:2], 12)),
+        True,
+    ),
+    "function": (lambda r, g, h: r * g, lambda r, g, h: jax.jit(jnp.multiply)(g, r), True),
+    "both scales": (lambda r, g, h: h * (r * g), lambda r, g, h: g * (h * r), True),
+    "quotient": (lambda r, g, h: g / (h / r), lambda r, g, h: r * (g / h), True),
+    "parts": (lambda r, g, h: r * g[..., :], lambda r, g, h: r * g[..., ::1], True),
+    "numbers": (lambda r, g, h: r * (g * 2.0), lambda r, g, h: 4.0 * (r / 2.0) * g, True),
+    "computed": (lambda r, g, h: r * jnp.exp(g + h), lambda r, g, h: jnp.exp(h + g) * r, True),
+    "other scale": (lambda r, g, h: r * g, lambda r, g, h: r * h, False),
+    "one scale more": (lambda r, g, h: r * g, lambda r, g, h: r * g * h, False),
+    "other number": (lambda r, g, h: r * (g * 2.0), lambda r, g, h: r * g, False),
+    "square": (lambda r, g, h: r * g, lambda r, g, h: r * g * g, False),
+    "divided": (lambda r, g, h: r * g, lambda r, g, h: r / g, False),
+    "other quotient": (lambda r, g, h: g / (h / r), lambda r, g, h: r * (h / g), False),
+    "not commutative": (lambda r, g, h: r * (g - h), lambda r, g, h: r * (h - g), False),
+    "other sum": (lambda r, g, h: r * (g + 1.0), lambda r, g, h: r * (g + 2.0), False),
+    "other part": (lambda r, g, h: r * g[..., :1], lambda r, g, h: r * g[..., 1:2], False),
+    "other power": (lambda r, g, h: r * g**2, lambda r, g, h: r * g**3, False),
+    "other axes": (lambda r, g, h: r, lambda r, g, h: jnp.swapaxes(r[:, :2], 0, 1)[:, :1], False),
+    "reversed": (lambda r, g, h: r * g, lambda r, g, h: r * g[..., ::-1], False),
+}
+
+
+@pytest.mark.parametrize("name", SLOPES)
+def test_slope_of_the_mean(name: str) -> None:
+    """``x * a + (c - mean(x) * b)`` is a LayerNorm if a and b are equal, however they are made."""
+    slope, of_mean, same = SLOPES[name]
+
+    def apply(p: Params, x: Array) -> Array:
+        s = jnp.tensordot(x, p["w"], 1) + leading(p["b"])
+        m, (g, c) = plain_mean(s, (-1,)), (leading(p["g"]), leading(p["c"]))
+        r = jax.lax.rsqrt(plain_mean(jnp.square(s - m), (-1,)) + EPS)
+        y = s * slope(r, g, c) + (c - m * of_mean(r, g, c))
+        return jnp.tensordot(y, p["v"], 1)
+
+    if same:
+        check_folds(apply, (12,))
+    else:
+        check_left_alone(apply, make_params((12,)))
+
+
+def test_slope_of_the_iteration_before() -> None:
+    """Equal equations of two iterations compute different numbers."""
+
+    def apply(p: Params, x: Array, before: bool) -> Array:
+        def step(a: Array, x: Array) -> tuple[Array, Array]:
+            s = jnp.tensordot(x, p["w"], 1) + p["b"]
+            m = s.mean()
+            b = jax.lax.rsqrt(jnp.square(s - m).mean() + EPS) * p["g"]
+            return b, s * (a if before else b) + (p["c"] - m * b)
+
+        _, y = jax.lax.scan(step, jnp.zeros(12), x)
+        return y @ p["v"]
+
+    params, x = make_params((12,)), make_input(T, DIN)
+    counts = [
+        fold_checked(lambda p, x, b=before: apply(p, x, b), params, x).report.n_folded
+        for before in (False, True)
+    ]
+    assert counts == [1, 0]
 
 
 # --- means ---------------------------------------------------------------------------------------

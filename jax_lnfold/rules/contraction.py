@@ -1,4 +1,4 @@
-"""Contractions: matrix products of every kind, and convolutions."""
+"""Contractions: matrix products of every kind, ragged ones included, and convolutions."""
 
 from __future__ import annotations
 
@@ -89,6 +89,68 @@ def _push_dot(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
     return ((0, AxisSet.of(ctx.out_shape(), entries)),)
 
 
+def _axes_of_ragged(ctx: Context, operand: int) -> dict[int, int]:
+    """Free axis of an operand -> axis of the output, where all along it are treated alike."""
+    numbers = ctx.params["ragged_dot_dimension_numbers"]
+    contract, batch = numbers.dot_dimension_numbers
+    (ragged,) = numbers.lhs_ragged_dimensions
+    bound = [{*contract[0], *batch[0]}, {*contract[1], *batch[1], *numbers.rhs_group_dimensions}]
+    free = [[d for d in range(len(ctx.in_shape(i))) if d not in bound[i]] for i in (0, 1)]
+    offset = (ragged in contract[0]) + len(batch[0]) + (len(free[0]) if operand else 0)
+    axes = {d: offset + k for k, d in enumerate(free[operand])}
+    if operand == 0 and ragged in axes:
+        # Along it the kernels differ, and their numbers of rows may along the axes before it.
+        same = len(ctx.in_shape(2)) == 1
+        return {d: o for d, o in axes.items() if d > ragged or (same and d != ragged)}
+    return axes
+
+
+def _pull_ragged(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
+    """S on free axes of one operand, as in a dot; a row that belongs to no group is zero.
+
+    ``C_S (h_i W_e(i)) = h_i (C_S' W_e(i))`` for the kernel e(i) of row i. Which axes are free is
+    the same in all three modes, where the ragged axis is a free one of the rows, summed over, or a
+    batch axis. Reads `ragged_dot_dimension_numbers` and `group_offset`.
+
+    >>> sizes = jnp.array([2, 3])
+    >>> pull(lambda h, w: jax.lax.ragged_dot(h, w, sizes), (5, 4), (2, 4, 3), along=[1])
+    operand 1 along axis 2
+    >>> pull(lambda h, w: jax.lax.ragged_dot(h, w, sizes), (5, 4), (2, 4, 3), along=[0])
+    opaque: mixes the axes of the mean with each other
+    """
+    if ctx.params["group_offset"] is not None:
+        return Opaque("leaves out some of the groups")
+    for operand in (1, 0):
+        axes = _axes_of_ragged(ctx, operand)
+        if along.axes and {*along.axes} <= {*axes.values()}:
+            entries: list[Entry] = [FREE] * len(ctx.in_shape(operand))
+            for d, o in axes.items():
+                entries[d] = along.entries[o]
+            return Pull(((operand, AxisSet.of(ctx.in_shape(operand), entries)),))
+    return Opaque("mixes the axes of the mean with each other")
+
+
+def _push_ragged(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+    """The shift of an operand stays uniform along its free axes, as in a dot.
+
+    ``h_i (W_e(i) + u_e(i)) = h_i W_e(i) + h_i u_e(i)``. Reads `ragged_dot_dimension_numbers` and
+    `group_offset`.
+
+    >>> sizes = jnp.array([2, 3])
+    >>> dot = lambda h, w: jax.lax.ragged_dot(h, w, sizes)
+    >>> push(dot, (5, 4), (2, 4, 3), operand=1, along=[2])
+    output 0 along axis 1
+    >>> push(dot, (5, 4), (2, 4, 3), operand=1, along=[0, 1])
+    output 0 along no axis
+    """
+    if operand == 2 or ctx.params["group_offset"] is not None:
+        return Opaque("groups rows by the shifted value")
+    entries: list[Entry] = [FREE] * len(ctx.out_shape())
+    for d, o in _axes_of_ragged(ctx, operand).items():
+        entries[o] = along.entries[d]
+    return ((0, AxisSet.of(ctx.out_shape(), entries)),)
+
+
 def _kernel_features(ctx: Context, entry: Entry, size: int) -> Entry:
     """The entry, split where the convolution's feature groups end.
 
@@ -160,4 +222,5 @@ def _only(shape: Iterable[Any], axis: int, entry: Entry) -> AxisSet:
 
 
 register("dot_general", Rule(_pull_dot, _push_dot))
+register("ragged_dot_general", Rule(_pull_ragged, _push_ragged))
 register("conv_general_dilated", Rule(_pull_conv, _push_conv))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ..axes import ALL, FREE, AxisSet
 from ..graph import DROPOUT
-from ..primitives import IDENTITIES, IDENTITIES_OF_EACH, NONLINEAR, STOP
+from ..primitives import COMPLEX, IDENTITIES, IDENTITIES_OF_EACH, NONLINEAR, STOP
 from .registry import Context, Opaque, Pull, Push, Rule, register
 
 
@@ -63,7 +63,7 @@ def _push_sum(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
 
 
 def _pull_convert(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
-    """A conversion between floating-point types is the identity up to rounding.
+    """A conversion between real or complex types is linear, up to rounding.
 
     ``C_S float32(x) = float32(C_S x)``. Reads `new_dtype`.
 
@@ -72,13 +72,13 @@ def _pull_convert(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
     >>> pull(lambda x: x.astype(int), (2, 3), along=[1])
     opaque: converts between number types
     """
-    if not _float_to_float(ctx):
+    if not _is_linear(ctx):
         return Opaque("converts between number types")
     return Pull(((0, along),))
 
 
 def _push_convert(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
-    """A conversion between floating-point types is the identity up to rounding.
+    """A conversion between real or complex types is linear, up to rounding.
 
     ``float32(x + u) = float32(x) + float32(u)``. Reads `new_dtype`.
 
@@ -87,15 +87,15 @@ def _push_convert(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
     >>> push(lambda x: x.astype(int), (2, 3), along=[1])
     opaque: converts between number types
     """
-    if not _float_to_float(ctx):
+    if not _is_linear(ctx):
         return Opaque("converts between number types")
     return ((0, along),)
 
 
-def _float_to_float(ctx: Context) -> bool:
-    """Whether both are floating-point: whole numbers are rounded, and cannot be centered."""
+def _is_linear(ctx: Context) -> bool:
+    """Whether no whole numbers are made, which are rounded, or read, which cannot be centered."""
     new = ctx.params["new_dtype"]
-    return jnp.issubdtype(ctx.dtype(0), jnp.floating) and jnp.issubdtype(new, jnp.floating)
+    return jnp.issubdtype(ctx.dtype(0), jnp.inexact) and jnp.issubdtype(new, jnp.inexact)
 
 
 def _pull_each(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
@@ -251,6 +251,7 @@ def _push_dropout(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
 
 
 register("add sub neg add_any", Rule(_pull_sum, _push_sum))
+register(COMPLEX, Rule(_pull_sum, _push_sum))  # C_S is real, so it passes real and imaginary parts
 register(IDENTITIES - {"convert_element_type"} | {STOP}, Rule(_pull_sum, _push_sum))
 register("convert_element_type", Rule(_pull_convert, _push_convert, _pull_sum))
 register(IDENTITIES_OF_EACH, Rule(_pull_each, _push_each))

@@ -1,4 +1,4 @@
-"""Reductions along axes other than those of the mean: sums, cumulative sums, pooling, maxima."""
+"""What mixes positions along axes other than those of the mean: sums, pooling, Fourier, maxima."""
 
 from __future__ import annotations
 
@@ -112,6 +112,40 @@ def _push_window(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
     return ((0, AxisSet.of(ctx.out_shape(), along.free(_windowed(ctx)).entries)),)
 
 
+def _transformed(ctx: Context) -> range:
+    """The axes of a Fourier transform: the last ones."""
+    rank = len(ctx.in_shape(0))
+    return range(rank - len(ctx.params["fft_lengths"]), rank)
+
+
+def _pull_fft(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
+    """A transform of other axes is linear, so it keeps a zero mean; real ones are, too.
+
+    ``C_S F(x) = F(C_S x)``. Reads `fft_lengths`.
+
+    >>> pull(lambda x: jnp.fft.rfft(x, axis=1), (2, 6), along=[0])
+    operand 0 along axis 0
+    >>> pull(lambda x: jnp.fft.rfft(x, axis=1), (2, 6), along=[1])
+    opaque: transforms along the mean
+    """
+    kept = along.free(_transformed(ctx))
+    if kept.trivial and not along.trivial:
+        return Opaque("transforms along the mean")
+    return Pull(((0, AxisSet.of(ctx.in_shape(0), kept.entries)),), exact=kept == along)
+
+
+def _push_fft(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+    """The transform of a shift is uniform where the shift is, along other axes.
+
+    ``F(x + u) = F(x) + F(u)``. Reads `fft_lengths`.
+
+    >>> push(lambda x: jnp.fft.rfft(x, axis=1), (2, 6), along=[0, 1])
+    output 0 along axis 0
+    """
+    kept = along.free(_transformed(ctx))
+    return ((0, AxisSet.of(ctx.out_shape(), kept.entries)),)
+
+
 def _keep(along: AxisSet, mixed: Sequence[int]) -> Pull | Opaque:
     """The finer set that leaves out the axes along which positions are mixed."""
     kept = along.free(mixed)
@@ -126,5 +160,6 @@ register("reduce_sum", Rule(_pull_sum, _push_sum))
 register(
     "argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod", Rule(uniform=_pull_sum)
 )
+register("fft", Rule(_pull_fft, _push_fft))
 register("cumsum", Rule(_pull_cumsum, _push_cumsum))
 register("reduce_window_sum", Rule(_pull_window, _push_window))
