@@ -19,7 +19,8 @@ from jax_lnfold.axes import ALL, FREE, AxisSet, Labels
 from jax_lnfold.facts import Facts
 from jax_lnfold.flatten import flatten
 from jax_lnfold.primitives import OPAQUE
-from jax_lnfold.rules import RULES, Context, Opaque, Rule, register
+from jax_lnfold.rules import RULES, Opaque, Rule, register
+from jax_lnfold.rules.example import equation
 
 F, A = FREE, ALL
 INDEX = np.array([2, 0])
@@ -746,17 +747,9 @@ LOOP_PUSHES: list[tuple[str, int, Sequence[Given], Answer]] = [
 ]
 
 
-def asked_in(name: str, fn: Callable[..., Any], *shapes: tuple[Any, ...]) -> Context:
-    """The view of the one operation `name` in a program that is never run."""
-    operands = [jax.ShapeDtypeStruct(shape, float) for shape in shapes]
-    graph = flatten(jax.make_jaxpr(fn)(*operands), 0)
-    (op,) = (op for op in graph.ops if op.name == name)
-    return Facts(graph).context(op)
-
-
 @pytest.mark.parametrize(("name", "asked", "answer", "exact"), LOOP_PULLS)
 def test_pull_of_loops(name: str, asked: Sequence[Given], answer: Answer, exact: bool) -> None:
-    ctx = asked_in(name, looped, (4, 2, 6), (2, 6))
+    ctx = equation(looped, (4, 2, 6), (2, 6), primitive=name)
     pulled = RULES[name].pull(ctx, 0, labelled(ctx.out_shape(), asked))
     assert isinstance(pulled, Opaque) == (answer is None)
     if not isinstance(pulled, Opaque):
@@ -767,7 +760,7 @@ def test_pull_of_loops(name: str, asked: Sequence[Given], answer: Answer, exact:
 
 @pytest.mark.parametrize(("name", "operand", "asked", "answer"), LOOP_PUSHES)
 def test_push_of_loops(name: str, operand: int, asked: Sequence[Given], answer: Answer) -> None:
-    ctx = asked_in(name, looped, (4, 2, 6), (2, 6))
+    ctx = equation(looped, (4, 2, 6), (2, 6), primitive=name)
     pushed = RULES[name].push(ctx, operand, labelled(ctx.in_shape(operand), asked))
     assert not isinstance(pushed, Opaque)
     assert {i: s.entries for i, s in pushed} == answer
@@ -788,7 +781,7 @@ LONG_PUSHES: dict[str, Callable[[Any], Any]] = {
 
 def test_pull_through_slices_of_axes_too_long_for_regions() -> None:
     for name, fn in LONG_PULLS.items():
-        ctx = asked_in(name, fn, (2, LONG))
+        ctx = equation(fn, (2, LONG), primitive=name)
         pull, shape = RULES[name].pull, ctx.out_shape()
         answer = pull(ctx, 0, AxisSet.over(shape, (0,)))
         assert not isinstance(answer, Opaque)
@@ -798,7 +791,7 @@ def test_pull_through_slices_of_axes_too_long_for_regions() -> None:
 
 
 def test_pull_through_a_slice_of_several_axes_one_of_them_too_long() -> None:
-    ctx = asked_in("slice", lambda x: x[1:, 3:], (3, LONG))
+    ctx = equation(lambda x: x[1:, 3:], (3, LONG), primitive="slice")
     for axes in ((0,), (1,), (0, 1)):
         along = AxisSet.over(ctx.out_shape(), axes)
         assert isinstance(RULES["slice"].pull(ctx, 0, along), Opaque)
@@ -806,7 +799,7 @@ def test_pull_through_a_slice_of_several_axes_one_of_them_too_long() -> None:
 
 def test_push_into_axes_too_long_for_regions() -> None:
     for name, fn in LONG_PUSHES.items():
-        ctx = asked_in(name, fn, (2, LONG))
+        ctx = equation(fn, (2, LONG), primitive=name)
         push, shape = RULES[name].push, ctx.in_shape(0)
         assert push(ctx, 0, AxisSet.over(shape, (0,))) == (
             (0, AxisSet.over(ctx.out_shape(), (0,))),
@@ -837,7 +830,7 @@ def test_opaque_primitives_are_known_and_have_no_rule() -> None:
 
 def test_kernel_with_a_symbolic_number_of_features() -> None:
     (n,) = jax.export.symbolic_shape("n")
-    ctx = asked_in("conv_general_dilated", conv(), (2, 5, 4), (3, 4, n))
+    ctx = equation(conv(), (2, 5, 4), (3, 4, n), primitive="conv_general_dilated")
     pulled = RULES["conv_general_dilated"].pull(ctx, 0, AxisSet.over((2, 5, n), (2,)))
     assert not isinstance(pulled, Opaque)
     assert pulled.needs == ((1, AxisSet.over((3, 4, n), (2,))),)
@@ -874,7 +867,7 @@ def test_uniform_through_reductions(
     name: str, axis: int, asked: Sequence[Given], needed: Sequence[Given]
 ) -> None:
     """They make the same of the same numbers: of whole slices along the axis they reduce."""
-    ctx = asked_in(name, lambda x: REDUCTIONS[name](x, axis), (4, 2, 6))
+    ctx = equation(lambda x: REDUCTIONS[name](x, axis), (4, 2, 6), primitive=name)
     rule = RULES[name]
     assert rule.uniform is not None
     answer = rule.uniform(ctx, 0, labelled(ctx.out_shape(), asked))
