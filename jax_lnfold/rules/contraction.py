@@ -1,4 +1,4 @@
-"""Contractions: matrix products of every kind, ragged ones included, and convolutions."""
+"""Contractions: matrix products of every kind, triangular systems and convolutions."""
 
 from __future__ import annotations
 
@@ -115,6 +115,27 @@ def _push_ragged(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
     return ((0, AxisSet.of(ctx.out_shape(), entries)),)
 
 
+def _right_sides(ctx: Context, along: AxisSet) -> AxisSet:
+    """The set along right-hand sides alone: columns of B in ``A X = B``, rows in ``X A = B``."""
+    side = len(along.shape) - (1 if ctx.params["left_side"] else 2)
+    return along.free(d for d in along.axes if d != side)
+
+
+def _pull_solve(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
+    """``C_S A⁻¹ B = A⁻¹ C_S B`` for S along the right-hand sides."""
+    kept = _right_sides(ctx, along)
+    if kept.trivial and not along.trivial:
+        return Opaque("solves for the axes of the mean together")
+    return Pull(((1, kept),), exact=kept == along)
+
+
+def _push_solve(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+    """``A⁻¹ (B + u) = A⁻¹ B + A⁻¹ u``, which is uniform along the right-hand sides that u is."""
+    if operand == 0:
+        return Opaque("divides by the shifted value")
+    return ((0, _right_sides(ctx, along)),)
+
+
 def _kernel_features(ctx: Context, entry: Entry, size: int) -> Entry:
     """The entry, split where the convolution's feature groups end."""
     groups = ctx.params["feature_group_count"]
@@ -159,5 +180,6 @@ def _only(shape: Iterable[Any], axis: int, entry: Entry) -> AxisSet:
 
 
 register("dot_general", Rule(_pull_dot, _push_dot))
+register("triangular_solve", Rule(_pull_solve, _push_solve))
 register("ragged_dot_general", Rule(_pull_ragged, _push_ragged))
 register("conv_general_dilated", Rule(_pull_conv, _push_conv))

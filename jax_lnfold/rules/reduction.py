@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..axes import FREE, AxisSet
+from ..primitives import POOLS
 from .registry import Context, Opaque, Pull, Push, Rule, register
 
 
@@ -86,8 +87,12 @@ register("reduce_sum", Rule(_pull_sum, _push_sum))
 # Opaque to means and shifts, except where a `Tracker` says so, but the same numbers are reduced to
 # the same: the maximum in a softmax is uniform wherever its scores are.
 register(
-    "argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod", Rule(uniform=_pull_sum)
+    "argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_xor",
+    Rule(uniform=_pull_sum),
 )
 register("fft", Rule(_pull_fft, _push_fft))
+# Nonlinear, but the same for what does not vary along other axes than those of the window.
+register(POOLS, Rule(uniform=_pull_window))
+register("cumlogsumexp cummax cummin cumprod", Rule(uniform=_pull_cumsum))
 register("cumsum", Rule(_pull_cumsum, _push_cumsum))
 register("reduce_window_sum", Rule(_pull_window, _push_window))
