@@ -89,8 +89,9 @@ UNSEEN = _with_reasons(
         ),
         "runs a program that is no jaxpr, or not here": (
             "buffer_callback call_exported cudnn_fusion debug_callback debug_print "
-            "dot_product_attention_bwd dot_product_attention_bwd_wrapper dot_product_attention_fp8_bwd "
-            "dot_product_attention_fp8_bwd_wrapper dot_product_attention_fp8_fwd "
+            "dot_product_attention_bwd dot_product_attention_bwd_wrapper "
+            "dot_product_attention_fp8_bwd dot_product_attention_fp8_bwd_wrapper "
+            "dot_product_attention_fp8_fwd "
             "dot_product_attention_fp8_fwd_wrapper dot_product_attention_fwd "
             "dot_product_attention_fwd_wrapper ffi_call io_callback pallas_call pure_callback "
             "tpu_custom_call"

@@ -715,7 +715,7 @@ def test_nonlinear_primitives_neither_carry_a_mean_nor_hide_a_shift(name: str) -
 
 
 def test_nonlinear_rules_only_say_what_is_uniform() -> None:
-    linear = {"convert_element_type", "mul", "div"}
+    linear = {"convert_element_type", "mul", "div", "dot_general", "conv_general_dilated"}
     silent = {n for n, r in RULES.items() if r.uniform} - linear
     assert silent > {"sin", "reduce_max"}
     bare = Rule()

@@ -71,6 +71,18 @@ def _push_dot(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
     return ((0, AxisSet.of(ctx.out_shape(), entries)),)
 
 
+def _uniform_dot(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
+    """Uniform along S if both operands are along what S is on their free and batch axes."""
+    needs = []
+    for operand, batch in enumerate(ctx.params["dimension_numbers"][1]):
+        entries: list[Entry] = [FREE] * len(ctx.in_shape(operand))
+        axes = _axes_of_output(ctx, operand) | {d: o for o, d in enumerate(batch)}
+        for d, o in axes.items():
+            entries[d] = along.entries[o]
+        needs.append((operand, AxisSet.of(ctx.in_shape(operand), entries)))
+    return Pull(tuple(needs))
+
+
 def _axes_of_ragged(ctx: Context, operand: int) -> dict[int, int]:
     """Free axis of an operand -> axis of the output, where all along it are treated alike."""
     numbers = ctx.params["ragged_dot_dimension_numbers"]
@@ -174,12 +186,27 @@ def _push_conv(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
     return ((0, _only(ctx.out_shape(), result, entry)),)
 
 
+def _uniform_conv(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
+    """Uniform along samples and output features if the kernel and the data of all groups are."""
+    numbers, grouped = ctx.params["dimension_numbers"], ctx.params["feature_group_count"] != 1
+    kernel, result, _ = _conv_features(ctx)
+    samples, entry = along.entries[numbers.out_spec[0]], along.entries[result]
+    if ctx.params["batch_group_count"] != 1 or (grouped and isinstance(entry, Labels)):
+        return Opaque("is a convolution in groups")
+    if not {*along.axes} <= {numbers.out_spec[0], result}:
+        return Opaque("is a convolution along these axes")
+    entries: list[Entry] = [FREE] * len(ctx.in_shape(0))
+    entries[numbers.lhs_spec[0]], entries[numbers.lhs_spec[1]] = samples, entry if grouped else FREE
+    data = AxisSet.of(ctx.in_shape(0), entries)
+    return Pull(((0, data), (1, _only(ctx.in_shape(1), kernel, entry))))
+
+
 def _only(shape: Iterable[Any], axis: int, entry: Entry) -> AxisSet:
     shape = tuple(shape)
     return AxisSet.of(shape, (entry if d == axis else FREE for d in range(len(shape))))
 
 
-register("dot_general", Rule(_pull_dot, _push_dot))
+register("dot_general", Rule(_pull_dot, _push_dot, _uniform_dot))
 register("triangular_solve", Rule(_pull_solve, _push_solve))
 register("ragged_dot_general", Rule(_pull_ragged, _push_ragged))
-register("conv_general_dilated", Rule(_pull_conv, _push_conv))
+register("conv_general_dilated", Rule(_pull_conv, _push_conv, _uniform_conv))
