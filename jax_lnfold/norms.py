@@ -2,7 +2,8 @@
 
 A LayerNorm over axes S of ``x`` is a value that does not respond to a shift of ``x`` uniform along
 S, divided by the root of a variance that does not respond either. BatchNorm with stored
-statistics, RMSNorm and softmax lack one of the two.
+statistics, RMSNorm and softmax lack one of the two; with statistics of the batch, a BatchNorm has
+both, but the samples share them.
 """
 
 from __future__ import annotations
@@ -103,7 +104,28 @@ def find_norms(facts: Facts) -> Norms:
                 found[root.index] = replace(
                     norm, sums=_in_order(sums), module=where, two_pass=two_pass
                 )
-    return Norms(tuple(found[i] for i in sorted(found)), centered)
+    norms = (found[i] for i in sorted(found))
+    return Norms(tuple(n for n in norms if not _is_of_batch(facts, n)), centered)
+
+
+def _is_of_batch(facts: Facts, norm: LayerNorm) -> bool:
+    """Whether all samples share the statistics, as in a BatchNorm that trains.
+
+    The mean is then over axes that inputs vary along, and leaves none but those that parameters
+    vary along: one number for each channel.
+    """
+    graph = facts.graph
+    shape = graph.shape(norm.x)
+    rank = len(shape) - len(graph.lanes_of(norm.x))
+    own = [op.params["axes"] for op in norm.sums if graph.shape(op.inputs[0]) == shape]
+    averaged = {*norm.along.axes, *(own[0] if own else ())}  # axes of size 1 are none of `along`
+
+    def of_samples(axis: int) -> bool | None:
+        return facts.varies_by_inputs_alone(norm.x, AxisSet.over(shape, [axis]))
+
+    kept = [d for d in range(rank) if d not in averaged]
+    given = any(d < rank and of_samples(d) for d in averaged)
+    return given and bool(kept) and all(of_samples(d) is False for d in kept)
 
 
 def _in_order(ops: dict[int, Op]) -> tuple[Op, ...]:

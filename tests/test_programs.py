@@ -1021,3 +1021,14 @@ def test_complex_value_is_centered_where_that_pays() -> None:
 
     report = check(apply, FOURIER, X, counts=(5, 5, 1)).report
     assert not report.edits
+
+
+def test_function_that_was_traced_before() -> None:
+    """What calls it is looked into like any other call."""
+    stream = jax.ShapeDtypeStruct((B, T, D), X.dtype)
+    traced = jax.jit(lambda s: block(PARAMS["block"], s)).trace(stream)
+
+    def apply(p: Any, x: Array) -> Array:
+        return head(p, traced(x @ p["embed"]))
+
+    check(apply, PARAMS, X, counts=(2, 2, 0), edited="embed")

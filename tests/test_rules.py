@@ -57,7 +57,8 @@ class OneOp(NamedTuple):
 @cache
 def runner(op: Op) -> Callable[..., Any]:
     run = partial(op.eqn.primitive.bind, **op.params)
-    return jax.jit(run) if op.name == "pvary" else run  # `pvary` cannot run by itself
+    compiled = op.name in ("pvary", "layout_constraint")  # they cannot run by themselves
+    return jax.jit(run) if compiled else run
 
 
 def evaluate(op: Op, operands: Sequence[Any]) -> list[np.ndarray]:
@@ -151,7 +152,8 @@ def check_uniform(one: OneOp, out: int, along: AxisSet) -> None:
         assert is_uniform(result, along, one.tolerance()), f"{along}"
     if one.rule.uniform is not None:
         answer = one.rule.uniform(one.context, out, along)
-        assert not isinstance(answer, Opaque)
+        if isinstance(answer, Opaque) or not answer.exact:
+            return
         constant = list(one.operands)
         for i, needed in answer.needs:
             check_form(needed, one.operands[i].shape)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import combinations
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -12,13 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import checkify  # noqa: F401  (its primitives are of jax, too)
+from jax.experimental.pallas import pallas_call
+from jax.extend.core import Primitive, primitives
 from rule_examples import UNARY, Program
 from test_rules import check_pull, check_push, find
 
+from jax_lnfold._compat import WALKED
 from jax_lnfold.axes import ALL, FREE, AxisSet, Labels
 from jax_lnfold.facts import Facts
 from jax_lnfold.flatten import flatten
-from jax_lnfold.primitives import OPAQUE
+from jax_lnfold.primitives import EXCHANGES, OPAQUE, UNSEEN
 from jax_lnfold.rules import RULES, Opaque, Rule, register
 from jax_lnfold.rules.example import equation
 
@@ -71,7 +78,7 @@ def spectrum(x: Any) -> Any:
 
 
 def ragged(x: Any, w: Any) -> Any:
-    return lax.ragged_dot(x, w, np.array([2, 1, 2], np.int32))
+    return lax.ragged_dot(x, w, jnp.array([2, 1, 2], np.int32))
 
 
 def dense(x: Any, w: Any) -> Any:
@@ -709,7 +716,7 @@ def test_nonlinear_primitives_neither_carry_a_mean_nor_hide_a_shift(name: str) -
 
 
 def test_nonlinear_rules_only_say_what_is_uniform() -> None:
-    linear = {"convert_element_type", "mul", "div"}
+    linear = {"convert_element_type", "mul", "div", "dot_general", "conv_general_dilated"}
     silent = {n for n, r in RULES.items() if r.uniform} - linear
     assert silent > {"sin", "reduce_max"}
     bare = Rule()
@@ -808,13 +815,12 @@ def test_push_into_axes_too_long_for_regions() -> None:
 
 
 def opaque_things(x: Any, key: Any) -> Any:
-    """Every primitive that is known to carry nothing."""
-    cumulated = [f(x) for f in (lax.cummax, lax.cummin, lax.cumprod, lax.cumlogsumexp)]
+    """What makes, looks up and orders numbers carries nothing."""
     first, second = jax.random.split(jax.random.fold_in(jax.random.key(0), 1))
     wrapped = jax.random.bits(jax.random.wrap_key_data(jax.random.key_data(first)))
     old = jax.extend.random.threefry_2x32(key, jnp.arange(4, dtype=jnp.uint32))
     looked_up = [lax.top_k(x, 2), lax.sort(x), lax.iota(int, 3), x.view(jnp.uint64)]
-    return cumulated, second, wrapped, old, looked_up
+    return second, wrapped, old, looked_up
 
 
 def test_opaque_primitives_are_known_and_have_no_rule() -> None:
@@ -824,8 +830,51 @@ def test_opaque_primitives_are_known_and_have_no_rule() -> None:
     for op in graph.ops:
         facts.context(op)
     assert not facts.unknown
-    assert {op.name for op in graph.ops} >= OPAQUE - {"observe"}
-    assert not OPAQUE & RULES.keys()
+    assert {op.name for op in graph.ops} >= {"random_bits", "threefry2x32", "sort", "top_k", "iota"}
+
+
+CLASSES: dict[str, Collection[str]] = {
+    "rule": RULES,
+    "walked into": WALKED,
+    "between devices": EXCHANGES,
+    "opaque": OPAQUE,
+    "not looked into": UNSEEN,
+}
+
+
+def named_in(*modules: ModuleType) -> set[str]:
+    """The primitives that modules know by name."""
+    return {v.name for m in modules for v in vars(m).values() if isinstance(v, Primitive)}
+
+
+def loaded_of_jax() -> list[ModuleType]:
+    """The modules of jax, without experiments; what kernels are written with stays in kernels."""
+    apart = ("pallas", "mosaic", "triton", "thunky", "experimental")
+    loaded = [(name, m) for name, m in sys.modules.items() if name.split(".")[0] == "jax"]
+    return [m for name, m in loaded if not any(part in name for part in apart)]
+
+
+def test_every_primitive_of_jax_is_accounted_for() -> None:
+    """It has a rule, or is left alone for a reason: a new one has to be looked at."""
+    everything = named_in(primitives, lax) | named_in(*loaded_of_jax()) | {pallas_call.__name__}
+    assert len(everything) > 250
+    assert not everything.difference(*CLASSES.values())
+
+
+def test_a_primitive_is_of_one_kind() -> None:
+    for (first, names), (second, others) in combinations(CLASSES.items(), 2):
+        assert not {*names} & {*others}, f"{first} and {second}"
+    assert all({**OPAQUE, **UNSEEN}.values())
+
+
+def test_what_is_not_looked_into_is_counted() -> None:
+    def fn(x: Any) -> Any:
+        return jax.pure_callback(np.sin, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    graph = flatten(jax.make_jaxpr(fn)(jnp.ones(3)), 0)
+    facts = Facts(graph)
+    assert not facts.uniform(graph.ops[0].outputs[0], AxisSet.over((3,), (0,)))
+    assert [op.name for op in facts.unknown.values()] == ["pure_callback"]
 
 
 def test_kernel_with_a_symbolic_number_of_features() -> None:

@@ -7,6 +7,7 @@ is an RMSNorm and must not be taken for a LayerNorm.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -700,3 +701,92 @@ def test_report_names_the_module() -> None:
     assert (norm.folded, norm.count) == (True, 1)
     assert (norm.shape, norm.axes) == ((B, T, 12), (2,))
     assert "norm" in norm.path
+
+
+# --- what is no LayerNorm, though its arithmetic is ----------------------------------------------
+
+
+class Stack(nn.Module):
+    """Convolutions, pooling, grouped convolutions and joined channels before a norm of `kind`."""
+
+    kind: Callable[[], Callable[[Array], Array]]
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = nn.relu(self.kind()(nn.Conv(8, (3, 3))(x)))
+        x = nn.max_pool(x, (2, 2), (2, 2))
+        x = jnp.concatenate([x, self.kind()(nn.Conv(8, (3, 3), feature_group_count=8)(x))], -1)
+        return nn.Dense(OUT)(self.kind()(x))
+
+
+def stacked(kind: Callable[[], Callable[[Array], Array]], *shape: int) -> jax_lnfold.Report:
+    model, x = Stack(kind), make_input(*shape)
+    variables = model.init(jax.random.key(0), x)
+    apply = lambda v, x: model.apply(v, x, mutable=["batch_stats"])  # noqa: E731
+    return jax_lnfold.analyze(apply, variables, x)
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_statistics_of_the_batch(samples: int) -> None:
+    """One number per channel for all samples: that is a BatchNorm in training."""
+    two_pass = partial(nn.BatchNorm, use_running_average=False, use_fast_variance=False)
+    for kind in (partial(nn.BatchNorm, use_running_average=False), two_pass):
+        assert stacked(kind, samples, 6, 4, 3).norms == ()
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_statistics_of_every_sample(samples: int) -> None:
+    for kind in (nn.LayerNorm, nn.InstanceNorm):
+        assert len(stacked(kind, samples, 6, 4, 3).norms) == 3
+
+
+def normalise(s: Array, *axes: int) -> Array:
+    return (s - plain_mean(s, axes)) * jax.lax.rsqrt(jnp.var(s, axes, keepdims=True) + EPS)
+
+
+def per_sample(fn: Callable[..., Array]) -> Callable[..., Array]:
+    return jax.vmap(fn, in_axes=(None, 0), axis_name="batch")
+
+
+def synchronised(p: Params, x: Array) -> Array:
+    """Means over all positions of one sample, then over the samples."""
+    s = jnp.tensordot(x, p["w"], 1)
+    m, square = (jax.lax.pmean(plain_mean(y, (0,)), "batch") for y in (s, s * s))
+    return (s - m) * jax.lax.rsqrt(square - m * m + EPS)
+
+
+# What normalises, and whether all samples share the statistics.
+OF_THE_BATCH: dict[str, tuple[Apply, bool]] = {
+    "samples and tokens": (lambda p, x: normalise(jnp.tensordot(x, p["w"], 1), 0, 1), True),
+    "samples, features in two axes": (
+        lambda p, x: normalise(jnp.tensordot(x, p["w"].reshape(DIN, 3, 4), 1), 0, 1),
+        True,
+    ),
+    "vmap": (per_sample(synchronised), True),
+    "behind attention": (
+        lambda p, x: normalise(jax.nn.softmax(x @ x.mT) @ jnp.tensordot(x, p["w"], 1), 0, 1),
+        True,
+    ),
+    "behind another": (
+        lambda p, x: normalise(normalise(jnp.tensordot(x, p["w"], 1), 2) * p["g"], 0, 1),
+        True,
+    ),
+    "tokens": (lambda p, x: normalise(jnp.tensordot(x, p["w"], 1), 1), False),
+    "samples": (lambda p, x: normalise(jnp.tensordot(x, p["w"], 1), 0), False),
+    "features": (lambda p, x: normalise(jnp.tensordot(x, p["w"], 1), 2), False),
+    "features of a sample": (per_sample(lambda p, x: normalise(x @ p["w"], 1)), False),
+    "features of the input": (lambda p, x: normalise(x, 2) @ p["w"], False),
+    "everything": (lambda p, x: normalise(jnp.tensordot(x, p["w"], 1), 0, 1, 2), False),
+    "tokens mixed by parameters": (
+        lambda p, x: normalise(jnp.einsum("btd,df->bft", x, p["w"])[:1] * p["w"][0, 0], 0, 1),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_THE_BATCH)
+def test_who_shares_the_statistics(name: str) -> None:
+    apply, shared = OF_THE_BATCH[name]
+    with jax.numpy_rank_promotion("allow"):
+        report = jax_lnfold.analyze(apply, make_params((12,)), make_input(B, T, DIN))
+    assert len(report.norms) == (name == "behind another" if shared else 1)

@@ -1,4 +1,4 @@
-"""Contractions: matrix products of every kind, ragged ones included, and convolutions."""
+"""Contractions: matrix products of every kind, triangular systems and convolutions."""
 
 from __future__ import annotations
 
@@ -89,6 +89,26 @@ def _push_dot(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
     return ((0, AxisSet.of(ctx.out_shape(), entries)),)
 
 
+def _uniform_dot(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
+    """Uniform along S if both operands are along what S is on their free and batch axes.
+
+    ``h W = h' W'`` where rows ``h = h'`` and columns ``W = W'``. Reads `dimension_numbers`.
+
+    >>> uniform_if(jnp.matmul, (5, 2), (2, 3), along=[1])
+    operand 0 along no axis, operand 1 along axis 1
+    >>> uniform_if(jnp.matmul, (4, 5, 2), (4, 2, 3), along=[0])
+    operand 0 along axis 0, operand 1 along axis 0
+    """
+    needs = []
+    for operand, batch in enumerate(ctx.params["dimension_numbers"][1]):
+        entries: list[Entry] = [FREE] * len(ctx.in_shape(operand))
+        axes = _axes_of_output(ctx, operand) | {d: o for o, d in enumerate(batch)}
+        for d, o in axes.items():
+            entries[d] = along.entries[o]
+        needs.append((operand, AxisSet.of(ctx.in_shape(operand), entries)))
+    return Pull(tuple(needs))
+
+
 def _axes_of_ragged(ctx: Context, operand: int) -> dict[int, int]:
     """Free axis of an operand -> axis of the output, where all along it are treated alike."""
     numbers = ctx.params["ragged_dot_dimension_numbers"]
@@ -149,6 +169,47 @@ def _push_ragged(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
     for d, o in _axes_of_ragged(ctx, operand).items():
         entries[o] = along.entries[d]
     return ((0, AxisSet.of(ctx.out_shape(), entries)),)
+
+
+def _right_sides(ctx: Context, along: AxisSet) -> AxisSet:
+    """The set along right-hand sides alone: columns of B in ``A X = B``, rows in ``X A = B``."""
+    side = len(along.shape) - (1 if ctx.params["left_side"] else 2)
+    return along.free(d for d in along.axes if d != side)
+
+
+def _pull_solve(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
+    """Every right-hand side is solved for by itself: B, for S along the right-hand sides.
+
+    ``C_S A⁻¹ B = A⁻¹ C_S B``. Reads `left_side`.
+
+    >>> def solve(a, b):
+    ...     return jax.lax.linalg.triangular_solve(a, b, left_side=True)
+    >>> pull(solve, (3, 3), (3, 5), along=[1])
+    operand 1 along axis 1
+    >>> pull(solve, (3, 3), (3, 5), along=[0])
+    opaque: solves for the axes of the mean together
+    """
+    kept = _right_sides(ctx, along)
+    if kept.trivial and not along.trivial:
+        return Opaque("solves for the axes of the mean together")
+    return Pull(((1, kept),), exact=kept == along)
+
+
+def _push_solve(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+    """The shift of B stays uniform along the right-hand sides.
+
+    ``A⁻¹ (B + u) = A⁻¹ B + A⁻¹ u``. Reads `left_side`.
+
+    >>> def solve(a, b):
+    ...     return jax.lax.linalg.triangular_solve(a, b, left_side=True)
+    >>> push(solve, (3, 3), (3, 5), operand=1, along=[0, 1])
+    output 0 along axis 1
+    >>> push(solve, (3, 3), (3, 5), along=[0, 1])
+    opaque: divides by the shifted value
+    """
+    if operand == 0:
+        return Opaque("divides by the shifted value")
+    return ((0, _right_sides(ctx, along)),)
 
 
 def _kernel_features(ctx: Context, entry: Entry, size: int) -> Entry:
@@ -216,11 +277,37 @@ def _push_conv(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
     return ((0, _only(ctx.out_shape(), result, entry)),)
 
 
+def _uniform_conv(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
+    """Uniform along samples and output features if the kernel and the data of all groups are.
+
+    ``conv(x, K) = conv(x', K')`` where samples ``x = x'`` and output features ``K = K'``. Reads
+    `dimension_numbers`, `feature_group_count` and `batch_group_count`.
+
+    >>> conv = lambda x, k: jax.lax.conv(x, k, (1,), "SAME")
+    >>> uniform_if(conv, (2, 4, 9), (6, 4, 3), along=[0, 1])
+    operand 0 along axis 0, operand 1 along axis 0
+    >>> uniform_if(conv, (2, 4, 9), (6, 4, 3), along=[2])
+    opaque: is a convolution along these axes
+    """
+    numbers, grouped = ctx.params["dimension_numbers"], ctx.params["feature_group_count"] != 1
+    kernel, result, _ = _conv_features(ctx)
+    samples, entry = along.entries[numbers.out_spec[0]], along.entries[result]
+    if ctx.params["batch_group_count"] != 1 or (grouped and isinstance(entry, Labels)):
+        return Opaque("is a convolution in groups")
+    if not {*along.axes} <= {numbers.out_spec[0], result}:
+        return Opaque("is a convolution along these axes")
+    entries: list[Entry] = [FREE] * len(ctx.in_shape(0))
+    entries[numbers.lhs_spec[0]], entries[numbers.lhs_spec[1]] = samples, entry if grouped else FREE
+    data = AxisSet.of(ctx.in_shape(0), entries)
+    return Pull(((0, data), (1, _only(ctx.in_shape(1), kernel, entry))))
+
+
 def _only(shape: Iterable[Any], axis: int, entry: Entry) -> AxisSet:
     shape = tuple(shape)
     return AxisSet.of(shape, (entry if d == axis else FREE for d in range(len(shape))))
 
 
-register("dot_general", Rule(_pull_dot, _push_dot))
+register("dot_general", Rule(_pull_dot, _push_dot, _uniform_dot))
+register("triangular_solve", Rule(_pull_solve, _push_solve))
 register("ragged_dot_general", Rule(_pull_ragged, _push_ragged))
-register("conv_general_dilated", Rule(_pull_conv, _push_conv))
+register("conv_general_dilated", Rule(_pull_conv, _push_conv, _uniform_conv))

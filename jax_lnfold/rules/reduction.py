@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..axes import FREE, AxisSet
+from ..primitives import POOLS
 from .registry import Context, Opaque, Pull, Push, Rule, register
 
 
@@ -43,12 +44,15 @@ def _push_sum(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
 def _pull_cumsum(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
     """Partial sums along another axis keep a zero mean.
 
-    ``C_S cumsum(x) = cumsum(C_S x)``. Reads `axis`.
+    ``C_S cumsum(x) = cumsum(C_S x)``. About uniformity, the answer is that of every running
+    reduction. Reads `axis`.
 
     >>> pull(lambda x: jnp.cumsum(x, 0), (2, 3), along=[1])
     operand 0 along axis 1
     >>> pull(lambda x: jnp.cumsum(x, 0), (2, 3), along=[0])
     opaque: sums along the mean
+    >>> uniform_if(lambda x: jax.lax.cummax(x, 0), (2, 3), along=[1])
+    operand 0 along axis 1
     """
     return _keep(along, [ctx.params["axis"]])
 
@@ -82,8 +86,9 @@ def _windowed(ctx: Context) -> list[int]:
 def _pull_window(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
     """Sums over windows along other axes keep a zero mean.
 
-    ``C_S window_sum(x) = window_sum(C_S x)``. Reads `window_dimensions`, `window_strides`,
-    `padding`, `base_dilation` and `window_dilation`.
+    ``C_S window_sum(x) = window_sum(C_S x)``. About uniformity, the answer is that of any
+    pooling. Reads `window_dimensions`, `window_strides`, `padding`, `base_dilation` and
+    `window_dilation`.
 
     >>> def pool(x):
     ...     return jax.lax.reduce_window(x, 0.0, jax.lax.add, (2, 1), (2, 1), "VALID")
@@ -158,8 +163,12 @@ register("reduce_sum", Rule(_pull_sum, _push_sum))
 # Opaque to means and shifts, except where a `Tracker` says so, but the same numbers are reduced to
 # the same: the maximum in a softmax is uniform wherever its scores are.
 register(
-    "argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod", Rule(uniform=_pull_sum)
+    "argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_xor",
+    Rule(uniform=_pull_sum),
 )
 register("fft", Rule(_pull_fft, _push_fft))
+# Nonlinear, but the same for what does not vary along other axes than those of the window.
+register(POOLS, Rule(uniform=_pull_window))
+register("cumlogsumexp cummax cummin cumprod", Rule(uniform=_pull_cumsum))
 register("cumsum", Rule(_pull_cumsum, _push_cumsum))
 register("reduce_window_sum", Rule(_pull_window, _push_window))
