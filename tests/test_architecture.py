@@ -25,7 +25,7 @@ FLOORS = [
         "response",
         "table",
     },
-    {"center", "cost", "inline", "lanes", "options", "trees"},
+    {"center", "cost", "exchange", "inline", "lanes", "options", "trees"},
     {"edits", "graph", "stores", "targets"},
     {"dropout", "planfile"},
     {"arithmetic", "flatten", "plan"},
