@@ -25,6 +25,7 @@ from jax.sharding import AxisType, PartitionSpec, use_abstract_mesh
 
 __all__ = [
     "CUSTOM_RULES",
+    "WALKED",
     "Body",
     "ClosedJaxpr",
     "Control",
@@ -58,13 +59,18 @@ _CALLS = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
     "closed_call": "call_jaxpr",
+    "call": "call_jaxpr",
     "core_call": "call_jaxpr",
+    "eval_jaxpr": "call_jaxpr",
     "remat2": "jaxpr",
     "checkpoint": "jaxpr",
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
     "shard_map": "jaxpr",
 }
+
+WALKED = frozenset({*_CALLS, "cond", "scan", "while"})
+"""Primitives that hold jaxprs which are walked into."""
 
 CUSTOM_RULES = frozenset({"custom_jvp_call", "custom_vjp_call"})
 """Calls whose derivative is not that of their body: values inside must keep their meaning."""

@@ -6,7 +6,7 @@ from .facts import Blocker
 from .graph import Graph, Op
 from .placement import Placement, Reason
 from .planning import TRAINING
-from .primitives import ELEMENTWISE, IDENTITIES, MOVES, NONLINEAR, OPAQUE
+from .primitives import ELEMENTWISE, IDENTITIES, MOVES, NONLINEAR, OPAQUE, STOP
 from .rules import RULES
 
 
@@ -61,7 +61,7 @@ def _reads(graph: Graph, op: Op, value: int) -> bool:
         for use, _ in graph.uses[todo.pop()]:
             if use.index == op.index:
                 return True
-            if use.name in MOVES | IDENTITIES:
+            if use.name in MOVES | IDENTITIES | {STOP}:
                 todo += use.outputs
     return False
 

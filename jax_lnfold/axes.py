@@ -229,7 +229,7 @@ def intersect(entry: Entry, other: Entry, size: int) -> Entry:
 
 
 def _length(s: slice, size: Any) -> Any:
-    if all(isinstance(n, int) for n in (s.start, s.stop, size)):
+    if all(isinstance(n, int | np.integer) for n in (s.start, s.stop, size)):
         return len(range(*s.indices(size)))
     return (s.stop - s.start - 1) // s.step + 1  # symbolic sizes
 

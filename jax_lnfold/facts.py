@@ -87,12 +87,28 @@ class Facts:
         self.dropouts: set[int] = set()
         self.visits = 0
         self._uniform: dict[Claim, Blocker | None] = {}
+        self._by_inputs: dict[Claim, Blocker | None] = {}
         self._tolerant: dict[Claim, Blocker | None] = {}
 
     def uniform(self, value: int, along: AxisSet) -> bool:
         """Whether a value is constant on every group of `along`."""
         along = along.widened()  # groups of one position say nothing
         return along.trivial or solve((value, along), self._why_uniform, self._uniform) is None
+
+    def varies_by_inputs_alone(self, value: int, along: AxisSet) -> bool | None:
+        """Whether a value is constant on every group of `along` if the inputs are.
+
+        So along an axis of samples or tokens, unless parameters tell them apart; None if nobody
+        knows, as behind what has no rule.
+        """
+
+        def expand(claim: Claim) -> Blocker | Iterable[Claim]:
+            known = self.graph.leaves.keys() | self.graph.constants.keys()
+            is_input = self.graph.producer[claim[0]] is None and claim[0] not in known
+            return () if is_input else self._why_uniform(claim)
+
+        blocker = solve((value, along), expand, self._by_inputs)
+        return None if blocker is not None and blocker.op is not None else blocker is None
 
     def intolerant(self, value: int, along: AxisSet) -> Blocker | None:
         """None if no output notices a shift of `value` that is uniform along `along`.
@@ -141,8 +157,10 @@ class Facts:
 
         answer = rule.uniform or rule.pull
         pulled = answer(replace(ctx, is_uniform=assume), position, along)
-        if isinstance(pulled, Opaque) or not pulled.exact:
+        if isinstance(pulled, Opaque):
             return Blocker(op, "may vary along the mean")
+        if not pulled.exact:
+            return Blocker(None, "different values stand side by side along the mean")
         return [*assumed, *((op.inputs[i], s) for i, s in pulled.needs)]
 
     def _why_tolerant(self, claim: Claim) -> Blocker | Iterable[Claim]:

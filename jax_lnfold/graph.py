@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import jax
@@ -19,7 +21,7 @@ from ._compat import (
 )
 from .axes import AxisSet
 from .lanes import Lanes
-from .primitives import MOVES
+from .primitives import COMMUTATIVE, MOVES, PURE
 
 CallPath = tuple[int, ...]
 """Equation indices of the calls around a jaxpr, outermost first."""
@@ -113,6 +115,7 @@ class Graph:
         self.fixed: list[bool] = []  # computed from constants only
         self.home: list[CallPath] = []  # the jaxpr that binds the value to a variable
         self.leaves: dict[int, int] = {}  # parameter leaves, with their positions in the tree
+        self.same: list[int] = []  # the first value that an equal equation of the module makes
         self.outputs: frozenset[int] = frozenset()
         self.uses: list[list[tuple[Op, int]]] = []
         self.constants: dict[int, Any] = {}
@@ -129,6 +132,7 @@ class Graph:
         self.noise: set[int] = set()  # computed from random bits and numbers only
         self.masks: set[int] = set()  # noise that keeps or drops
         self.dropouts: dict[int, int] = {}  # operations that drop an operand at random -> which
+        self._firsts: dict[Hashable, tuple[int, ...]] = {}
 
     def shape(self, value: int) -> tuple[Any, ...]:
         """The shape of a value."""
@@ -178,6 +182,7 @@ class Graph:
         self.data_free.append(data_free)
         self.fixed.append(fixed)
         self.home.append(path)
+        self.same.append(len(self.same))
         return len(self.avals) - 1
 
     def new_constant(self, value: Any, aval: Any, path: CallPath) -> int:
@@ -185,6 +190,9 @@ class Graph:
         number = self.new_value(aval, path, True, True)
         if not is_tracer(value) and not jnp.issubdtype(aval.dtype, jax.dtypes.extended):
             self.constants[number] = value
+            if np.ndim(value) == 0:
+                key = np.dtype(aval.dtype), np.asarray(value).tobytes()
+                self.same[number] = self._firsts.setdefault(key, (number,))[0]
         return number
 
     def add(self, op: Op) -> None:
@@ -192,6 +200,20 @@ class Graph:
         self.ops.append(op)
         for position, value in enumerate(op.outputs):
             self.producer[value] = (op, position)
+        if op.name in PURE:
+            self._note_same(op)
+
+    def _note_same(self, op: Op) -> None:
+        """Find the first equation that computes the same in the same module."""
+        operands = [self.same[v] for v in op.inputs]
+        operands = sorted(operands) if op.name in COMMUTATIVE else operands
+        key = op.eqn.primitive, op.module, *operands, *sorted(op.params.items(), key=itemgetter(0))
+        try:
+            firsts = self._firsts.setdefault(key, op.outputs)
+        except TypeError:  # a parameter that cannot be compared
+            return
+        for value, first in zip(op.outputs, firsts, strict=True):
+            self.same[value] = first
 
     def link_uses(self) -> None:
         """Find the readers of every value, once all operations are there."""

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from ._compat import ClosedJaxpr, JaxprEqn, Literal, open_jaxpr
-from .primitives import ELEMENTWISE, IDENTITIES
+from .primitives import ELEMENTWISE, IDENTITIES, STOP
 
 Lanes = tuple[tuple[str, int], ...]
 """Mesh axes with their sizes, in the order of the trailing axes."""
@@ -190,7 +190,7 @@ def _reduce_scatter(eqn: JaxprEqn, lanes: Lanes, x: jax.Array) -> list[jax.Array
 
 # What needs no `vmap`, which would move the lanes to the front and back.
 _DIRECT: dict[str, Callable[..., list[jax.Array]]] = {
-    **dict.fromkeys(IDENTITIES - {"convert_element_type"}, _same),
+    **dict.fromkeys(IDENTITIES - {"convert_element_type"} | {STOP}, _same),
     **dict.fromkeys(("reshape", "squeeze"), _reshape),
     "broadcast_in_dim": _broadcast,
     "transpose": _transpose,

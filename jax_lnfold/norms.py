@@ -2,13 +2,15 @@
 
 A LayerNorm over axes S of ``x`` is a value that does not respond to a shift of ``x`` uniform along
 S, divided by the root of a variance that does not respond either. BatchNorm with stored
-statistics, RMSNorm and softmax lack one of the two.
+statistics, RMSNorm and softmax lack one of the two; with statistics of the batch, a BatchNorm has
+both, but the samples share them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, replace
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -73,9 +75,13 @@ def find_norms(facts: Facts) -> Norms:
     centered: dict[int, AxisSet] = {}
     source: dict[Claim, LayerNorm] = {}  # what a centered value is centered from
     for x, along in _candidates(graph, every_sum):
-        for keep_products in (False, True):
-            tracker = Tracker(graph, x, along, facts.context, keep_products, stop_early=False)
+        met_stop = False
+        for stops, keep_products in product((True, False), repeat=2):
+            if not (stops or met_stop):
+                break
+            tracker = Tracker(graph, x, along, facts.context, keep_products, False, stops)
             tracker.run()
+            met_stop = met_stop or tracker.met_stop
             if not tracker.cancelled:
                 continue
             whole = frozenset(along.axes)
@@ -86,7 +92,7 @@ def find_norms(facts: Facts) -> Norms:
                 sums |= {op.index: op for op in origin.sums}
             norm = origin or LayerNorm(x, along, (), "", *_size(graph, x))
             for c in tracker.cancelled:
-                if c.centered:
+                if c.centered and stops:  # else its gradients may have a mean
                     own = centered[c.value] = AxisSet.over(graph.shape(c.value), c.centered)
                     if c.whole:
                         source[c.value, own] = replace(norm, sums=_in_order(sums))
@@ -98,7 +104,28 @@ def find_norms(facts: Facts) -> Norms:
                 found[root.index] = replace(
                     norm, sums=_in_order(sums), module=where, two_pass=two_pass
                 )
-    return Norms(tuple(found[i] for i in sorted(found)), centered)
+    norms = (found[i] for i in sorted(found))
+    return Norms(tuple(n for n in norms if not _is_of_batch(facts, n)), centered)
+
+
+def _is_of_batch(facts: Facts, norm: LayerNorm) -> bool:
+    """Whether all samples share the statistics, as in a BatchNorm that trains.
+
+    The mean is then over axes that inputs vary along, and leaves none but those that parameters
+    vary along: one number for each channel.
+    """
+    graph = facts.graph
+    shape = graph.shape(norm.x)
+    rank = len(shape) - len(graph.lanes_of(norm.x))
+    own = [op.params["axes"] for op in norm.sums if graph.shape(op.inputs[0]) == shape]
+    averaged = {*norm.along.axes, *(own[0] if own else ())}  # axes of size 1 are none of `along`
+
+    def of_samples(axis: int) -> bool | None:
+        return facts.varies_by_inputs_alone(norm.x, AxisSet.over(shape, [axis]))
+
+    kept = [d for d in range(rank) if d not in averaged]
+    given = any(d < rank and of_samples(d) for d in averaged)
+    return given and bool(kept) and all(of_samples(d) is False for d in kept)
 
 
 def _in_order(ops: dict[int, Op]) -> tuple[Op, ...]:

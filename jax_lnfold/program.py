@@ -11,6 +11,7 @@ import numpy as np
 
 from ._compat import ClosedJaxpr, consts_of, is_tracer, trace_settings, varying_axes
 from .errors import TraceError, TreeError
+from .exchange import taken_apart
 from .flatten import flatten
 from .graph import Graph
 from .trees import first_line, is_numeric, rebuilt
@@ -63,7 +64,7 @@ def trace(apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]) ->
             "Bind Python flags and other static arguments first, as in "
             "functools.partial(model.apply, train=False)"
         ) from error
-    return Traced(closed, jax.tree.structure(shapes), len(leaves))
+    return Traced(taken_apart(closed), jax.tree.structure(shapes), len(leaves))
 
 
 def signature(params: Any, inputs: tuple[Any, ...]) -> Hashable:

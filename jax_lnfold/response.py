@@ -3,6 +3,9 @@
 For ``x -> x + u`` with ``u`` uniform along S, a derived value ``y`` becomes ``y + r(u)`` where the
 response ``r`` is a polynomial in ``u``. Its coefficients are products of an exact fraction, ``x``,
 sums of ``x`` over some axes, and other values of the program.
+
+What is behind `stop_gradient` is computed from a copy of everything, and ``u`` is another shift
+there: what does not respond to the two has the same derivatives, too.
 """
 
 from __future__ import annotations
@@ -10,15 +13,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-X = "x"
-Factor = str | tuple[int, ...]
-"""`X`; the root's axes over which ``x`` is summed; or another value, ``*7`` or ``/7``."""
+
+class Sum(NamedTuple):
+    """The sum of ``x``, or of its copy behind `stop_gradient`, over some axes of the root."""
+
+    axes: tuple[int, ...] = ()
+    stopped: bool = False
+
+
+X = Sum()
+STOPPED_SHIFT = "u'"
+Factor = str | Sum
+"""A sum of ``x``; another value, ``*7`` or ``/7`` (``'*7`` its copy); or `STOPPED_SHIFT`."""
 Term = tuple[int, tuple[Factor, ...]]
-"""Degree in u, and the sorted factors of the coefficient."""
+"""Degree in all shifts, of which those behind `stop_gradient` are factors, and sorted factors."""
 Response = dict[Term, Fraction]
 
 
@@ -27,18 +39,26 @@ class Tracked:
     """A value that responds: how, and how its axes line up with those of the root.
 
     `form` writes the value itself as a combination of ``x`` and its sums, where that is possible.
-    `dims` names the root's axis behind every axis, None for a broadcast one.
+    `dims` names the root's axis behind every axis, None for a broadcast one. What `grows` is
+    multiplied by ``exp(r)``; else ``r`` is added to it.
     """
 
     response: Response
     form: dict[Factor, Fraction] | None
     dims: tuple[int | None, ...]
+    grows: bool = False
 
     @property
     def factors(self) -> set[str]:
         """All other values that the response depends on."""
         named = (f for _, factors in self.response for f in factors)
-        return {f for f in named if isinstance(f, str) and f != X}
+        return {f for f in named if isinstance(f, str) and f != STOPPED_SHIFT}
+
+    @property
+    def is_shift(self) -> bool:
+        """Whether the value changes by nothing but a multiple of the shifts."""
+        shifts = (1, ()), (1, (STOPPED_SHIFT,))
+        return not self.grows and all(term in shifts for term in self.response)
 
 
 class Refused(Exception):
@@ -54,16 +74,15 @@ def summed(t: Tracked, axes: frozenset[int], count: int) -> Tracked:
 
     def factor_sum(factors: tuple[Factor, ...]) -> tuple[tuple[Factor, ...], int]:
         """The factors of the sum, and how often each is counted."""
-        varying = [f for f in factors if f == X or (isinstance(f, tuple) and not axes <= {*f})]
+        varying = [f for f in factors if isinstance(f, Sum) and not axes <= {*f.axes}]
         if not axes or not varying:
             return factors, count
-        (single, *more) = factors
-        if more:
+        shifts = tuple(f for f in factors if f == STOPPED_SHIFT)
+        single = varying[0]
+        if len(factors) > len(shifts) + 1 or axes & {*single.axes}:
             raise Refused("sums powers of the shifted value")
-        before = frozenset(single) if isinstance(single, tuple) else frozenset()
-        if before & axes:
-            raise Refused("sums powers of the shifted value")
-        return (tuple(sorted(axes | before)),), 1
+        both = tuple(sorted(axes | {*single.axes}))
+        return ordered((single._replace(axes=both), *shifts)), 1
 
     response: Response = {}
     for (degree, factors), number in t.response.items():
@@ -109,6 +128,32 @@ def total(a: Tracked, b: Tracked) -> Tracked:
         for factor, number in b.form.items():
             accumulate(form, factor, number)
     return Tracked(response, form, a.dims)
+
+
+def stopped(t: Tracked) -> Tracked:
+    """The same of the copy that is behind `stop_gradient`, which is shifted by another u'.
+
+    ``stop(y + r(u)) = y' + r(u')``.
+
+    >>> respond(lambda x: x - jax.lax.stop_gradient(x), (2, 3), along=[1])
+    -u' + u
+    """
+
+    def copy(factor: Factor) -> Factor:
+        if isinstance(factor, Sum):
+            return factor._replace(stopped=True)
+        return factor if factor[0] == "'" or factor == STOPPED_SHIFT else f"'{factor}"
+
+    response: Response = {}
+    for (degree, factors), number in t.response.items():
+        shifts = (STOPPED_SHIFT,) * (degree - factors.count(STOPPED_SHIFT))
+        accumulate(response, (degree, ordered((*map(copy, factors), *shifts))), number)
+    form: dict[Factor, Fraction] | None = None
+    if t.form is not None:
+        form = {}
+        for factor, number in t.form.items():
+            accumulate(form, copy(factor), number)
+    return Tracked(response, form, t.dims, t.grows)
 
 
 def product(a: Tracked, b: Tracked) -> Tracked:

@@ -3,7 +3,8 @@
 ``mean(x**2)`` responds to ``x -> x + u`` with ``2 sum(x) u / n + u**2``, and so does
 ``mean(x)**2``: their difference does not respond. This recognises the arithmetic of a LayerNorm in
 every spelling, and nothing that only resembles it. Numbers are exact fractions; ``1/n`` is the
-reciprocal of a number of positions, rounded to the dtype of the program.
+reciprocal of a number of positions, rounded to the dtype of the program. `stop_gradient` makes a
+copy with a shift of its own, so that derivatives do not respond either.
 """
 
 from __future__ import annotations
@@ -13,18 +14,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from math import prod
-from typing import Any
 
 import jax.numpy as jnp
 
-from .arithmetic import Arithmetic, is_shift
+from .arithmetic import Arithmetic
 from .axes import ALL, FREE, AxisSet
 from .graph import JOINS, Graph, Op
-from .primitives import IDENTITIES, IDENTITIES_OF_EACH, MOVES
+from .primitives import IDENTITIES, IDENTITIES_OF_EACH, MOVES, STOP
 from .response import (
     Refused,
+    Sum,
     Tracked,
     X,
+    stopped,
 )
 from .rules import Context, Opaque, rule_for
 
@@ -55,6 +57,7 @@ class Tracker:
 
     A full-size value that is merely shifted can be handed on (`delegated`): the same question
     about another value. With `keep_products`, products with other values are followed instead.
+    Without `stops`, `stop_gradient` is taken for the identity: then derivatives may respond.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Tracker:
         context: Callable[[Op], Context],
         keep_products: bool = False,
         stop_early: bool = True,
+        stops: bool = True,
     ) -> None:
         """Prepare to follow `root` shifted by something uniform along `along`."""
         self.graph, self.root, self.along = graph, root, along
@@ -72,10 +76,12 @@ class Tracker:
         self.refusal: tuple[Op, str] | None = None
         self.cancelled: list[Cancelled] = []
         self.arithmetic = Arithmetic(graph, along)
-        # Products with other values that may still cancel, and what is computed from them.
-        self._scaled: dict[int, tuple[Op, str]] = {}
+        self.met_stop = False
+        # Operations after which responses may still cancel, and what is computed from them.
+        self._suspects: dict[int, tuple[Op, str]] = {}
         self._blame: dict[int, tuple[Op, str]] = {}
         self._context, self._keep, self._stop = context, keep_products, stop_early
+        self._stops = stops
         whole = tuple(range(len(along.shape)))
         self._tracked = {root: Tracked({(1, ()): Fraction(1)}, {X: Fraction(1)}, whole)}
 
@@ -100,7 +106,7 @@ class Tracker:
                 continue
             for value, tracked in made:
                 self._tracked[value] = tracked
-                if (blame := self._scaled.get(op.index) or blame) is not None:
+                if (blame := self._suspects.get(op.index) or blame) is not None:
                     self._blame[value] = blame
                 if value in self.graph.outputs:
                     self.refusal = self.refusal or (op, RETURNED)
@@ -121,8 +127,11 @@ class Tracker:
         """Outputs of `op` that still respond and are not handed on."""
         operands = [self._tracked.get(v) for v in op.inputs]
         hit = [i for i, t in enumerate(operands) if t is not None]
-        if op.name in IDENTITIES or op.name in IDENTITIES_OF_EACH:
-            return self._same(op, operands, hit)
+        if op.name == STOP and self._stops:
+            self.met_stop = True
+            return self._unless_cancelled(op, operands, stopped(operands[0]))
+        if op.name in IDENTITIES | IDENTITIES_OF_EACH | {STOP} and not self._changes_kind(op):
+            return [(op.outputs[i], operands[i]) for i in hit]
         exact, refusal = self._prefers_exact(op, operands, hit), "notices a shift of its operand"
         if not exact:
             handed = self._hand_on(op, operands, hit)
@@ -130,7 +139,7 @@ class Tracker:
                 return []
             refusal = handed
             if op.name in ("mul", "div"):
-                self._scaled[op.index] = (op, handed)
+                self._suspects[op.index] = (op, handed)
         try:
             result = self.arithmetic.respond(op, operands, refusal)
         except Refused:
@@ -139,10 +148,21 @@ class Tracker:
             raise
         if result is None:
             return []
-        if not result.response:
-            self._note_cancelled(op, operands, result)
-            return []
-        return [(op.outputs[0], result)]
+        if result.response and not stopped(result).response:
+            why = (
+                "takes a shift away from the values but, behind `stop_gradient`, not from gradients"
+            )
+            self._suspects[op.index] = (op, why)
+        return self._unless_cancelled(op, operands, result)
+
+    def _unless_cancelled(
+        self, op: Op, operands: list[Tracked | None], result: Tracked
+    ) -> list[tuple[int, Tracked]]:
+        """The output of `op`, if it responds."""
+        if result.response:
+            return [(op.outputs[0], result)]
+        self._note_cancelled(op, operands, result)
+        return []
 
     def _prefers_exact(self, op: Op, operands: list[Tracked | None], hit: list[int]) -> bool:
         """Whether to follow a response through `op` rather than ask about its output instead."""
@@ -153,7 +173,7 @@ class Tracker:
             named = (first.dims[a] for a in op.params["axes"])
             return all(d is None or self.along.uniform_along(d) for d in named)
         if op.name in ("mul", "div"):
-            by_number = self.graph.scalar(op.inputs[1 - hit[0]]) is not None
+            by_number = self.arithmetic.number(op.inputs[1 - hit[0]]) is not None
             return by_number or self._keep or not self._follows_root(first)
         if op.name in ("neg", "transpose"):
             return True
@@ -162,18 +182,18 @@ class Tracker:
     @staticmethod
     def _follows_root(t: Tracked | None) -> bool:
         """Whether the value has the size of the root: another question can be asked about it."""
-        return t is not None and t.form is not None and X in t.form
+        return t is not None and any(isinstance(f, Sum) and not f.axes for f in t.form or ())
 
-    def _same(self, op: Op, operands: list[Tracked | None], hit: list[int]) -> list[Any]:
-        if op.name == "convert_element_type" and not jnp.issubdtype(
-            op.params["new_dtype"], jnp.floating
-        ):
-            raise Refused("converts the shifted value to another kind of number")
-        return [(op.outputs[i], operands[i]) for i in hit]
+    def _changes_kind(self, op: Op) -> bool:
+        """Whether it converts between real, complex and whole numbers."""
+        if op.name != "convert_element_type":
+            return False
+        dtypes = self.graph.avals[op.inputs[0]].dtype, op.params["new_dtype"]
+        return any(not jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes)
 
     def _shifted(self, value: int, t: Tracked | None) -> AxisSet | None:
         """Along what a merely shifted value is shifted uniformly, None if it is not that."""
-        if t is None or not is_shift(t):
+        if t is None or not t.is_shift:
             return None
         shape = self.graph.shape(value)
         entries = (
@@ -205,12 +225,13 @@ class Tracker:
         centered, whole = None, False
         rank = len(self.along.shape)
         aligned = len(result.dims) == rank and {*result.dims} == {*range(rank)}
-        if aligned and result.form is not None and len(result.form) == 2 and X in result.form:
-            (axes,) = (f for f in result.form if isinstance(f, tuple))
-            n = prod(self.along.shape[d] for d in axes)
-            if result.form[axes] * n == -result.form[X]:
-                centered = frozenset(k for k, d in enumerate(result.dims) if d in axes)
-                whole = set(axes) == set(self.along.axes)
+        if aligned and result.form is not None and len(result.form) == 2:
+            first, second = sorted(result.form)  # x has no axes and comes first
+            n = prod(self.along.shape[d] for d in second.axes)
+            alike = first == X._replace(stopped=second.stopped)
+            if alike and result.form[second] * n == -result.form[first]:
+                centered = frozenset(k for k, d in enumerate(result.dims) if d in second.axes)
+                whole = set(second.axes) == set(self.along.axes)
         quadratic = any(degree > 1 for t in hit for degree, _ in t.response)
         factors = frozenset().union(*(t.factors for t in hit))
         self.cancelled.append(Cancelled(op.outputs[0], centered, whole, quadratic, factors))

@@ -99,7 +99,8 @@ class ZeroMeanGraph:
             return Node(is_zero=True)
         intolerant = self.facts.intolerant(value, along)
         node = Node(intolerant=intolerant)
-        if not jnp.issubdtype(graph.avals[value].dtype, jnp.floating):
+        kinds = jnp.floating if value in graph.leaves else jnp.inexact
+        if not jnp.issubdtype(graph.avals[value].dtype, kinds):
             node.obstacle = Blocker(None, "its values are not floating-point numbers")
             return node
         if value in graph.leaves:

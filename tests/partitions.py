@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +40,7 @@ def same_partition(a: np.ndarray, b: np.ndarray) -> bool:
 def group_mean(x: np.ndarray, along: AxisSet) -> np.ndarray:
     """The mean of every group, at each of its positions; zero outside the region."""
     ids, count = numbered(group_ids(along))
-    sums, members = np.zeros(count + 1), np.zeros(count + 1)
+    sums, members = np.zeros(count + 1, np.result_type(x.dtype, float)), np.zeros(count + 1)
     np.add.at(sums, ids, x)
     np.add.at(members, ids, 1)
     return np.append(sums[:-1] / members[:-1], 0.0)[ids]
@@ -57,10 +58,13 @@ def uniformed(x: np.ndarray, along: AxisSet) -> np.ndarray:
     return np.where(ids < 0, x, chosen[ids])
 
 
-def uniform_shift(rng: np.random.Generator, along: AxisSet) -> np.ndarray:
-    """A random number per group, zero outside the region."""
+def uniform_shift(rng: np.random.Generator, along: AxisSet, dtype: Any = float) -> np.ndarray:
+    """A random number per group, zero outside the region; a complex one for such a dtype."""
     ids, count = numbered(group_ids(along))
-    return np.append(rng.normal(0, 1, count), 0.0)[ids]
+    shift = rng.normal(0, 1, count)
+    if np.issubdtype(dtype, np.complexfloating):
+        shift = shift + 1j * rng.normal(0, 1, count)
+    return np.append(shift, 0.0)[ids].astype(dtype)
 
 
 def is_zero_mean(x: np.ndarray, along: AxisSet, tolerance: float) -> bool:
@@ -70,7 +74,7 @@ def is_zero_mean(x: np.ndarray, along: AxisSet, tolerance: float) -> bool:
 
 def is_uniform(x: np.ndarray, along: AxisSet, tolerance: float) -> bool:
     """Whether every group holds one number (or only NaN), up to rounding."""
-    if not np.issubdtype(x.dtype, np.floating):
+    if not np.issubdtype(x.dtype, np.inexact):
         return np.array_equal(x, uniformed(x, along))
     scale = max(1.0, np.abs(x[np.isfinite(x)]).max(initial=0))
     return np.allclose(x, uniformed(x, along), rtol=0, atol=tolerance * scale, equal_nan=True)

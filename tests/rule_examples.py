@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.extend.core import Primitive
+from jax.sharding import AxisType
 
 Rng = np.random.Generator
 PRIMITIVES: dict[str, Primitive] = {
@@ -104,6 +106,7 @@ quick("neg", lambda x: -x, (3, 4, 2))
 quick("copy", bound("copy"), (3, 4))
 quick("name", bound("name", name="here"), (3, 4))
 quick("stop_gradient", bound("stop_gradient"), (3, 4))
+quick("layout_constraint", lambda x: with_layout_constraint(x, Layout((0, 1))), (3, 4))
 quick("reduce_precision", lambda x: lax.reduce_precision(x, 11, 52), (3, 4))
 quick("pvary", bound("pvary", axes=()), (3, 4))
 quick("optimization_barrier", lambda x, y: lax.optimization_barrier((x, y)), (3, 4), (6,))
@@ -125,6 +128,33 @@ def converted(rng: Rng) -> Program:
 
 quick("convert_element_type", lambda x: x.astype(int), (3, 4), pull=False, push=False)
 quick("convert_element_type", lambda x: (x > 0).astype(float), (3, 4), pull=False, push=False)
+
+_z = lax.complex
+
+
+def parts(z: Any) -> Any:
+    return lax.real(z), lax.imag(z)
+
+
+quick("complex", _z, (3, 4), (3, 4))
+quick("real imag", lambda x, y: parts(_z(x, y)), (3, 4), (3, 4))
+quick("real imag", lambda x, y: parts(_z(x, y)[:, None] * (2 - 1j)), (3, 4), (3, 4))
+quick("conj", lambda x, y: lax.conj(_z(x, y)), (3, 4), (3, 4))
+quick("conj", lax.conj, (3, 4))
+quick("convert_element_type", lambda x: x.astype(complex), (3, 4))
+quick("convert_element_type", lambda x, y: _z(x, y).astype(np.complex64), (3, 4), (3, 4))
+quick("mul", lambda x, y, g: _z(x, y) * _z(g, g + 1), (3, 4), (3, 4), (3, 1))
+quick("mul", lambda x, y: _z(x, y) * (2 - 1j), (3, 4), (3, 4))
+quick("mul", lambda x, y: _z(x, y) * _z(y, x), (3, 4), (3, 4), pull=False, push=False)
+quick("div", lambda x, y, g: _z(x, y) / _z(g, g + 1), (3, 4), (3, 4), (3, 1))
+
+
+@example("reshard")
+def resharded(rng: Rng) -> Program:
+    mesh = jax.make_mesh((1,), ("i",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:1])
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("i"))
+    return Program(lambda x: jax.sharding.reshard(x, where), normals(rng, sizes(rng, 2)))
+
 
 PRODUCTS: dict[str, Callable[[Any, Any], Any]] = {
     "mul": lambda x, g: x * g,
@@ -214,9 +244,46 @@ def contraction(rng: Rng) -> Program:
 
 
 quick("dot_general", lambda x, w: x @ w, (3, 4), (4, 6))
+quick("dot_general", lambda x, y, w: _z(x, y) @ _z(w, -w), (3, 4), (3, 4), (4, 6))
 quick("dot_general", lambda x, w: jnp.einsum("btd,dhk->bthk", x, w), (2, 3, 4), (4, 2, 5))
 quick("dot_general", lambda x, w: jnp.einsum("bqhk,bshk->bhqs", x, w), (2, 3, 2, 4), (2, 5, 2, 4))
 quick("dot_general", lambda x, y: x @ y, (4,), (4,), pull=False, push=False)
+
+
+def ragged(
+    numbers: Any, rows: Sequence[Any], lhs: tuple[int, ...], rhs: tuple[int, ...], **known: bool
+) -> None:
+    """Rows in as many groups as there are numbers of rows; the last rows may belong to none."""
+    sizes = jnp.asarray(rows, np.int32)
+    run = lambda x, w: lax.ragged_dot_general(x, w, sizes, numbers)  # noqa: E731
+    example("ragged_dot_general", **known)(lambda rng: Program(run, normals(rng, lhs, rhs)))
+
+
+_Ragged = lax.RaggedDotDimensionNumbers
+ragged(_Ragged((((1,), (1,)), ((), ())), (0,), (0,)), (2, 0, 4), (6, 4), (3, 4, 5))
+ragged(_Ragged((((1,), (1,)), ((), ())), (0,), (0,)), (1, 2, 1), (6, 4), (3, 4, 5))
+ragged(_Ragged((((2,), (0,)), ((), ())), (0,), (2,)), (2, 1, 3), (6, 2, 4), (4, 5, 3))
+ragged(_Ragged((((2,), (2,)), ((0,), (1,))), (1,), (0,)), (2, 4), (3, 6, 4), (2, 3, 4, 5))
+ragged(_Ragged((((2,), (1,)), ((), ())), (1,), (0,)), [(2, 3), (0, 4)], (2, 5, 4), (2, 4, 3))
+ragged(_Ragged((((2,), (1,)), ((), ())), (0,), (0,)), (2, 3), (5, 6, 4), (2, 4, 3))
+ragged(_Ragged((((0,), (0,)), ((), ())), (0,), ()), (2, 3), (6, 4), (6, 5))
+ragged(_Ragged((((1,), (1,)), ((0,), (0,))), (1,), ()), (2, 3), (2, 6, 4), (2, 6, 5))
+ragged(_Ragged((((2,), (1,)), ((0,), (0,))), (0,), ()), (1, 1), (3, 5, 4), (3, 4, 6))
+
+
+def solved(left: bool, **params: Any) -> Callable[[Any, Any], Any]:
+    """A triangular system; the matrix is far from singular."""
+
+    def run(a: Any, b: Any) -> Any:
+        matrix = a + 4 * jnp.eye(a.shape[-1])
+        return lax.linalg.triangular_solve(matrix, b, left_side=left, **params)
+
+    return run
+
+
+quick("triangular_solve", solved(True, lower=True), (3, 3), (3, 4))
+quick("triangular_solve", solved(False, transpose_a=True), (4, 4), (3, 4))
+quick("triangular_solve", solved(True, unit_diagonal=True), (2, 3, 3), (2, 3, 4))
 
 
 def convolution(rng: Rng, groups: int, per_group: int) -> Program:
@@ -281,6 +348,13 @@ def chosen(rng: Rng) -> Program:
     return Program(lambda x: (x.argmax(axis), x.argmin(axis)), normals(rng, sizes(rng, 3)))
 
 
+@example("reduce_xor", pull=False, push=False)
+def reduced_bits(rng: Rng) -> Program:
+    axes = some(rng, 3)
+    fn = lambda x: lax.reduce_xor(x, axes)  # noqa: E731
+    return Program(fn, [rng.integers(0, 9, sizes(rng, 4))])
+
+
 @example("reduce_max reduce_min reduce_prod reduce_or reduce_and", pull=False, push=False)
 def reduced(rng: Rng) -> Program:
     axes = some(rng, 3)
@@ -295,6 +369,24 @@ def reduced(rng: Rng) -> Program:
 def cumulated(rng: Rng) -> Program:
     axis, reverse = int(rng.integers(3)), bool(rng.integers(2))
     return Program(lambda x: lax.cumsum(x, axis, reverse), normals(rng, sizes(rng, 3)))
+
+
+@example("cumlogsumexp cummax cummin cumprod", pull=False, push=False)
+def cumulated_otherwise(rng: Rng) -> Program:
+    axis, reverse = int(rng.integers(3)), bool(rng.integers(2))
+    kinds = lax.cumlogsumexp, lax.cummax, lax.cummin, lax.cumprod
+    return Program(lambda x: [f(x, axis, reverse) for f in kinds], normals(rng, sizes(rng, 3)))
+
+
+@example("reduce_window_max reduce_window_min", pull=False, push=False)
+def largest_and_smallest(rng: Rng) -> Program:
+    window = tuple(rng.integers(1, 3, 3).tolist())
+
+    def run(x: Any) -> Any:
+        pools = (-jnp.inf, lax.max), (jnp.inf, lax.min)
+        return [lax.reduce_window(x, *pool, window, (1, 1, 2), "SAME") for pool in pools]
+
+    return Program(run, normals(rng, sizes(rng, 3, 3)))
 
 
 @example("reduce_window_sum")
@@ -312,6 +404,21 @@ def pooled(rng: Rng) -> Program:
         ),
         normals(rng, sizes(rng, rank, 3)),
     )
+
+
+@example("fft")
+def transformed(rng: Rng) -> Program:
+    """Fourier transforms of every kind, along one axis or two, with lengths of their own."""
+    kind, count = rng.integers(4), int(rng.integers(1, 3))
+    lengths = tuple(rng.integers(3, 8, count).tolist())
+    before = (*lengths[:-1], lengths[-1] // 2 + 1) if kind == 3 else lengths
+    shape = (*sizes(rng, 3 - count), *before)
+    types = (lax.FftType.FFT, lax.FftType.IFFT, lax.FftType.RFFT, lax.FftType.IRFFT)
+
+    def run(x: Any, y: Any) -> Any:
+        return lax.fft(x if kind == 2 else _z(x, y), types[kind], lengths)
+
+    return Program(run, normals(rng, shape, shape))
 
 
 # Moves.
@@ -519,7 +626,7 @@ def window_looked_up(rng: Rng) -> Program:
     )
 
 
-_set = {"scatter": "set", "scatter-add": "add"}
+_set = {"scatter": "set", "scatter-add": "add", "scatter-sub": "subtract"}
 for _name, _how in _set.items():
 
     def _at(where: Callable[..., Any], how: str = _how, **params: Any) -> Callable[..., Any]:
@@ -540,11 +647,14 @@ for _name, _how in _set.items():
 # Nonlinear elementwise primitives; operands between 0.1 and 0.9, integers or truth values.
 
 UNARY = (
-    "abs acos acosh asin asinh atan atanh cbrt ceil cos cosh digamma erf erf_inv erfc exp exp2 "
-    "expm1 floor is_finite lgamma log log1p logistic round rsqrt sign sin sinh sqrt square tan tanh"
+    "abs acos acosh asin asinh atan atanh bessel_i0e bessel_i1e cbrt ceil cos cosh digamma erf "
+    "erf_inv erfc exp exp2 expm1 floor is_finite lgamma log log1p logistic round rsqrt sign sin "
+    "sinh sqrt square tan tanh"
 )
-BINARY = "atan2 eq ge gt le lt max min ne nextafter pow rem"
-INTEGER = "and or shift_left shift_right_arithmetic shift_right_logical xor"
+BINARY = "atan2 eq ge gt igamma igamma_grad_a igammac le lt max min ne nextafter pow rem zeta"
+TOTAL = "eq_to le_to lt_to"
+INTEGER = "and mulhi or shift_left shift_right_arithmetic shift_right_logical xor"
+NEWER = "log2 one_minus_square"
 
 
 def _fractions(rng: Rng, *shapes: tuple[int, ...]) -> list[np.ndarray]:
@@ -553,9 +663,8 @@ def _fractions(rng: Rng, *shapes: tuple[int, ...]) -> list[np.ndarray]:
 
 def nonlinear(names: str, *shapes: tuple[int, ...], whole: bool = False) -> None:
     for name in names.split():
-        fn = getattr(
-            lax, {"and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor"}.get(name, name)
-        )
+        spelling = {"and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor"}
+        fn = getattr(lax, spelling.get(name, name), None) or bound(name)
 
         def make(rng: Rng, fn: Callable[..., Any] = fn) -> Program:
             draw = (lambda r, *s: [r.integers(0, 9, n) for n in s]) if whole else _fractions
@@ -567,7 +676,27 @@ def nonlinear(names: str, *shapes: tuple[int, ...], whole: bool = False) -> None
 nonlinear(UNARY, (2, 3, 4))
 nonlinear(BINARY, (3, 4), (3, 4))
 nonlinear(BINARY, (3, 1, 4), (1, 2, 4))
+nonlinear(TOTAL, (3, 4), (3, 4))
 nonlinear(INTEGER, (3, 4), (3, 4), whole=True)
+nonlinear("clz population_count", (3, 4), whole=True)
+nonlinear(" ".join(n for n in NEWER.split() if n in PRIMITIVES), (3, 4))
+quick("polygamma", lambda x: lax.polygamma(1.0, x * x + 1), (3, 4), pull=False, push=False)
+quick(
+    "regularized_incomplete_beta",
+    lambda x: lax.betainc(2.0, 3.0, lax.logistic(x)),
+    (3, 4),
+    pull=False,
+    push=False,
+)
+if "polynomial" in PRIMITIVES:
+    quick(
+        "polynomial",
+        lambda x, a: vars(lax)["polynomial"](x, [a, 2.0, a]),
+        (3, 4),
+        (3, 4),
+        pull=False,
+        push=False,
+    )
 quick("integer_pow", lambda x: x**3, (3, 4), pull=False, push=False)
 quick("clamp", lambda x: lax.clamp(0.0, x, 1.0), (3, 4), pull=False, push=False)
 quick("clamp", lax.clamp, (3, 4), (3, 4), (3, 4), pull=False, push=False)

@@ -191,7 +191,23 @@ def soft_experts(p: Any, x: Array, per_feature: bool = False) -> Array:
     return head(p, s + jnp.sum(weights * out, 2))
 
 
+def sorted_experts(p: Any, x: Array, reader: Model = norm, back: bool = True) -> Array:
+    """Tokens are sorted by expert; each kernel is multiplied by the rows of its own."""
+    s = x @ p["embed"]
+    n, scores = norm(s).reshape(-1, D), reader(s).reshape(-1, D) @ p["route"]
+    best = scores.argmax(-1)
+    order, rows = jnp.argsort(best), jnp.bincount(best, length=E)
+    hidden = jnp.tanh(jax.lax.ragged_dot(n[order], p["up"], rows))
+    out = jax.lax.ragged_dot(hidden, p["down"], rows) + p["bias"][best[order]]
+    out = out * jax.nn.softmax(scores).max(-1)[order][:, None]
+    out = out[jnp.argsort(order)] if back else jnp.zeros_like(out).at[order].add(out)
+    return head(p, s + out.reshape(s.shape))
+
+
 MIXTURES = {
+    "sorted": Case(sorted_experts, 3, 3, "embed down bias"),
+    "sorted, added back": Case(partial(sorted_experts, back=False), 3, 3, "embed down bias"),
+    "sorted, router on the raw stream": Case(partial(sorted_experts, reader=raw), 2, 0),
     "slots": Case(mixture_of_experts, 3, 3, "embed down bias"),
     "slots, router on the raw stream": Case(partial(mixture_of_experts, reader=raw), 2, 0),
     "all experts": Case(soft_experts, 2, 2, "embed down bias"),
@@ -913,3 +929,106 @@ def test_diagonal_recurrence(name: str) -> None:
     report = check(apply, SSM, X, counts=(norms, folded, 0), edited=edited).report
     if not folded:
         assert "`mul`" in report.norms[0].reason
+
+
+# --- spectra and complex numbers -----------------------------------------------------------------
+
+IMAGE = jnp.asarray(floats(B, 6, 4, DIN))
+FOURIER = make(
+    embed=(DIN, D), v=(D, OUT), block=BLOCK, re=(D, D, 2, 3), im=(D, D, 2, 3), skip=(D, D),
+    bias=(D,), filter_re=(6, 3), filter_im=(6, 3), gate_re=(6, 3, D), gate_im=(6, 3, D),
+    values=(DIN, H, HD), kernel=(T, H), wide=(H * HD, OUT), state=(D, HK), rate=(HK,), angle=(HK,),
+    out_re=(HK, D), out_im=(HK, D),
+)  # fmt: skip
+
+
+def fourier_operator(p: Any, x: Array) -> Array:
+    """FNO: the lowest frequencies go through kernels of their own, the pixels through one."""
+    s = x @ p["embed"]
+    spectrum = jnp.fft.rfft2(s, axes=(1, 2))
+    low = jnp.einsum("bxyi,ioxy->bxyo", spectrum[:, :2, :3], jax.lax.complex(p["re"], p["im"]))
+    mixed = jnp.zeros_like(spectrum).at[:, :2, :3].set(low)
+    y = jnp.fft.irfft2(mixed, s=(6, 4), axes=(1, 2)) + s @ p["skip"] + p["bias"]
+    return nn.gelu(norm(y)) @ p["v"]
+
+
+def global_filter(p: Any, x: Array, name: str, read: Model = lambda z: z) -> Array:
+    """GFNet: the spectrum of the normalised pixels is filtered, then comes an MLP."""
+    s = x @ p["embed"]
+    z = jnp.fft.rfft2(norm(s), axes=(1, 2), norm="ortho")
+    weights = read(jax.lax.complex(p[f"{name}_re"], p[f"{name}_im"]))
+    z = z * (weights if weights.ndim == 3 else weights[..., None])
+    y = jnp.fft.irfft2(z, s=(6, 4), axes=(1, 2), norm="ortho")
+    return head(p, s + mlp(p["block"], norm(y)))
+
+
+def spectral_mixing(p: Any, x: Array, axis: int) -> Array:
+    """FNet without its blocks: the stream takes up real parts of its own transform."""
+    s = x @ p["embed"]
+    return head(p, s + jnp.fft.fft(s, axis=axis).real)
+
+
+def long_convolution(p: Any, x: Array, kernel: Model = lambda k: k) -> Array:
+    """Values of every head are convolved over time, by a transform of twice the length."""
+    values = jnp.einsum("btd,dhk->bthk", x, p["values"])
+    spectra = jnp.fft.rfft(values, 2 * T, axis=1), jnp.fft.rfft(p["kernel"], 2 * T, axis=0)
+    y = jnp.fft.irfft(spectra[0] * kernel(spectra[1])[..., None], 2 * T, axis=1)[:, :T]
+    return norm(y).reshape(B, T, H * HD) @ p["wide"]
+
+
+def complex_states(p: Any, x: Array, read: Model = jnp.real) -> Array:
+    """S5 and LRU: a parallel scan over complex states, read by a complex kernel."""
+    u = x @ p["embed"]
+    decay = jnp.exp(-jnp.exp(p["rate"]) + 1j * p["angle"])
+    rows = jnp.broadcast_to(decay, (B, T, HK)), (u @ p["state"]).astype(complex)
+
+    def combine(a: Any, b: Any) -> Any:
+        return a[0] * b[0], b[0] * a[1] + b[1]
+
+    _, states = jax.lax.associative_scan(combine, rows, axis=1)
+    y = read(states @ (p["out_re"] + 1j * p["out_im"]))
+    return norm(2 * y + u @ p["skip"]) @ p["v"]
+
+
+OUTPUTS = "out_re out_im skip"
+SPECTRAL = {
+    "Fourier operator": Case(fourier_operator, 1, 1, "re im skip bias"),
+    "one filter for all channels": Case(partial(global_filter, name="filter"), 3, 3, ONE),
+    "a filter for every channel": Case(partial(global_filter, name="gate"), 3, 2, ONE),
+    "transform of the pixels": Case(partial(spectral_mixing, axis=1), 1, 1, "embed"),
+    "transform of the channels": Case(partial(spectral_mixing, axis=-1), 1, 0),
+    "long convolution": Case(long_convolution, 1, 1, "values"),
+    "complex states": Case(complex_states, 1, 1, OUTPUTS),
+    "imaginary parts": Case(partial(complex_states, read=lambda z: z.conj().imag), 1, 1, OUTPUTS),
+    "sizes of complex numbers": Case(partial(complex_states, read=jnp.abs), 1, 0),
+}
+
+
+@pytest.mark.parametrize("name", SPECTRAL)
+def test_spectra_and_complex_numbers(name: str) -> None:
+    """Linear for every channel, whatever becomes of the positions."""
+    apply, norms, folded, edited = SPECTRAL[name]
+    x = X if apply is long_convolution or "complex" in name or "imag" in name else IMAGE
+    check(apply, FOURIER, x, counts=(norms, folded, 0), edited=edited)
+
+
+def test_complex_value_is_centered_where_that_pays() -> None:
+    """What a spectrum is made of may not be edited, so the spectrum itself loses its mean."""
+
+    def apply(p: Any, x: Array) -> Any:
+        z = jnp.fft.rfft(jnp.tanh(x @ p["embed"]), axis=1)
+        return sum(norm(jnp.fft.irfft(z * k, T, axis=1)) @ p["v"] for k in (1.0, 2.0, 3j, 4.0, 5.0))
+
+    report = check(apply, FOURIER, X, counts=(5, 5, 1)).report
+    assert not report.edits
+
+
+def test_function_that_was_traced_before() -> None:
+    """What calls it is looked into like any other call."""
+    stream = jax.ShapeDtypeStruct((B, T, D), X.dtype)
+    traced = jax.jit(lambda s: block(PARAMS["block"], s)).trace(stream)
+
+    def apply(p: Any, x: Array) -> Array:
+        return head(p, traced(x @ p["embed"]))
+
+    check(apply, PARAMS, X, counts=(2, 2, 0), edited="embed")

@@ -8,20 +8,33 @@ from math import prod
 import numpy as np
 import pytest
 
-from jax_lnfold.response import Refused, Tracked, X, product, scaled, summed, total
+from jax_lnfold.response import (
+    STOPPED_SHIFT,
+    Refused,
+    Sum,
+    Tracked,
+    X,
+    product,
+    scaled,
+    stopped,
+    summed,
+    total,
+)
 
 SHAPE = (2, 3, 4)
+Both = tuple[np.ndarray, np.ndarray]
 
 
 class Expression:
-    """A random expression in x of `SHAPE`: the algebra's view beside the numbers.
+    """A random expression in x of `SHAPE` and its copy: the algebra's view beside the numbers.
 
     Sums keep their axes with size 1, as values that vary along no axis but their own.
     """
 
-    def __init__(self, rng: np.random.Generator, x: np.ndarray, u: np.ndarray) -> None:
+    def __init__(self, rng: np.random.Generator, both: Both, shifts: Both) -> None:
         self.rng, self.refused = rng, 0
-        self.made = [(root(), x, x + u)]
+        (x, copy), (u, v) = both, shifts
+        self.made = [(root(), x, x + u), (stopped(root()), copy, copy + v)]
         for _ in range(9):
             try:
                 self.made.append(self.step())
@@ -48,12 +61,20 @@ def root() -> Tracked:
     return Tracked({(1, ()): Fraction(1)}, {X: Fraction(1)}, (0, 1, 2))
 
 
-def evaluate(t: Tracked, x: np.ndarray, u: np.ndarray) -> np.ndarray:
+def value(factor: Sum, both: Both) -> np.ndarray:
+    """A sum of x or of its copy."""
+    x = both[factor.stopped]
+    return x.sum(factor.axes, keepdims=True) if factor.axes else x
+
+
+def evaluate(t: Tracked, both: Both, shifts: Both) -> np.ndarray:
     """The response as a number per element."""
-    change = np.zeros(())
+    change, (u, v) = np.zeros(()), shifts
     for (degree, factors), number in t.response.items():
-        values = (x if f == X else x.sum(f, keepdims=True) for f in factors)
-        change = change + float(number) * u**degree * prod(values, start=np.ones(()))
+        behind = factors.count(STOPPED_SHIFT)
+        values = (value(f, both) for f in factors if isinstance(f, Sum))
+        term = u ** (degree - behind) * v**behind * prod(values, start=np.ones(()))
+        change = change + float(number) * term
     return change
 
 
@@ -61,13 +82,14 @@ def evaluate(t: Tracked, x: np.ndarray, u: np.ndarray) -> np.ndarray:
 def test_response_is_the_change(seed: int) -> None:
     """The shift differs between samples, as a shift along the other axes may."""
     rng = np.random.default_rng(seed)
-    x, u = rng.normal(0.5, 1, SHAPE), rng.normal(0.5, 1, SHAPE)
+    both = rng.normal(0.5, 1, SHAPE), rng.normal(0.5, 1, SHAPE)
+    # A shift is uniform along the axes that are summed over: here all of them.
+    shifts = rng.normal(0.5, 1, (1, 1, 1)), rng.normal(0.5, 1, (1, 1, 1))
     checked = 0
     for _ in range(20):
-        # A shift is uniform along the axes that are summed over: here all of them.
-        expression = Expression(rng, x, u[:1, :1, :1])
+        expression = Expression(rng, both, shifts)
         for tracked, before, after in expression.made[1:]:
-            change = evaluate(tracked, x, u[:1, :1, :1])
+            change = evaluate(tracked, both, shifts)
             scale = max(1.0, np.abs(before).max(), np.abs(after).max())
             np.testing.assert_allclose(
                 *np.broadcast_arrays(change, after - before), rtol=0, atol=1e-10 * scale
@@ -79,14 +101,24 @@ def test_response_is_the_change(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_form_is_the_value(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    x = rng.normal(0.5, 1, SHAPE)
-    for tracked, value, _ in Expression(rng, x, np.ones((1, 1, 1))).made:
+    both = rng.normal(0.5, 1, SHAPE), rng.normal(0.5, 1, SHAPE)
+    shift = np.ones((1, 1, 1))
+    for tracked, made, _ in Expression(rng, both, (shift, shift)).made:
         if tracked.form is not None:
-            terms = (
-                float(n) * (x if f == X else x.sum(f, keepdims=True))
-                for f, n in tracked.form.items()
-            )
-            np.testing.assert_allclose(*np.broadcast_arrays(sum(terms, np.zeros(())), value))
+            terms = (float(n) * value(f, both) for f, n in tracked.form.items())
+            np.testing.assert_allclose(*np.broadcast_arrays(sum(terms, np.zeros(())), made))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_copy_is_the_expression_of_the_copy(seed: int) -> None:
+    """Behind `stop_gradient` nothing is left of x and its shift."""
+    rng = np.random.default_rng(seed)
+    x, copy, u, v = (rng.normal(0.5, 1, shape) for shape in (SHAPE, SHAPE, (1,) * 3, (1,) * 3))
+    for tracked, _, _ in Expression(rng, (x, copy), (u, v)).made:
+        want = evaluate(tracked, (copy, copy), (v, v))
+        got = evaluate(stopped(tracked), (x, copy), (u, v))
+        np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-10)
+        assert stopped(stopped(tracked)) == stopped(tracked)
 
 
 def test_what_is_refused() -> None:

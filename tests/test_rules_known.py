@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import combinations
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -12,14 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import checkify  # noqa: F401  (its primitives are of jax, too)
+from jax.experimental.pallas import pallas_call
+from jax.extend.core import Primitive, primitives
 from rule_examples import UNARY, Program
 from test_rules import check_pull, check_push, find
 
+from jax_lnfold._compat import WALKED
 from jax_lnfold.axes import ALL, FREE, AxisSet, Labels
 from jax_lnfold.facts import Facts
 from jax_lnfold.flatten import flatten
-from jax_lnfold.primitives import OPAQUE
-from jax_lnfold.rules import RULES, Context, Opaque, Rule, register
+from jax_lnfold.primitives import EXCHANGES, OPAQUE, UNSEEN
+from jax_lnfold.rules import RULES, Opaque, Rule, register
+from jax_lnfold.rules.example import equation
 
 F, A = FREE, ALL
 INDEX = np.array([2, 0])
@@ -63,6 +71,14 @@ def repeats(x: Any, w: Any, first: bool = False) -> Any:
 def repeats_over_one(x: Any, w: Any) -> Any:
     wide = jnp.broadcast_to(w, (2, 3, 4, 6))
     return lax.dot_general(x, wide, (((3,), (2,)), ((0, 1), (0, 1))))
+
+
+def spectrum(x: Any) -> Any:
+    return lax.fft(x, lax.FftType.RFFT, (5,))
+
+
+def ragged(x: Any, w: Any) -> Any:
+    return lax.ragged_dot(x, w, jnp.array([2, 1, 2], np.int32))
 
 
 def dense(x: Any, w: Any) -> Any:
@@ -128,6 +144,30 @@ PULLS: dict[str, Known] = {
     ),
     "conversion to whole numbers": Known(
         "convert_element_type", lambda x: x.astype(int), [(2, 6)], (F, A), None
+    ),
+    "real and imaginary part": Known(
+        "complex", lax.complex, [(2, 6), (2, 6)], (F, A), {0: (F, A), 1: (F, A)}
+    ),
+    "size of a complex number": Known("abs", jnp.abs, [np.ones((2, 6)) * 1j], (F, A), None),
+    "square of a complex number": Known(
+        "mul", lambda z: z * z.conj(), [np.ones((2, 6)) * 1j], (F, A), None
+    ),
+    "ragged product: columns of all kernels": Known(
+        "ragged_dot_general", ragged, [(5, 4), (3, 4, 6)], (F, A), {1: (F, F, A)}
+    ),
+    "ragged product: mean over the rows": Known(
+        "ragged_dot_general", ragged, [(5, 4), (3, 4, 6)], (A, F), None
+    ),
+    "ragged product: mean over rows and columns": Known(
+        "ragged_dot_general", ragged, [(5, 4), (3, 4, 6)], (A, A), None
+    ),
+    "transform along other axes": Known("fft", spectrum, [(6, 5)], (A, F), {0: (A, F)}),
+    "transform along other axes, half of the channels": Known(
+        "fft", spectrum, [(6, 5)], (HALVES, F), {0: (HALVES, F)}
+    ),
+    "transform along the mean": Known("fft", spectrum, [(6, 5)], (F, A), None),
+    "transform along some axes of the mean": Known(
+        "fft", spectrum, [(6, 5)], (A, A), {0: (A, F)}, exact=False
     ),
     "conversion from whole numbers": Known(
         "convert_element_type", lambda x: x.astype(float), [np.ones((2, 6), int)], (F, A), None
@@ -591,6 +631,14 @@ PUSHES: dict[str, Known] = {
         "tile", lambda x: jnp.tile(x, (1, 2)), [(5, 3)], (A, A), {0: (A, F)}
     ),
     "rows of a table": Known("gather", lambda t: t[INDEX], [(5, 6)], (F, A), {0: (F, A)}),
+    "ragged product: shifted columns": Known(
+        "ragged_dot_general", ragged, [(5, 4), (3, 4, 6)], (A, A, HALVES), {0: (F, HALVES)}, 1
+    ),
+    "ragged product: shifted rows": Known(
+        "ragged_dot_general", ragged, [(5, 4), (3, 4, 6)], (A, A), {0: (F, F)}
+    ),
+    "transform along other axes": Known("fft", spectrum, [(6, 5)], (A, A), {0: (A, F)}),
+    "transform along the mean": Known("fft", spectrum, [(6, 5)], (F, A), {0: (F, F)}),
     "rows of a table, one shift for all": Known(
         "gather", lambda t: t[INDEX], [(5, 6)], (A, A), {0: (F, A)}
     ),
@@ -668,7 +716,7 @@ def test_nonlinear_primitives_neither_carry_a_mean_nor_hide_a_shift(name: str) -
 
 
 def test_nonlinear_rules_only_say_what_is_uniform() -> None:
-    linear = {"convert_element_type", "mul", "div"}
+    linear = {"convert_element_type", "mul", "div", "dot_general", "conv_general_dilated"}
     silent = {n for n, r in RULES.items() if r.uniform} - linear
     assert silent > {"sin", "reduce_max"}
     bare = Rule()
@@ -706,17 +754,9 @@ LOOP_PUSHES: list[tuple[str, int, Sequence[Given], Answer]] = [
 ]
 
 
-def asked_in(name: str, fn: Callable[..., Any], *shapes: tuple[Any, ...]) -> Context:
-    """The view of the one operation `name` in a program that is never run."""
-    operands = [jax.ShapeDtypeStruct(shape, float) for shape in shapes]
-    graph = flatten(jax.make_jaxpr(fn)(*operands), 0)
-    (op,) = (op for op in graph.ops if op.name == name)
-    return Facts(graph).context(op)
-
-
 @pytest.mark.parametrize(("name", "asked", "answer", "exact"), LOOP_PULLS)
 def test_pull_of_loops(name: str, asked: Sequence[Given], answer: Answer, exact: bool) -> None:
-    ctx = asked_in(name, looped, (4, 2, 6), (2, 6))
+    ctx = equation(looped, (4, 2, 6), (2, 6), primitive=name)
     pulled = RULES[name].pull(ctx, 0, labelled(ctx.out_shape(), asked))
     assert isinstance(pulled, Opaque) == (answer is None)
     if not isinstance(pulled, Opaque):
@@ -727,7 +767,7 @@ def test_pull_of_loops(name: str, asked: Sequence[Given], answer: Answer, exact:
 
 @pytest.mark.parametrize(("name", "operand", "asked", "answer"), LOOP_PUSHES)
 def test_push_of_loops(name: str, operand: int, asked: Sequence[Given], answer: Answer) -> None:
-    ctx = asked_in(name, looped, (4, 2, 6), (2, 6))
+    ctx = equation(looped, (4, 2, 6), (2, 6), primitive=name)
     pushed = RULES[name].push(ctx, operand, labelled(ctx.in_shape(operand), asked))
     assert not isinstance(pushed, Opaque)
     assert {i: s.entries for i, s in pushed} == answer
@@ -748,7 +788,7 @@ LONG_PUSHES: dict[str, Callable[[Any], Any]] = {
 
 def test_pull_through_slices_of_axes_too_long_for_regions() -> None:
     for name, fn in LONG_PULLS.items():
-        ctx = asked_in(name, fn, (2, LONG))
+        ctx = equation(fn, (2, LONG), primitive=name)
         pull, shape = RULES[name].pull, ctx.out_shape()
         answer = pull(ctx, 0, AxisSet.over(shape, (0,)))
         assert not isinstance(answer, Opaque)
@@ -758,7 +798,7 @@ def test_pull_through_slices_of_axes_too_long_for_regions() -> None:
 
 
 def test_pull_through_a_slice_of_several_axes_one_of_them_too_long() -> None:
-    ctx = asked_in("slice", lambda x: x[1:, 3:], (3, LONG))
+    ctx = equation(lambda x: x[1:, 3:], (3, LONG), primitive="slice")
     for axes in ((0,), (1,), (0, 1)):
         along = AxisSet.over(ctx.out_shape(), axes)
         assert isinstance(RULES["slice"].pull(ctx, 0, along), Opaque)
@@ -766,7 +806,7 @@ def test_pull_through_a_slice_of_several_axes_one_of_them_too_long() -> None:
 
 def test_push_into_axes_too_long_for_regions() -> None:
     for name, fn in LONG_PUSHES.items():
-        ctx = asked_in(name, fn, (2, LONG))
+        ctx = equation(fn, (2, LONG), primitive=name)
         push, shape = RULES[name].push, ctx.in_shape(0)
         assert push(ctx, 0, AxisSet.over(shape, (0,))) == (
             (0, AxisSet.over(ctx.out_shape(), (0,))),
@@ -775,13 +815,12 @@ def test_push_into_axes_too_long_for_regions() -> None:
 
 
 def opaque_things(x: Any, key: Any) -> Any:
-    """Every primitive that is known to carry nothing."""
-    cumulated = [f(x) for f in (lax.cummax, lax.cummin, lax.cumprod, lax.cumlogsumexp)]
+    """What makes, looks up and orders numbers carries nothing."""
     first, second = jax.random.split(jax.random.fold_in(jax.random.key(0), 1))
     wrapped = jax.random.bits(jax.random.wrap_key_data(jax.random.key_data(first)))
     old = jax.extend.random.threefry_2x32(key, jnp.arange(4, dtype=jnp.uint32))
     looked_up = [lax.top_k(x, 2), lax.sort(x), lax.iota(int, 3), x.view(jnp.uint64)]
-    return cumulated, second, wrapped, old, looked_up
+    return second, wrapped, old, looked_up
 
 
 def test_opaque_primitives_are_known_and_have_no_rule() -> None:
@@ -791,13 +830,56 @@ def test_opaque_primitives_are_known_and_have_no_rule() -> None:
     for op in graph.ops:
         facts.context(op)
     assert not facts.unknown
-    assert {op.name for op in graph.ops} >= OPAQUE - {"observe"}
-    assert not OPAQUE & RULES.keys()
+    assert {op.name for op in graph.ops} >= {"random_bits", "threefry2x32", "sort", "top_k", "iota"}
+
+
+CLASSES: dict[str, Collection[str]] = {
+    "rule": RULES,
+    "walked into": WALKED,
+    "between devices": EXCHANGES,
+    "opaque": OPAQUE,
+    "not looked into": UNSEEN,
+}
+
+
+def named_in(*modules: ModuleType) -> set[str]:
+    """The primitives that modules know by name."""
+    return {v.name for m in modules for v in vars(m).values() if isinstance(v, Primitive)}
+
+
+def loaded_of_jax() -> list[ModuleType]:
+    """The modules of jax, without experiments; what kernels are written with stays in kernels."""
+    apart = ("pallas", "mosaic", "triton", "thunky", "experimental")
+    loaded = [(name, m) for name, m in sys.modules.items() if name.split(".")[0] == "jax"]
+    return [m for name, m in loaded if not any(part in name for part in apart)]
+
+
+def test_every_primitive_of_jax_is_accounted_for() -> None:
+    """It has a rule, or is left alone for a reason: a new one has to be looked at."""
+    everything = named_in(primitives, lax) | named_in(*loaded_of_jax()) | {pallas_call.__name__}
+    assert len(everything) > 250
+    assert not everything.difference(*CLASSES.values())
+
+
+def test_a_primitive_is_of_one_kind() -> None:
+    for (first, names), (second, others) in combinations(CLASSES.items(), 2):
+        assert not {*names} & {*others}, f"{first} and {second}"
+    assert all({**OPAQUE, **UNSEEN}.values())
+
+
+def test_what_is_not_looked_into_is_counted() -> None:
+    def fn(x: Any) -> Any:
+        return jax.pure_callback(np.sin, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    graph = flatten(jax.make_jaxpr(fn)(jnp.ones(3)), 0)
+    facts = Facts(graph)
+    assert not facts.uniform(graph.ops[0].outputs[0], AxisSet.over((3,), (0,)))
+    assert [op.name for op in facts.unknown.values()] == ["pure_callback"]
 
 
 def test_kernel_with_a_symbolic_number_of_features() -> None:
     (n,) = jax.export.symbolic_shape("n")
-    ctx = asked_in("conv_general_dilated", conv(), (2, 5, 4), (3, 4, n))
+    ctx = equation(conv(), (2, 5, 4), (3, 4, n), primitive="conv_general_dilated")
     pulled = RULES["conv_general_dilated"].pull(ctx, 0, AxisSet.over((2, 5, n), (2,)))
     assert not isinstance(pulled, Opaque)
     assert pulled.needs == ((1, AxisSet.over((3, 4, n), (2,))),)
@@ -834,7 +916,7 @@ def test_uniform_through_reductions(
     name: str, axis: int, asked: Sequence[Given], needed: Sequence[Given]
 ) -> None:
     """They make the same of the same numbers: of whole slices along the axis they reduce."""
-    ctx = asked_in(name, lambda x: REDUCTIONS[name](x, axis), (4, 2, 6))
+    ctx = equation(lambda x: REDUCTIONS[name](x, axis), (4, 2, 6), primitive=name)
     rule = RULES[name]
     assert rule.uniform is not None
     answer = rule.uniform(ctx, 0, labelled(ctx.out_shape(), asked))

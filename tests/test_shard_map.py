@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contracts import check_contracts, count_equations, fold_checked, relative_difference
+from flax import linen as nn
 from jax.extend.core import Literal, jaxpr_as_fun
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -239,6 +240,79 @@ def test_reduced_alike_on_all_devices(name: str) -> None:
 def centered(*names: str) -> Any:
     """The parameters with some of them centered along their features, whoever notices."""
     return PARAMS | {k: PARAMS[k] - PARAMS[k].mean(-1, keepdims=True) for k in names}
+
+
+def flax_norm(s: jax.Array) -> jax.Array:
+    """Both of its sums travel in one array."""
+    norm = nn.LayerNorm(axis_name="model", use_scale=False, use_bias=False)
+    return norm.apply({}, s)  # type: ignore[return-value]
+
+
+def in_a_loop(s: jax.Array) -> jax.Array:
+    return jax.lax.scan(lambda c, _: (jax.jit(flax_norm)(c) * 2, None), s, None, 2)[0]
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_sums_that_travel_in_one_array(check_vma: bool) -> None:
+    apply = feature_sharded(flax_norm, check_vma=check_vma)
+    folded = fold_checked(apply, PARAMS, INPUT)
+    report = folded.report
+    assert (len(report.norms), report.n_folded, report.n_inserted) == (3, 3, 0)
+    assert count_equations("stack", apply, PARAMS, INPUT) == 3
+    assert count_equations("stack", folded.apply, folded.params, INPUT) == 0
+    runs = (apply, PARAMS), (folded.apply, folded.params)
+    sums, psums = zip(
+        *((count_equations("reduce_sum", f, p, INPUT), count_psums(f, p, INPUT)) for f, p in runs),
+        strict=True,
+    )
+    assert sums[0] - sums[1] == 3
+    assert psums[0] == psums[1]  # of half the size
+
+
+def test_sums_that_travel_in_one_array_inside_of_calls() -> None:
+    apply = feature_sharded(in_a_loop, check_vma=False)
+    folded = fold_checked(apply, PARAMS, INPUT)
+    assert [norm.folded for norm in folded.report.norms] == [True] * 3
+    assert count_equations("stack", folded.apply, folded.params, INPUT) == 0
+
+
+def stacked_sums(s: jax.Array) -> jax.Array:
+    return jnp.stack([s.mean(-1), jnp.square(s).mean(-1)])
+
+
+def normed(s: jax.Array, mean: jax.Array, square: jax.Array) -> jax.Array:
+    return (s - mean[..., None]) * jax.lax.rsqrt(square - mean**2 + 1e-6)[..., None]
+
+
+def from_sums(read: Callable[[jax.Array], Sequence[jax.Array]]) -> Body:
+    return lambda s: normed(s, *read(stacked_sums(s)))
+
+
+def pmean(y: jax.Array) -> jax.Array:
+    return jax.lax.pmean(y, "model")
+
+
+# How the means are read from both local sums, and whether they are taken apart.
+APART: dict[str, tuple[Body, bool]] = {
+    "parts": (from_sums(pmean), True),
+    "scaled before": (from_sums(lambda y: pmean(y * 2.0) / 2.0), True),
+    "halves": (from_sums(lambda y: (pmean(0.5 * y)[0] * 2, pmean(y)[-1])), False),
+    "read twice": (from_sums(lambda y: (pmean(y)[0], pmean(y)[1])), False),
+    "sum of both": (from_sums(lambda y: (pmean(y)[0], pmean(y).sum(0) - pmean(y)[0])), False),
+    "squared": (from_sums(lambda y: (pmean(y) ** 2) ** 0.5), False),
+    "scaled apart": (from_sums(lambda y: pmean(y * jnp.array([1, 2.0])[:, None, None])), False),
+    "reversed": (from_sums(lambda y: pmean(y[::-1])[::-1]), False),
+    "divisor": (from_sums(lambda y: 1.0 / pmean(1.0 / y)), False),
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_what_is_taken_apart(name: str) -> None:
+    norm, apart = APART[name]
+    apply = feature_sharded(norm, check_vma=False)
+    folded = fold_checked(apply, PARAMS, INPUT)
+    assert (count_equations("stack", folded.apply, folded.params, INPUT) == 0) == apart
+    assert folded.report.n_folded == 3 * apart
 
 
 @pytest.mark.parametrize("name", OWN_UNITS)

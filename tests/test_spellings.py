@@ -7,6 +7,7 @@ is an RMSNorm and must not be taken for a LayerNorm.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -120,6 +121,24 @@ def slope_and_intercept_one_pass(x: Array, g: Any, c: Any, axes: Axes, mean: Mea
     return (x * a - m * a) + c
 
 
+def product_written_twice(x: Array, g: Any, c: Any, axes: Axes, mean: Mean) -> Array:
+    m = mean(x, axes)
+    r = jax.lax.rsqrt(plain_mean(jnp.square(x - m), axes) + EPS)
+    return x * (r * g) + (c - (g * r) * m)
+
+
+def product_grouped_differently(x: Array, g: Any, c: Any, axes: Axes, mean: Mean) -> Array:
+    m = mean(x, axes)
+    r = jax.lax.rsqrt(plain_mean(jnp.square(x), axes) - m * m + EPS)
+    return g * x * r + (c - m * (r * g))
+
+
+def root_taken_twice(x: Array, g: Any, c: Any, axes: Axes, mean: Mean) -> Array:
+    m = mean(x, axes)
+    v = plain_mean(jnp.square(x - m), axes) + EPS
+    return g / jnp.sqrt(v) * x + (c - m / jnp.sqrt(v) * g)
+
+
 def eps_outside_the_root(x: Array, g: Any, c: Any, axes: Axes, mean: Mean) -> Array:
     d = x - mean(x, axes)
     return g * d / (jnp.sqrt(plain_mean(d * d, axes)) + EPS) + c
@@ -172,6 +191,9 @@ FORMULAS = {
         scale_with_the_root,
         slope_and_intercept,
         slope_and_intercept_one_pass,
+        product_written_twice,
+        product_grouped_differently,
+        root_taken_twice,
         eps_outside_the_root,
         power_of_minus_half,
         reciprocal_of_the_root,
@@ -280,6 +302,74 @@ def test_formula_without_its_mean(name: str) -> None:
 def test_input_that_is_not_centered_over_its_deviation(name: str) -> None:
     apply = model(bound(VARIANCES[name], (-1,), no_mean), (-1,))
     check_left_alone(apply, make_params((12,)), finds_nothing=False)
+
+
+# What multiplies the input, what the mean, and whether they are the same: of the root's reciprocal
+# r and the scales g and h.
+SLOPES: dict[str, tuple[Callable[..., Any], Callable[..., Any], bool]] = {
+    "wide": (
+        lambda r, g, h: r * g,
+        lambda r, g, h: r * jnp.broadcast_to(g, (*r.shape[:2], 12)),
+        True,
+    ),
+    "function": (lambda r, g, h: r * g, lambda r, g, h: jax.jit(jnp.multiply)(g, r), True),
+    "both scales": (lambda r, g, h: h * (r * g), lambda r, g, h: g * (h * r), True),
+    "quotient": (lambda r, g, h: g / (h / r), lambda r, g, h: r * (g / h), True),
+    "parts": (lambda r, g, h: r * g[..., :], lambda r, g, h: r * g[..., ::1], True),
+    "numbers": (lambda r, g, h: r * (g * 2.0), lambda r, g, h: 4.0 * (r / 2.0) * g, True),
+    "computed": (lambda r, g, h: r * jnp.exp(g + h), lambda r, g, h: jnp.exp(h + g) * r, True),
+    "other scale": (lambda r, g, h: r * g, lambda r, g, h: r * h, False),
+    "one scale more": (lambda r, g, h: r * g, lambda r, g, h: r * g * h, False),
+    "other number": (lambda r, g, h: r * (g * 2.0), lambda r, g, h: r * g, False),
+    "square": (lambda r, g, h: r * g, lambda r, g, h: r * g * g, False),
+    "divided": (lambda r, g, h: r * g, lambda r, g, h: r / g, False),
+    "other quotient": (lambda r, g, h: g / (h / r), lambda r, g, h: r * (h / g), False),
+    "not commutative": (lambda r, g, h: r * (g - h), lambda r, g, h: r * (h - g), False),
+    "other sum": (lambda r, g, h: r * (g + 1.0), lambda r, g, h: r * (g + 2.0), False),
+    "other part": (lambda r, g, h: r * g[..., :1], lambda r, g, h: r * g[..., 1:2], False),
+    "other power": (lambda r, g, h: r * g**2, lambda r, g, h: r * g**3, False),
+    "other axes": (lambda r, g, h: r, lambda r, g, h: jnp.swapaxes(r[:, :2], 0, 1)[:, :1], False),
+    "reversed": (lambda r, g, h: r * g, lambda r, g, h: r * g[..., ::-1], False),
+}
+
+
+@pytest.mark.parametrize("name", SLOPES)
+def test_slope_of_the_mean(name: str) -> None:
+    """``x * a + (c - mean(x) * b)`` is a LayerNorm if a and b are equal, however they are made."""
+    slope, of_mean, same = SLOPES[name]
+
+    def apply(p: Params, x: Array) -> Array:
+        s = jnp.tensordot(x, p["w"], 1) + leading(p["b"])
+        m, (g, c) = plain_mean(s, (-1,)), (leading(p["g"]), leading(p["c"]))
+        r = jax.lax.rsqrt(plain_mean(jnp.square(s - m), (-1,)) + EPS)
+        y = s * slope(r, g, c) + (c - m * of_mean(r, g, c))
+        return jnp.tensordot(y, p["v"], 1)
+
+    if same:
+        check_folds(apply, (12,))
+    else:
+        check_left_alone(apply, make_params((12,)))
+
+
+def test_slope_of_the_iteration_before() -> None:
+    """Equal equations of two iterations compute different numbers."""
+
+    def apply(p: Params, x: Array, before: bool) -> Array:
+        def step(a: Array, x: Array) -> tuple[Array, Array]:
+            s = jnp.tensordot(x, p["w"], 1) + p["b"]
+            m = s.mean()
+            b = jax.lax.rsqrt(jnp.square(s - m).mean() + EPS) * p["g"]
+            return b, s * (a if before else b) + (p["c"] - m * b)
+
+        _, y = jax.lax.scan(step, jnp.zeros(12), x)
+        return y @ p["v"]
+
+    params, x = make_params((12,)), make_input(T, DIN)
+    counts = [
+        fold_checked(lambda p, x, b=before: apply(p, x, b), params, x).report.n_folded
+        for before in (False, True)
+    ]
+    assert counts == [1, 0]
 
 
 # --- means ---------------------------------------------------------------------------------------
@@ -611,3 +701,92 @@ def test_report_names_the_module() -> None:
     assert (norm.folded, norm.count) == (True, 1)
     assert (norm.shape, norm.axes) == ((B, T, 12), (2,))
     assert "norm" in norm.path
+
+
+# --- what is no LayerNorm, though its arithmetic is ----------------------------------------------
+
+
+class Stack(nn.Module):
+    """Convolutions, pooling, grouped convolutions and joined channels before a norm of `kind`."""
+
+    kind: Callable[[], Callable[[Array], Array]]
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = nn.relu(self.kind()(nn.Conv(8, (3, 3))(x)))
+        x = nn.max_pool(x, (2, 2), (2, 2))
+        x = jnp.concatenate([x, self.kind()(nn.Conv(8, (3, 3), feature_group_count=8)(x))], -1)
+        return nn.Dense(OUT)(self.kind()(x))
+
+
+def stacked(kind: Callable[[], Callable[[Array], Array]], *shape: int) -> jax_lnfold.Report:
+    model, x = Stack(kind), make_input(*shape)
+    variables = model.init(jax.random.key(0), x)
+    apply = lambda v, x: model.apply(v, x, mutable=["batch_stats"])  # noqa: E731
+    return jax_lnfold.analyze(apply, variables, x)
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_statistics_of_the_batch(samples: int) -> None:
+    """One number per channel for all samples: that is a BatchNorm in training."""
+    two_pass = partial(nn.BatchNorm, use_running_average=False, use_fast_variance=False)
+    for kind in (partial(nn.BatchNorm, use_running_average=False), two_pass):
+        assert stacked(kind, samples, 6, 4, 3).norms == ()
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_statistics_of_every_sample(samples: int) -> None:
+    for kind in (nn.LayerNorm, nn.InstanceNorm):
+        assert len(stacked(kind, samples, 6, 4, 3).norms) == 3
+
+
+def normalise(s: Array, *axes: int) -> Array:
+    return (s - plain_mean(s, axes)) * jax.lax.rsqrt(jnp.var(s, axes, keepdims=True) + EPS)
+
+
+def per_sample(fn: Callable[..., Array]) -> Callable[..., Array]:
+    return jax.vmap(fn, in_axes=(None, 0), axis_name="batch")
+
+
+def synchronised(p: Params, x: Array) -> Array:
+    """Means over all positions of one sample, then over the samples."""
+    s = jnp.tensordot(x, p["w"], 1)
+    m, square = (jax.lax.pmean(plain_mean(y, (0,)), "batch") for y in (s, s * s))
+    return (s - m) * jax.lax.rsqrt(square - m * m + EPS)
+
+
+# What normalises, and whether all samples share the statistics.
+OF_THE_BATCH: dict[str, tuple[Apply, bool]] = {
+    "samples and tokens": (lambda p, x: normalise(jnp.tensordot(x, p["w"], 1), 0, 1), True),
+    "samples, features in two axes": (
+        lambda p, x: normalise(jnp.tensordot(x, p["w"].reshape(DIN, 3, 4), 1), 0, 1),
+        True,
+    ),
+    "vmap": (per_sample(synchronised), True),
+    "behind attention": (
+        lambda p, x: normalise(jax.nn.softmax(x @ x.mT) @ jnp.tensordot(x, p["w"], 1), 0, 1),
+        True,
+    ),
+    "behind another": (
+        lambda p, x: normalise(normalise(jnp.tensordot(x, p["w"], 1), 2) * p["g"], 0, 1),
+        True,
+    ),
+    "tokens": (lambda p, x: normalise(jnp.tensordot(x, p["w"], 1), 1), False),
+    "samples": (lambda p, x: normalise(jnp.tensordot(x, p["w"], 1), 0), False),
+    "features": (lambda p, x: normalise(jnp.tensordot(x, p["w"], 1), 2), False),
+    "features of a sample": (per_sample(lambda p, x: normalise(x @ p["w"], 1)), False),
+    "features of the input": (lambda p, x: normalise(x, 2) @ p["w"], False),
+    "everything": (lambda p, x: normalise(jnp.tensordot(x, p["w"], 1), 0, 1, 2), False),
+    "tokens mixed by parameters": (
+        lambda p, x: normalise(jnp.einsum("btd,df->bft", x, p["w"])[:1] * p["w"][0, 0], 0, 1),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_THE_BATCH)
+def test_who_shares_the_statistics(name: str) -> None:
+    apply, shared = OF_THE_BATCH[name]
+    with jax.numpy_rank_promotion("allow"):
+        report = jax_lnfold.analyze(apply, make_params((12,)), make_input(B, T, DIN))
+    assert len(report.norms) == (name == "behind another" if shared else 1)

@@ -1209,24 +1209,14 @@ def gate(reads_value: bool) -> Callable[[Array], Array]:
     return ruled
 
 
-def detached_mean(s: Array) -> Array:
-    """A LayerNorm that is no derivative of its own: shifts go through its tangents."""
-    centered = s - lax.stop_gradient(s.mean(-1, keepdims=True))
-    return centered * lax.rsqrt(jnp.mean(jnp.square(centered), -1, keepdims=True) + EPS)
-
-
 # Values of a foldable function, but a derivative that is not its own: only values are promised.
 UNTRUE_DERIVATIVES: dict[str, Callable[[Array], Array]] = {
     "rule that reads the stream": lambda s: layer_norm(gate(True)(s)),
     "rule that is not linear": lambda s: layer_norm(gate(False)(s)),
-    "detached mean": detached_mean,
-    "straight through": lambda s: layer_norm(s) + (s - lax.stop_gradient(s)),
 }
-# What is detached does not depend on the mean: the gradients are promised, too.
+# What has the rule does not depend on the mean: the gradients are promised, too.
 TRUE_DERIVATIVES: dict[str, Callable[[Array], Array]] = {
-    "detached norm": lambda s: layer_norm(s) + lax.stop_gradient(layer_norm(s)),
     "rule behind the norm": lambda s: gate(True)(layer_norm(s)),
-    "straight through the norm": lambda s: 2 * layer_norm(s) - lax.stop_gradient(layer_norm(s)),
 }
 
 
@@ -1244,3 +1234,132 @@ def test_derivatives_that_a_function_does_not_have(name: str) -> None:
     gradient, of_folded = (jax.jit(jax.grad(partial(loss, f), 1)) for f in (apply, folded.apply))
     want, edited = gradient(TOWERS, X), folded.params
     assert agree(want, of_folded(edited, X), gradient(edited, X), within=CLOSE)
+
+
+# --- stopped gradients ---------------------------------------------------------------------------
+
+
+def mean(s: Array) -> Array:
+    return s.mean(-1, keepdims=True)
+
+
+def stopped(
+    mean_of: Callable[[Array], Array] = mean,
+    variance: Callable[[Array], Array] = lambda s: mean(jnp.square(s - mean(s))),
+) -> Callable[[Array], Array]:
+    """A LayerNorm with a mean and a variance of its own."""
+    return lambda s: (s - mean_of(s)) * lax.rsqrt(variance(s) + EPS)
+
+
+def quotient(s: Array, divisor: Callable[[Array], Array]) -> Array:
+    """Exponentials that are divided by something computed from them."""
+    e = jnp.exp(s - stop(s.max(-1, keepdims=True)))
+    return e / divisor(e)
+
+
+stop = lax.stop_gradient
+# What reads the stream, and whether it has neither values nor gradients that notice a shift of it.
+STOPPED: dict[str, tuple[Callable[[Array], Array], bool]] = {
+    "norm of a copy": (lambda s: layer_norm(stop(s)), True),
+    "copy of a norm": (lambda s: layer_norm(s) + stop(layer_norm(s)), True),
+    "norm once more than its copy": (lambda s: 2 * layer_norm(s) - stop(layer_norm(s)), True),
+    "norm for the values alone": (lambda s: layer_norm(s) + (s - stop(s)), False),
+    "norm for the gradients alone": (lambda s: layer_norm(s) + (stop(s) - s), False),
+    "mean": (stopped(lambda s: stop(mean(s))), False),
+    "mean, also in the variance": (
+        lambda s: rms_norm(s - stop(mean(s))),
+        False,
+    ),
+    "mean and variance": (
+        stopped(lambda s: stop(mean(s)), lambda s: stop(s.var(-1)[..., None])),
+        False,
+    ),
+    "stream, not its mean": (lambda s: stopped(lambda t: mean(s))(stop(s)), False),
+    "stream and its mean": (lambda s: (stop(s) - stop(mean(s))) * s.std(-1)[..., None], True),
+    "centered stream": (lambda s: stop(s - mean(s)) / jnp.sqrt(s.var(-1) + EPS)[..., None], True),
+    "variance": (stopped(variance=lambda s: stop(s.var(-1, keepdims=True))), True),
+    "variance of a copy": (stopped(variance=lambda s: stop(s).var(-1, keepdims=True)), True),
+    "one-pass variance": (stopped(variance=lambda s: stop(mean(s * s) - mean(s) ** 2)), True),
+    "both means of the variance": (
+        stopped(variance=lambda s: stop(mean(s * s)) - stop(mean(s)) ** 2),
+        True,
+    ),
+    "first mean of the variance": (
+        stopped(variance=lambda s: stop(mean(s * s)) - mean(s) ** 2),
+        False,
+    ),
+    "second mean of the variance": (
+        stopped(variance=lambda s: mean(s * s) - stop(mean(s)) ** 2),
+        False,
+    ),
+    "one factor of a square": (stopped(variance=lambda s: mean(s * stop(s)) - mean(s) ** 2), False),
+    "one factor of both squares": (
+        stopped(variance=lambda s: mean(s * stop(s)) - mean(s) * stop(mean(s))),
+        True,
+    ),
+    "softmax": (jax.nn.softmax, True),
+    "logarithm of a softmax": (jax.nn.log_softmax, True),
+    "square of a softmax": (lambda s: jax.nn.softmax(s) ** 2, True),
+    "exponentials": (lambda s: jnp.exp(s - stop(s.max(-1, keepdims=True))), False),
+    "softmax with a sink": (lambda s: quotient(s, lambda e: 1 + e.sum(-1, keepdims=True)), False),
+    "softmax of parts": (lambda s: quotient(s, lambda e: e[..., :6].sum(-1, keepdims=True)), False),
+    "softmax by its square": (lambda s: quotient(s, lambda e: mean(e * e)), False),
+    "mean before a norm": (lambda s: layer_norm(s - stop(mean(s))), True),
+    "gate": (lambda s: layer_norm(s) * stop(jnp.exp(s - mean(s))), True),
+    "gate that sees the mean": (lambda s: layer_norm(s) * stop(jnp.exp(s)), False),
+}
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_gradients_where_some_are_stopped(name: str) -> None:
+    """All of them agree, and a mean that only values do without stays."""
+    read, exact = STOPPED[name]
+
+    def apply(p: Params, x: Array) -> Array:
+        s = x @ p["first"]
+        return (read(s) + layer_norm(s) + layer_norm(x @ p["embed"])) @ p["head"]
+
+    folded = fold_checked(jax.jit(apply), TOWERS, X)
+    assert {e.key_path for e in folded.plan.edits} == ({"first", "embed"} if exact else {"embed"})
+    runs: list[Callable[[Params], Array]] = [
+        lambda p: apply(p, X),
+        lambda p: folded.apply(folded.plan.center(p), X),
+        lambda p: apply(folded.plan.center(p), X),
+    ]
+    want, *others = (jax.jit(jax.grad(lambda p, f=f: jnp.sum(f(p) ** 2)))(TOWERS) for f in runs)
+    assert agree(want, *others, within=CLOSE)
+
+
+def test_mean_that_gradients_keep_is_reported() -> None:
+    def apply(p: Params, x: Array) -> Array:
+        s = x @ p["first"]
+        return rms_norm(s - stop(mean(s))) @ p["head"]
+
+    (norm,) = jax_lnfold.analyze(apply, TOWERS, X).norms
+    assert not norm.folded
+    assert "behind `stop_gradient`, not from gradients" in norm.reason
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_scale_is_merged_only_where_gradients_may_be(stops: bool) -> None:
+    """``(x W) * g``: the gradient of g would become one of W, or none."""
+    maybe = stop if stops else lambda s: s
+
+    def apply(p: Params, x: Array) -> Array:
+        return (layer_norm(maybe(x @ p["first"]) * p["gain"]) + 0 * x.sum()) @ p["head"]
+
+    params = {**TOWERS, "gain": draw(9, D)}
+    folded = fold_checked(apply, params, X)
+    assert folded.report.n_folded == len(folded.report.scales) == (not stops)
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_affine_is_folded_only_where_gradients_may_be(stops: bool) -> None:
+    maybe = stop if stops else lambda s: s
+
+    def apply(p: Params, x: Array) -> Array:
+        return maybe(layer_norm(x @ p["first"]) * p["gain"]) @ p["head"]
+
+    params = {**TOWERS, "gain": draw(9, D)}
+    folded = fold_checked(apply, params, X, fold_affine=True)
+    assert len(folded.report.affine) == (not stops)

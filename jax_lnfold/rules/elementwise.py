@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ..axes import ALL, FREE, AxisSet
 from ..graph import DROPOUT
-from ..primitives import IDENTITIES, IDENTITIES_OF_EACH, NONLINEAR
+from ..primitives import COMPLEX, IDENTITIES, IDENTITIES_OF_EACH, NONLINEAR, STOP
 from .registry import Context, Opaque, Pull, Push, Rule, register
 
 
@@ -34,47 +34,110 @@ def lift(along: AxisSet, shape: Sequence[Any]) -> AxisSet:
 
 
 def _pull_sum(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
-    """``C_S (x + y) = C_S x + C_S y``: every operand, projected on its own axes."""
+    """Every operand, along S on its own axes: zero, for one that is uniform along S.
+
+    ``C_S (x + y) = C_S x + C_S y``. About uniformity, the answer is that of everything
+    elementwise: ``f(x, y)`` varies only where x or y does.
+
+    >>> pull(lambda x, y: x - y, (2, 3), (2, 3), along=[1])
+    operand 0 along axis 1, operand 1 along axis 1
+    >>> pull(lambda x, y: x - y, (2, 3), (2, 1), along=[1])
+    operand 0 along axis 1, operand 1 along no axis
+    >>> uniform_if(jnp.exp, (2, 3), along=[1])
+    operand 0 along axis 1
+    """
     return Pull(tuple((i, project(along, ctx.in_shape(i))) for i in range(len(ctx.op.inputs))))
 
 
 def _push_sum(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
-    """``(x + u) + y = (x + y) + u``."""
+    """The sum is shifted by as much, along broadcast axes, too.
+
+    ``(x + u) + y = (x + y) + u``.
+
+    >>> push(lambda x, y: x + y, (2, 3), (2, 3), operand=1, along=[1])
+    output 0 along axis 1
+    >>> push(lambda x, y: x + y, (2, 3), (2, 1), operand=1, along=[])
+    output 0 along axis 1
+    """
     return ((0, lift(along, ctx.out_shape())),)
 
 
 def _pull_convert(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
-    """A conversion between floating-point types is the identity up to rounding."""
-    if not _float_to_float(ctx):
+    """A conversion between real or complex types is linear, up to rounding.
+
+    ``C_S float32(x) = float32(C_S x)``. Reads `new_dtype`.
+
+    >>> pull(lambda x: x.astype(jnp.bfloat16), (2, 3), along=[1])
+    operand 0 along axis 1
+    >>> pull(lambda x: x.astype(int), (2, 3), along=[1])
+    opaque: converts between number types
+    """
+    if not _is_linear(ctx):
         return Opaque("converts between number types")
     return Pull(((0, along),))
 
 
 def _push_convert(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
-    if not _float_to_float(ctx):
+    """A conversion between real or complex types is linear, up to rounding.
+
+    ``float32(x + u) = float32(x) + float32(u)``. Reads `new_dtype`.
+
+    >>> push(lambda x: x.astype(jnp.bfloat16), (2, 3), along=[1])
+    output 0 along axis 1
+    >>> push(lambda x: x.astype(int), (2, 3), along=[1])
+    opaque: converts between number types
+    """
+    if not _is_linear(ctx):
         return Opaque("converts between number types")
     return ((0, along),)
 
 
-def _float_to_float(ctx: Context) -> bool:
+def _is_linear(ctx: Context) -> bool:
+    """Whether no whole numbers are made, which are rounded, or read, which cannot be centered."""
     new = ctx.params["new_dtype"]
-    return jnp.issubdtype(ctx.dtype(0), jnp.floating) and jnp.issubdtype(new, jnp.floating)
+    return jnp.issubdtype(ctx.dtype(0), jnp.inexact) and jnp.issubdtype(new, jnp.inexact)
 
 
 def _pull_each(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
-    """Output i is operand i."""
+    """Output i is operand i.
+
+    ``C_S y_i = C_S x_i``.
+
+    >>> barrier = lambda x, y: jax.lax.optimization_barrier((x, y))
+    >>> pull(barrier, (2, 3), (4, 5), out=1, along=[1])
+    operand 1 along axis 1
+    """
     return Pull(((out, along),))
 
 
 def _push_each(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+    """Output i is operand i.
+
+    ``(x + u)_i = x_i + u_i``.
+
+    >>> barrier = lambda x, y: jax.lax.optimization_barrier((x, y))
+    >>> push(barrier, (2, 3), (4, 5), operand=1, along=[1])
+    output 1 along axis 1
+    """
     return ((operand, along),)
 
 
 def _pull_mul(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
-    """``C_S (x * g) = (C_S x) * g`` for ``g`` uniform along S."""
-    if not jnp.issubdtype(ctx.dtype(0), jnp.inexact):
+    """One operand, if the other is uniform along S; of a quotient, the dividend.
+
+    ``C_S (x * g) = (C_S x) * g``.
+
+    >>> pull(lambda x, g: x * g, (2, 3), (2, 1), along=[1])
+    operand 0 along axis 1
+    >>> pull(lambda x, g: x * g, (2, 3), (1, 3), along=[1])
+    opaque: scales the positions along the mean unequally
+    >>> pull(lambda x, g: x / g, (2, 1), (2, 3), along=[1])
+    opaque: scales the positions along the mean unequally
+    """
+    if not jnp.issubdtype(ctx.dtype(0), jnp.inexact):  # division rounds, and nothing is centered
         return Opaque("computes with integers")
     sets = [project(along, ctx.in_shape(i)) for i in (0, 1)]
+    # As (factor, carrier); a quotient is not linear in its divisor.
     ways = ((1, 0),) if ctx.op.name == "div" else ((1, 0), (0, 1))
     carriers = [other for factor, other in ways if ctx.uniform(factor, sets[factor])]
     if not carriers:
@@ -84,7 +147,17 @@ def _pull_mul(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
 
 
 def _push_mul(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
-    """``(x + u) * g = x * g + u * g``, and ``u * g`` is uniform wherever both are."""
+    """The shift of a product is uniform along the axes of S where the other operand is, too.
+
+    ``(x + u) * g = x * g + u * g``.
+
+    >>> push(lambda x, g: x * g, (2, 3), (1, 3), along=[0, 1])
+    output 0 along axis 0
+    >>> push(lambda x, g: x * g, (2, 3), (1, 3), along=[1])
+    opaque: scales the positions along the mean unequally
+    >>> push(lambda x, g: x / g, (2, 3), (2, 1), operand=1, along=[0])
+    opaque: divides by the shifted value
+    """
     if not jnp.issubdtype(ctx.dtype(0), jnp.inexact):
         return Opaque("computes with integers")
     if ctx.op.name == "div" and operand == 1:
@@ -108,13 +181,30 @@ def _uniform_too(ctx: Context, position: int, along: AxisSet) -> AxisSet:
 
 
 def _pull_select(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
-    """A choice that is uniform along S picks whole groups: center every case."""
+    """Every case, if the choice is uniform along S: then it picks whole groups.
+
+    ``C_S select(p, x, y) = select(p, C_S x, C_S y)``.
+
+    >>> pull(jnp.where, (2, 3), (2, 3), (2, 3), along=[1], uniform=[0])
+    operand 1 along axis 1, operand 2 along axis 1
+    >>> pull(jnp.where, (2, 3), (2, 3), (2, 3), along=[1])
+    opaque: chooses differently along the mean
+    """
     if not ctx.uniform(0, project(along, ctx.in_shape(0))):
         return Opaque("chooses differently along the mean")
     return Pull(tuple((i, along) for i in range(1, len(ctx.op.inputs))))
 
 
 def _push_select(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+    """The case chosen is shifted as before, the others are not, along the axes of a uniform choice.
+
+    ``select(p, x + u, y) = select(p, x, y) + select(p, u, 0)``.
+
+    >>> push(jnp.where, (2, 3), (2, 3), (2, 3), operand=1, along=[1], uniform=[0])
+    output 0 along axis 1
+    >>> push(jnp.where, (2, 3), (2, 3), (2, 3), operand=1, along=[1])
+    opaque: chooses differently along the mean
+    """
     if operand == 0:
         return Opaque("chooses by the shifted value")
     shifted = _uniform_too(ctx, 0, along)
@@ -124,7 +214,18 @@ def _push_select(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
 
 
 def _pull_dropout(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
-    """As it is where whole groups are dropped, else as if nothing were."""
+    """As it is where whole groups are dropped; else, on request, as if nothing were: approximate.
+
+    ``C_S (x * mask) ~= (C_S x) * mask``.
+
+    >>> def drop(x, key):
+    ...     return jnp.where(jax.random.bernoulli(key, 0.9, (2, 3)), x, 0.0)
+    >>> pull(drop, (2, 3), jax.random.key(0), along=[1], primitive="dropout")
+    operand 2 along axis 1, approximate
+    >>> pull(drop, (2, 3), jax.random.key(0), along=[1], primitive="dropout", uniform=[0])
+    operand 1 along axis 1, operand 2 along axis 1
+    """
+    # The name of the operation is its role, dropout; the primitive says how it drops.
     rule = _pull_select if ctx.op.eqn.primitive.name == "select_n" else _pull_mul
     exact = rule(ctx, out, along)
     if isinstance(exact, Pull):
@@ -135,13 +236,23 @@ def _pull_dropout(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
 
 
 def _push_dropout(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
-    if operand != ctx.graph.dropouts[ctx.op.index]:
+    """As if nothing were dropped.
+
+    ``(x + u) * mask ~= x * mask + u``.
+
+    >>> def drop(x, key):
+    ...     return jnp.where(jax.random.bernoulli(key, 0.9, (2, 3)), x, 0.0)
+    >>> push(drop, (2, 3), jax.random.key(0), operand=2, along=[1], primitive="dropout")
+    output 0 along axis 1
+    """
+    if operand != ctx.graph.dropouts[ctx.op.index]:  # what is dropped depends on the mask
         return Opaque("drops by the shifted value")
     return ((0, lift(along, ctx.out_shape())),)
 
 
 register("add sub neg add_any", Rule(_pull_sum, _push_sum))
-register(IDENTITIES - {"convert_element_type"}, Rule(_pull_sum, _push_sum))
+register(COMPLEX, Rule(_pull_sum, _push_sum))  # C_S is real, so it passes real and imaginary parts
+register(IDENTITIES - {"convert_element_type"} | {STOP}, Rule(_pull_sum, _push_sum))
 register("convert_element_type", Rule(_pull_convert, _push_convert, _pull_sum))
 register(IDENTITIES_OF_EACH, Rule(_pull_each, _push_each))
 register("mul div", Rule(_pull_mul, _push_mul, _pull_sum))

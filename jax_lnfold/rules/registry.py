@@ -8,6 +8,10 @@ For an equation ``y = op(x_0, x_1, ...)`` a rule says two things about axis sets
   which set is the shift of ``y`` uniform?
 
 Both may answer `Opaque`, and a primitive without a rule is opaque. Opaque is always sound.
+
+The docstring of every rule gives its formula, in which ``C_S x = x - mean_S(x)`` centers along S, u
+is uniform along S, and S' is the set that S becomes on the other side of the equation. It has an
+example that is run as a test (`example` has its words) and names the parameters that are read.
 """
 
 from __future__ import annotations
@@ -90,12 +94,24 @@ PushRule = Callable[[Context, int, AxisSet], Push | Opaque]
 
 
 def no_pull(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
-    """The rule of a primitive whose output cannot be centered through its operands."""
+    """Of a primitive whose output cannot be centered through its operands.
+
+    ``mean_S(f(x))`` says nothing of ``mean_S(x)``: ``C_S f(x) != f(C_S x)``.
+
+    >>> pull(jnp.tanh, (2, 3), along=[1])
+    opaque: ...
+    """
     return Opaque("does not carry a zero mean from its operands to its result")
 
 
 def no_push(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
-    """The rule of a primitive that notices every shift."""
+    """Of a primitive that notices every shift.
+
+    ``f(x + u) - f(x) != u``, and depends on x, which varies along S.
+
+    >>> push(jnp.tanh, (2, 3), along=[1])
+    opaque: ...
+    """
     return Opaque("notices a shift of its operand")
 
 

@@ -10,23 +10,56 @@ from .registry import Context, Opaque, Pull, Push, Rule, register
 
 
 def _pull_transpose(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
+    """The axes of S where they come from.
+
+    ``C_S x^T = (C_S' x)^T``. Reads `permutation`.
+
+    >>> pull(lambda x: x.transpose(1, 2, 0), (2, 3, 4), along=[0])
+    operand 0 along axis 1
+    """
     order = ctx.params["permutation"]
     entries = tuple(along.entries[order.index(d)] for d in range(len(order)))
     return Pull(((0, AxisSet(ctx.in_shape(0), entries)),))
 
 
 def _push_transpose(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+    """The axes of S where they go to.
+
+    ``(x + u)^T = x^T + u^T``. Reads `permutation`.
+
+    >>> push(lambda x: x.transpose(1, 2, 0), (2, 3, 4), along=[0])
+    output 0 along axis 2
+    """
     entries = tuple(along.entries[d] for d in ctx.params["permutation"])
     return ((0, AxisSet(ctx.out_shape(), entries)),)
 
 
 def _pull_reshape(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
-    """Groups stay groups; they must still be a product over the axes of the operand."""
+    """Groups stay groups; they must still be a product over the axes of the operand.
+
+    ``C_S reshape(x) = reshape(C_S' x)``.
+
+    >>> pull(lambda x: x.reshape(5, 2, 3), (5, 6), along=[2])
+    operand 0 along axis 1 in groups (0, 0, 0, 1, 1, 1)
+    >>> pull(lambda x: x.reshape(5, 6), (5, 3, 2), along=[1])
+    operand 0 along axis 1 and axis 2
+    >>> pull(lambda x: x.reshape(5, 6), (5, 3, 2), along={1: (0, 0, 0, 1, 1, 1)})
+    opaque: reshapes across the mean
+    """
     before, exact = _reshaped(along, ctx.in_shape(0))
     return Opaque("reshapes across the mean") if before is None else Pull(((0, before),), exact)
 
 
 def _push_reshape(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+    """Groups stay groups; they must still be a product over the axes of the output.
+
+    ``reshape(x + u) = reshape(x) + reshape(u)``.
+
+    >>> push(lambda x: x.reshape(5, 2, 3), (5, 6), along={1: (0, 0, 0, 1, 1, 1)})
+    output 0 along axis 2
+    >>> push(lambda x: x.reshape(5, 2, 3), (5, 6), along={1: (0, 0, 1, 1, 2, 2)})
+    opaque: reshapes across the mean
+    """
     after, _ = _reshaped(along, ctx.out_shape())
     return Opaque("reshapes across the mean") if after is None else ((0, after),)
 
@@ -45,13 +78,28 @@ def _reshaped(along: AxisSet, shape: Sequence[Any]) -> tuple[AxisSet | None, boo
 
 
 def _pull_broadcast(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
-    """New axes repeat the operand: a mean along them is the operand itself."""
+    """New axes repeat the operand: a mean along them is the operand itself.
+
+    ``C_S broadcast(x) = broadcast(C_S' x)``. Reads `broadcast_dimensions`.
+
+    >>> pull(lambda x: jnp.broadcast_to(x, (2, 3)), (3,), along=[1])
+    operand 0 along axis 0
+    >>> pull(lambda x: jnp.broadcast_to(x, (2, 3)), (3,), along=[0])
+    operand 0 along no axis
+    """
     pairs = zip(ctx.params["broadcast_dimensions"], ctx.in_shape(0), strict=True)
     entries = (along.entries[o] if along.shape[o] == n else FREE for o, n in pairs)
     return Pull(((0, AxisSet.of(ctx.in_shape(0), entries)),))
 
 
 def _push_broadcast(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+    """A shift is repeated, too: it is uniform along new axes.
+
+    ``broadcast(x + u) = broadcast(x) + broadcast(u)``. Reads `broadcast_dimensions`.
+
+    >>> push(lambda x: jnp.broadcast_to(x, (2, 3)), (3,), along=[])
+    output 0 along axis 0
+    """
     entries: list[Entry] = [ALL] * len(ctx.out_shape())
     for d, o in enumerate(ctx.params["broadcast_dimensions"]):
         if ctx.in_shape(0)[d] == ctx.out_shape()[o]:
@@ -60,15 +108,34 @@ def _push_broadcast(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque
 
 
 def _pull_tile(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
-    """Copies side by side: a mean along axes that are not repeated."""
+    """Copies side by side: a mean along axes that are not repeated.
+
+    ``C_S tile(x) = tile(C_S x)``. Reads `reps`.
+
+    >>> pull(lambda x: jnp.tile(x, (1, 2)), (5, 3), along=[0])
+    operand 0 along axis 0
+    >>> pull(lambda x: jnp.tile(x, (1, 2)), (5, 3), along=[0, 1])
+    operand 0 along axis 0, not exact
+    """
     kept = along.free(_repeated(ctx))
+    # Uniform along the other axes only, a copy varies along a repeated one with several positions.
     exact = all(along.entries[d] == FREE or ctx.in_shape(0)[d] == 1 for d in _repeated(ctx))
     return Pull(((0, AxisSet.of(ctx.in_shape(0), kept.entries)),), exact)
 
 
 def _push_tile(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+    """The shift is repeated, too: it stays uniform along the other axes.
+
+    ``tile(x + u) = tile(x) + tile(u)``. Reads `reps`.
+
+    >>> push(lambda x: jnp.tile(x, (1, 2)), (5, 3), along=[0, 1])
+    output 0 along axis 0
+    >>> push(lambda x: jnp.tile(x, (1, 2)), (5, 1), along=[0])
+    output 0 along axis 0 and axis 1
+    """
     repeated = _repeated(ctx)
     entries = (
+        # Groups of a repeated axis would have to be repeated, too; one position simply is.
         e if d not in repeated else ALL if along.shape[d] == 1 else FREE
         for d, e in enumerate(along.entries)
     )
@@ -80,10 +147,24 @@ def _repeated(ctx: Context) -> list[int]:
 
 
 def _pull_rev(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
+    """The groups of a reversed axis in reverse order.
+
+    ``C_S rev(x) = rev(C_S' x)`` with ``S' = rev(S)``. Reads `dimensions`.
+
+    >>> pull(lambda x: jnp.flip(x, 1), (2, 3), along={1: (0, 0, 1)})
+    operand 0 along axis 1 in groups (0, 1, 1)
+    """
     return Pull(((0, _reversed(ctx, along)),))
 
 
 def _push_rev(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+    """The groups of a reversed axis in reverse order.
+
+    ``rev(x + u) = rev(x) + rev(u)``. Reads `dimensions`.
+
+    >>> push(lambda x: jnp.flip(x, 1), (2, 3), along={1: (0, 0, 1)})
+    output 0 along axis 1 in groups (0, 1, 1)
+    """
     return ((0, _reversed(ctx, along)),)
 
 
@@ -109,18 +190,31 @@ def embed_or_free(along: AxisSet, shape: Sequence[Any], positions: list[slice]) 
     if found is not None:
         return found
     touched = [d for d, s in enumerate(positions) if s != slice(0, shape[d], 1)]
-    if any(along.entries[d] != FREE for d in touched):
+    if any(along.entries[d] != FREE for d in touched):  # every position would not be the same set
         return None
     return AxisSet.of(shape, along.entries)
 
 
 def _pull_slice(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
-    """Only the positions that are read need to be zero-mean: a region."""
+    """Only the positions that are read need to be zero-mean: a region.
+
+    ``C_S x[a:b] = (C_S' x)[a:b]``. Reads `start_indices`, `limit_indices` and `strides`.
+
+    >>> pull(lambda x: x[:, 1:3], (2, 4), along=[1])
+    operand 0 along axis 1 in groups (-1, 0, 0, -1)
+    """
     before = embed_or_free(along, ctx.in_shape(0), _slices(ctx))
     return Opaque("slices along the mean") if before is None else Pull(((0, before),))
 
 
 def _push_slice(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+    """The slice is shifted by the slice of the shift.
+
+    ``(x + u)[a:b] = x[a:b] + u[a:b]``. Reads `start_indices`, `limit_indices` and `strides`.
+
+    >>> push(lambda x: x[:, 1:], (2, 4), along={1: (0, 0, 1, 1)})
+    output 0 along axis 1 in groups (0, 1, 1)
+    """
     return ((0, along.select(_slices(ctx))),)
 
 
@@ -134,25 +228,45 @@ def _padding(ctx: Context) -> tuple[list[slice], bool]:
 
 
 def _pull_pad(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
-    """Zeros add nothing to a mean that is zero."""
+    """Zeros add nothing to a mean that is zero.
+
+    ``mean_S(pad(x)) = 0`` if ``mean_S'(x) = 0``. Reads `padding_config`.
+
+    >>> pull(lambda x: jax.lax.pad(x, 0.0, [(0, 0, 0), (1, 2, 0)]), (2, 3), along=[1])
+    operand 0 along axis 1, not exact
+    >>> pull(lambda x: jax.lax.pad(x, 1.0, [(0, 0, 0), (1, 2, 0)]), (2, 3), along=[1])
+    opaque: pads with something else than zeros
+    """
     positions, whole = _padding(ctx)
-    if not whole or ctx.scalar(1) != 0:  # not known is not zero, either
+    # Where positions are cut off, the others need not cancel; not known is not zero, either.
+    if not whole or ctx.scalar(1) != 0:
         return Opaque("pads with something else than zeros")
+    # Never exact: what is uniform on the operand differs from the zeros around it.
     return Pull(((0, along.select(positions)),), exact=False)
 
 
 def _push_pad(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+    """The region where the operand lands is shifted, and nothing else, whatever is padded with.
+
+    ``pad(x + u, v) = pad(x, v) + pad(u, 0)``. Reads `padding_config`.
+
+    >>> push(lambda x: jax.lax.pad(x, 1.0, [(0, 0, 0), (1, 2, 0)]), (2, 3), along=[1])
+    output 0 along axis 1 in groups (-1, 0, 0, 0, -1, -1)
+    >>> push(lambda x: jax.lax.pad(x, 1.0, [(0, 0, 0), (-1, 0, 0)]), (2, 3), along=[1])
+    opaque: pads by a negative amount
+    """
     positions, whole = _padding(ctx)
     if operand == 1:
         return Opaque("pads with the shifted value")
-    if not whole:
+    if not whole:  # positions are cut off: `positions` do not say where the others land
         return Opaque("pads by a negative amount")
     after = embed_or_free(along, ctx.out_shape(), positions)
     return Opaque("pads along the mean") if after is None else ((0, after),)
 
 
 # Look-ups and updates of whole rows. Some axes are indexed; on the others ("row axes") whole
-# slices are moved, so a mean along row axes is the same before and after.
+# slices are moved, so a mean along row axes is the same before and after. An axis of which a part
+# is moved is none, as which part is known at run time only.
 
 
 def _rows_of_dynamic_slice(ctx: Context) -> dict[int, int]:
@@ -188,6 +302,7 @@ def _rows_of_update(ctx: Context) -> dict[int, int]:
 
 
 Rows = Callable[[Context], dict[int, int]]
+"""Row axes of the operand -> axes of the output of a look-up, or of the updates."""
 Batches = Callable[[Context], list[tuple[int, int, int]]]
 
 
@@ -204,9 +319,24 @@ def _no_batches(ctx: Context) -> list[tuple[int, int, int]]:
 
 
 def _lookup(rows_of: Rows, batches_of: Batches = _no_batches) -> Rule:
-    """``C_S table[i] = (C_S' table)[i]`` for S on row axes.
+    """Look-ups: the table, for S on row axes.
 
-    A batch axis along which the indices do not vary is as good as a row axis.
+    ``C_S table[i] = (C_S' table)[i]`` and ``(table + u)[i] = table[i] + u[i]``. A batch axis along
+    which the indices do not vary is as good as a row axis. Reads `dimension_numbers`, `slice_sizes`
+    and `fill_value` of a gather.
+
+    >>> rows, entries = lambda t: t[jnp.array([2, 0])], lambda t: t[:, jnp.array([2, 0])]
+    >>> pull(rows, (5, 3), along=[1])
+    operand 0 along axis 1
+    >>> pull(entries, (5, 3), along=[1])
+    opaque: picks single elements along the mean
+    >>> push(rows, (5, 3), along=[0, 1])
+    output 0 along axis 1
+    >>> batch = jax.vmap(lambda t, i: t[i])
+    >>> pull(batch, (2, 5, 3), jnp.zeros((2, 4), int), along=[0], uniform=[1])
+    operand 0 along axis 0
+    >>> pull(lambda x, i: jax.lax.dynamic_slice_in_dim(x, i, 2), (5, 3), jnp.array(1), along=[1])
+    operand 0 along axis 1
     """
 
     def repeated(ctx: Context, along: AxisSet, of_output: bool) -> dict[int, int]:
@@ -221,7 +351,7 @@ def _lookup(rows_of: Rows, batches_of: Batches = _no_batches) -> Rule:
     def pull(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
         rows = {o: d for d, o in (rows_of(ctx) | repeated(ctx, along, True)).items()}
         before = _map_rows(along, ctx.in_shape(0), rows)
-        if before.trivial and not along.trivial:
+        if before.trivial and not along.trivial:  # the elements picked need not cancel
             return Opaque("picks single elements along the mean")
         if not _fills_with_zeros(ctx):
             return Opaque("fills missing rows with a constant")
@@ -230,6 +360,7 @@ def _lookup(rows_of: Rows, batches_of: Batches = _no_batches) -> Rule:
     def push(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
         if operand:
             return Opaque("uses the shifted value as an index")
+        # Along the axes that are indexed, a row that is missing is not shifted.
         rows = rows_of(ctx) | repeated(ctx, along, False)
         return ((0, _map_rows(along, ctx.out_shape(), rows)),)
 
@@ -243,10 +374,26 @@ def _fills_with_zeros(ctx: Context) -> bool:
 
 
 def _update(rows_of: Rows, source: int) -> Rule:
-    """Rows of `operand` replaced or increased by rows of `updates`: both, for S on row axes."""
+    """Rows of the operand replaced or increased by rows of `updates`: both, for S on row axes.
+
+    ``C_S set(x, i, v) = set(C_S x, i, C_S' v)`` and
+    ``set(x + u, i, v) = set(x, i, v) + set(u, i, 0)``. Reads `dimension_numbers` of a scatter.
+
+    >>> rows = lambda x, v: x.at[jnp.array([2, 0])].set(v)
+    >>> pull(rows, (5, 3), (2, 3), along=[1])
+    operand 0 along axis 1, operand 2 along axis 1
+    >>> pull(rows, (5, 3), (2, 3), along=[0])
+    opaque: writes single elements along the mean
+    >>> push(rows, (5, 3), (2, 3), operand=2, along=[0, 1])
+    output 0 along axis 1
+    >>> update = lambda x, v, i: jax.lax.dynamic_update_slice_in_dim(x, v, i, 0)
+    >>> pull(update, (5, 3), (2, 3), jnp.array(1), along=[1])
+    operand 0 along axis 1, operand 1 along axis 1
+    """
 
     def pull(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
         rows = rows_of(ctx)
+        # Along the other axes, some positions are written and some are not.
         kept = along.free(d for d in along.axes if d not in rows)
         if kept.trivial and not along.trivial:
             return Opaque("writes single elements along the mean")
@@ -275,4 +422,4 @@ register("pad", Rule(_pull_pad, _push_pad))
 register("dynamic_slice", _lookup(_rows_of_dynamic_slice))
 register("gather", _lookup(_rows_of_gather, _batches_of_gather))
 register("dynamic_update_slice", _update(_rows_of_update, source=1))
-register("scatter scatter-add", _update(_rows_of_scatter, source=2))
+register("scatter scatter-add scatter-sub", _update(_rows_of_scatter, source=2))
