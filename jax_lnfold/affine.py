@@ -16,6 +16,7 @@ from .graph import CallPath, Graph, Op
 from .primitives import IDENTITIES
 from .rules.contraction import output_axes
 from .scales import CannotAbsorb, Places, candidates, kept_axes, renumbered
+from .trees import is_editable
 
 Origins = Mapping[int, int | CallPath]
 """Axis of a value -> axis of the leaf it is made of."""
@@ -223,6 +224,8 @@ class _Walk:
             if before.name == "loop_slice":
                 origins[before.path] = 0
             value = before.inputs[0]
+        if not is_editable(graph.avals[value].dtype):
+            raise CannotAbsorb
         self.followed.add(use)
         sizes = graph.shape(value)
         return value, {a: d for a, d in origins.items() if sizes[d] != 1}

@@ -41,6 +41,7 @@ from .rewrite import live, same
 from .rules import Opaque, rule_for
 from .rules.contraction import output_axes
 from .rules.elementwise import project
+from .trees import is_editable
 
 _CONVERT = "convert_element_type"
 _AROUND = frozenset({"dot_general", "integer_pow", "rsqrt", "sqrt", "square"})
@@ -199,7 +200,7 @@ class _Deferrer:
             return False
         avals = [graph.avals[v] for v in (base, factor, operand, result)]
         return (
-            all(jnp.issubdtype(aval.dtype, jnp.floating) for aval in avals)
+            all(is_editable(aval.dtype) for aval in avals)
             and not any(map(is_explicit, avals))
             and self._holds(operand, source)
         )

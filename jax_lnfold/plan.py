@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from .axes import AxisSet
@@ -19,7 +18,7 @@ from .center import Recipe, edit_leaf, overflows
 from .edits import AffineEdit, AffineReader, CenterEdit, LeafEdit, LeafSpec, ScaleEdit
 from .errors import FoldError, TreeError
 from .planfile import parse
-from .trees import check_leaves, committed_to
+from .trees import FLOATS, check_leaves, committed_to, is_editable
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,10 +141,10 @@ class FoldPlan:
         edited = self.leaf_edits().keys()
         for path, x in found:
             dtype = jax.typeof(x).dtype
-            if path in edited and not jnp.issubdtype(dtype, jnp.floating):
+            if path in edited and not is_editable(dtype):
                 raise TreeError(
                     f"params: leaf {path!r} has dtype {dtype} and cannot be edited; pass "
-                    "floating-point arrays"
+                    f"floating-point arrays of {', '.join(FLOATS)}"
                 )
 
     def to_json(self) -> str:

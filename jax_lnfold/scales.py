@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import jax.numpy as jnp
-
 from .graph import CallPath, Graph, Op
 from .primitives import IDENTITIES
 from .rules.contraction import output_axes
+from .trees import is_editable
 
 Places = tuple[int | CallPath, ...]
 """Where the axes of a scale are in a value: an axis, or the loop that takes it row by row."""
@@ -37,9 +36,9 @@ class CannotAbsorb(Exception):
 
 
 def candidates(graph: Graph) -> list[int]:
-    """Leaf values that may be scales: floating-point numbers, more than one."""
+    """Leaf values that may be scales: numbers that can be edited, more than one."""
     avals = ((value, graph.avals[value]) for value in graph.leaves)
-    return [v for v, a in avals if jnp.issubdtype(a.dtype, jnp.floating) and {*a.shape} - {1}]
+    return [v for v, a in avals if is_editable(a.dtype) and {*a.shape} - {1}]
 
 
 def find_merges(graph: Graph) -> dict[int, ScaleMerge]:
@@ -101,7 +100,7 @@ class _Absorber:
                 self._follow(result, renumbered(places, op.params["broadcast_dimensions"]))
             elif op.name in ("reshape", "squeeze"):
                 self._follow(result, renumbered(places, kept_axes(self.graph, value, result)))
-            elif op.name == "convert_element_type":
+            elif op.name == "convert_element_type" and is_editable(self.graph.avals[result].dtype):
                 self._follow(result, places)
             elif op.name == "loop_slice":
                 rows = (op.path if p == 0 else p - 1 if isinstance(p, int) else p for p in places)
@@ -115,7 +114,7 @@ class _Absorber:
         number = graph.scalar(value)
         if number is not None and number == 0:
             return
-        if not jnp.issubdtype(graph.avals[value].dtype, jnp.floating):
+        if not is_editable(graph.avals[value].dtype):
             raise CannotAbsorb
         if not self._fits(value, places):
             raise CannotAbsorb

@@ -18,7 +18,7 @@ from .center import group_means
 from .edits import LeafEdit
 from .errors import FoldError, TreeError
 from .plan import FoldPlan
-from .trees import is_numeric, leaf_paths
+from .trees import FLOATS, is_editable, is_numeric, leaf_paths
 
 if TYPE_CHECKING:
     import optax
@@ -173,9 +173,10 @@ def _check_leaf(path: str, x: Any, shape: tuple[int, ...], name: str) -> None:
             f"{name}: leaf {path!r} has shape {np.shape(x)}, the plan was made for {shape}; make "
             "a plan from the tree that is trained"
         )
-    if not jnp.issubdtype(x.dtype if hasattr(x, "dtype") else type(x), jnp.floating):
+    if not is_editable(x.dtype if hasattr(x, "dtype") else np.dtype(type(x))):
         raise TreeError(
-            f"{name}: leaf {path!r} holds no floating-point numbers and cannot be centered"
+            f"{name}: leaf {path!r} holds no floating-point numbers of {', '.join(FLOATS)} and "
+            "cannot be centered"
         )
 
 

@@ -11,6 +11,9 @@ import numpy as np
 from ._compat import is_tracer
 from .errors import TreeError
 
+FLOATS = ("bfloat16", "float16", "float32", "float64")
+"""Dtypes of leaves that can be edited; eight bits and fewer hold no digits to spare."""
+
 
 def leaf_paths(tree: Any, name: str = "params") -> list[tuple[str, Any]]:
     """Leaves in tree order with their key paths, written ``a/b/kernel``.
@@ -116,6 +119,11 @@ def is_numeric(x: Any) -> bool:
     except (TypeError, OverflowError):
         return False
     return True
+
+
+def is_editable(dtype: Any) -> bool:
+    """Whether numbers of a dtype can be edited: rounding them again must be no loss to speak of."""
+    return dtype.name in FLOATS
 
 
 def committed_to(x: Any) -> frozenset[Any] | None:

@@ -210,6 +210,7 @@ OTHER_TREES: dict[str, tuple[Change, str, str]] = {
     "None": (lambda _: None, *OTHER),
     "a wide leaf": (leaf("v", lambda v: v.repeat(2, 1)), "leaf 'v' has shape", "fold .* again"),
     "integers": (leaf("w", lambda w: w.astype(int)), "leaf 'w' has dtype int", "floating-point"),
+    "float8": (leaf("w", lambda w: w.astype("float8_e5m2")), "dtype float8_e5m2", "of bfloat16"),
     "complex": (leaf("b", lambda b: b + 1j), "leaf 'b' has dtype complex", "pass floating-point"),
     "types": (abstract, f"leaf 'b' {TYPE}", "pass arrays"),
     "a type": (leaf("v", abstract), f"leaf 'v' {TYPE}", "pass arrays"),
