@@ -32,6 +32,7 @@ from ._compat import (
     with_call_jaxpr,
 )
 from .axes import AxisSet
+from .center import widened
 from .facts import Facts
 from .flatten import flatten
 from .graph import JOINS, CallPath, Op
@@ -275,7 +276,7 @@ def _deferred(product: JaxprEqn, scales: Sequence[tuple[_Scale, _Reader]]) -> Ja
     ranks, result = [len(aval.shape) for aval in avals[:2]], avals[2]
     numbers = product.params["dimension_numbers"]
     asked = product.params["preferred_element_type"] or result.dtype
-    wide = jnp.promote_types(asked, jnp.float32)
+    wide = widened(asked)
 
     def deferred_scale(*arrays: jax.Array) -> jax.Array:
         operands, factors = list(arrays[:2]), []

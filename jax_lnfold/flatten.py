@@ -279,8 +279,5 @@ def _is_coarse(eqn: JaxprEqn) -> bool:
     name, params = eqn.primitive.name, eqn.params
     if name == "reduce_precision":
         return params["exponent_bits"] < 5 or params["mantissa_bits"] < 7
-    if name != "convert_element_type":
-        return False
-    return jnp.issubdtype(params["new_dtype"], jnp.floating) and not is_editable(
-        params["new_dtype"]
-    )
+    new = params.get("new_dtype") if name == "convert_element_type" else None
+    return new is not None and jnp.issubdtype(new, jnp.floating) and not is_editable(new)

@@ -23,7 +23,8 @@ ELEMENTWISE = IDENTITIES | LINEAR | NONLINEAR
 MOVES = frozenset({"broadcast_in_dim", "reshape", "squeeze", "transpose"})
 """Primitives that only move or repeat elements, along whole axes."""
 OPAQUE = frozenset(
-    "bitcast_convert_type cummax cummin cumprod cumlogsumexp iota observe quantize random_bits random_wrap "
-    "random_unwrap random_seed random_split random_fold_in sort threefry2x32 top_k".split()
+    "bitcast_convert_type cummax cummin cumprod cumlogsumexp iota observe quantize random_bits "
+    "random_wrap random_unwrap random_seed random_split random_fold_in sort threefry2x32 "
+    "top_k".split()
 )
 """Primitives (and roles) known to pass on neither means nor shifts, and to stay without a rule."""

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._compat import is_tracer
-from .center import group_means
+from .center import group_means, widened
 from .edits import LeafEdit
 from .errors import FoldError, TreeError
 from .plan import FoldPlan
@@ -188,9 +188,7 @@ def _centered_update(u: Any, p: Any, edit: LeafEdit) -> Any:
     if edit.recipe.fill is not None:  # what was merged stays as it is
         return jnp.zeros_like(u)
     dtype = jnp.result_type(u)
-    wide = jnp.promote_types(dtype, jnp.float32)
-    if p is not None:
-        wide = jnp.promote_types(wide, p.dtype)
+    wide = widened(dtype) if p is None else widened(dtype, p.dtype)
     # Without the barrier compilers would rather compute the gradient's product twice.
     new = jnp.asarray(jax.lax.optimization_barrier(u), wide)
     for along in edit.recipe.sets:
@@ -203,7 +201,7 @@ def _centered_update(u: Any, p: Any, edit: LeafEdit) -> Any:
 def _drift(p: Any, edit: LeafEdit) -> jax.Array:
     """The largest finite group mean, as a multiple of what rounding explains."""
     dtype = jnp.result_type(p)
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = widened(dtype)
     x = jnp.asarray(p, wide)
     tolerance = float(jnp.finfo(dtype).eps) + 32 * float(jnp.finfo(wide).eps)
     if edit.recipe.fill is not None:
