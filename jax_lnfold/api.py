@@ -191,11 +191,12 @@ class Folded:
         `params` must be `self.params`, or another tree edited with ``plan.center``: of unedited
         parameters this is another function, which nothing tells from a right answer. Every new
         combination of shapes and dtypes is traced once, and the facts that the plan relies on are
-        proved again for it.
+        proved again for it. So `params` may have other sizes than those that were folded, along
+        axes that no mean is taken over: two of ten members of an ensemble, say.
 
         Raises:
-            TreeError: `params` is not a tree of the structure and shapes that were folded, or it or
-                the inputs hold other things than arrays on the same devices.
+            TreeError: `params` has not the leaves that were folded, their sizes along other axes
+                differ, or it or the inputs hold other things than arrays on the same devices.
             TraceError: `apply_fn` cannot be traced with these inputs.
             PlanMismatchError: the program for these inputs notices the edits of the plan.
         """
@@ -219,11 +220,11 @@ class Folded:
     ) -> tuple[Callable[..., Any], Any]:
         """The program for a new signature: later calls with the same one need no checks."""
         assert self._plan is not None
-        self._plan.check(params)
+        plan = self._plan.fitted(params, whole=True)
         check_leaves(inputs, "inputs")
         traced = trace(self._apply_fn, params, inputs)
         graph = traced.graph(self._options.see_through_dropout)
-        placement = place_again(self._plan, params, graph, self._options.explicit_cost)
+        placement = place_again(plan, params, graph, self._options.explicit_cost)
         rewritten, _ = _rewritten(traced, placement, self._options)
         program = jaxpr_as_fun(rewritten), traced.out_tree
         if traced.reusable:

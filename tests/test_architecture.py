@@ -27,7 +27,7 @@ FLOORS = [
     },
     {"center", "cost", "inline", "lanes", "options", "trees"},
     {"edits", "graph", "stores", "targets"},
-    {"dropout", "planfile"},
+    {"dropout", "fitting", "planfile"},
     {"arithmetic", "flatten", "rules", "plan"},
     {"checkpoints", "tracking", "training"},
     {"facts"},
