@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Collection, Hashable
 from dataclasses import replace
 from typing import Any
@@ -15,6 +14,7 @@ from .defer import Deferral, defer_scales
 from .describe import make_report
 from .difference import float_outputs, largest, largest_difference
 from .errors import FoldError, NotAnalysedError
+from .kept import ApplyFn, FreshLock, Programs
 from .options import Options, check_options
 from .placement import Placement, place
 from .plan import FoldPlan, check_donate
@@ -150,15 +150,15 @@ class Folded:
         self, apply_fn: Callable[..., Any], params: Any, donate: bool, options: Options
     ) -> None:
         """Use `fold` instead."""
-        self._apply_fn = apply_fn
+        self._apply_fn = ApplyFn(apply_fn)
         self._given: Any = params  # until the analysis has run
-        self._first_call = threading.RLock()
+        self._first_call = FreshLock()
         self._donate = donate
         self._options = options
         self._params: Any = None
         self._plan: FoldPlan | None = None
         self._report: Report | None = None
-        self._programs: dict[Hashable, tuple[Callable[..., Any], Any]] = {}
+        self._programs = Programs()
 
     @property
     def params(self) -> Any:
@@ -222,13 +222,13 @@ class Folded:
         assert self._plan is not None
         plan = self._plan.fitted(params, whole=True)
         check_leaves(inputs, "inputs")
-        traced = trace(self._apply_fn, params, inputs)
+        traced = trace(self._apply_fn.function, params, inputs)
         graph = traced.graph(self._options.see_through_dropout)
         placement = place_again(plan, params, graph, self._options.explicit_cost)
         rewritten, _ = _rewritten(traced, placement, self._options)
         program = jaxpr_as_fun(rewritten), traced.out_tree
         if traced.reusable:
-            self._programs[key] = program
+            self._programs.put(key, program)
         return program
 
     def _require_inputs(self, inputs: tuple[Any, ...]) -> None:
@@ -241,7 +241,7 @@ class Folded:
 
     def _analyse(self, inputs: tuple[Any, ...]) -> None:
         params = self._given
-        traced = trace(self._apply_fn, params, inputs)
+        traced = trace(self._apply_fn.function, params, inputs)
         placement = _placed(traced, self._options)
         plan = make_plan(params, placement)
         rewritten, deferred = _rewritten(traced, placement, self._options)
@@ -257,7 +257,7 @@ class Folded:
             difference = largest_difference(original, _run(rewritten, self._params, inputs))
             report = replace(report, deviation=difference / (largest(original) or 1.0))
         if traced.reusable:
-            self._programs[key] = program
+            self._programs.put(key, program)
         self._report = report
         self._plan = plan  # other threads go ahead from now on
         self._given = None

@@ -26,7 +26,7 @@ FLOORS = [
         "table",
     },
     {"center", "cost", "inline", "lanes", "options", "trees"},
-    {"edits", "graph", "stores", "targets"},
+    {"edits", "graph", "kept", "stores", "targets"},
     {"dropout", "fitting", "planfile"},
     {"arithmetic", "flatten", "rules", "plan"},
     {"checkpoints", "tracking", "training"},
