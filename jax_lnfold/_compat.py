@@ -8,9 +8,12 @@ from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import jax
+from jax.api_util import debug_info
 from jax.core import Tracer
+from jax.extend import linear_util
 from jax.extend.core import (
     ClosedJaxpr,
     Jaxpr,
@@ -34,6 +37,7 @@ __all__ = [
     "Literal",
     "Manual",
     "Var",
+    "at_clear_caches",
     "call_jaxpr",
     "close",
     "consts_of",
@@ -260,6 +264,26 @@ def trace_settings() -> tuple[Hashable, ...]:
         *(getattr(jax.config, name, None) for name in _SETTINGS),
         jax.sharding.get_abstract_mesh(),
     )
+
+
+class _Sign:
+    """Lives in a cache of jax until that is cleared."""
+
+
+@linear_util.cache
+def _sign(_: linear_util.WrappedFun) -> _Sign:
+    return _Sign()
+
+
+def at_clear_caches(call: Callable[[], object]) -> Any:
+    """Make the next `jax.clear_caches()` call something, if what is returned lives until then."""
+
+    def key() -> None:
+        """What the cache remembers it by, and no longer than this lives."""
+
+    about = debug_info("jax_lnfold", key, (), {})
+    key_of_cache = linear_util.wrap_init(key, debug_info=about)
+    return key, ref(_sign(key_of_cache), lambda _: call())
 
 
 def varying_axes(aval: Any) -> tuple[str, ...]:

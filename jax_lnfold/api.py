@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Collection, Hashable
 from dataclasses import replace
 from typing import Any
@@ -15,6 +14,7 @@ from .defer import Deferral, defer_scales
 from .describe import make_report
 from .difference import float_outputs, largest, largest_difference
 from .errors import FoldError, NotAnalysedError
+from .kept import ApplyFn, FreshLock, Programs
 from .options import Options, check_options
 from .placement import Placement, place
 from .plan import FoldPlan, check_donate
@@ -150,15 +150,15 @@ class Folded:
         self, apply_fn: Callable[..., Any], params: Any, donate: bool, options: Options
     ) -> None:
         """Use `fold` instead."""
-        self._apply_fn = apply_fn
+        self._apply_fn = ApplyFn(apply_fn)
         self._given: Any = params  # until the analysis has run
-        self._first_call = threading.RLock()
+        self._first_call = FreshLock()
         self._donate = donate
         self._options = options
         self._params: Any = None
         self._plan: FoldPlan | None = None
         self._report: Report | None = None
-        self._programs: dict[Hashable, tuple[Callable[..., Any], Any]] = {}
+        self._programs = Programs()
 
     @property
     def params(self) -> Any:
@@ -191,11 +191,12 @@ class Folded:
         `params` must be `self.params`, or another tree edited with ``plan.center``: of unedited
         parameters this is another function, which nothing tells from a right answer. Every new
         combination of shapes and dtypes is traced once, and the facts that the plan relies on are
-        proved again for it.
+        proved again for it. So `params` may have other sizes than those that were folded, along
+        axes that no mean is taken over: two of ten members of an ensemble, say.
 
         Raises:
-            TreeError: `params` is not a tree of the structure and shapes that were folded, or it or
-                the inputs hold other things than arrays on the same devices.
+            TreeError: `params` has not the leaves that were folded, their sizes along other axes
+                differ, or it or the inputs hold other things than arrays on the same devices.
             TraceError: `apply_fn` cannot be traced with these inputs.
             PlanMismatchError: the program for these inputs notices the edits of the plan.
         """
@@ -219,15 +220,15 @@ class Folded:
     ) -> tuple[Callable[..., Any], Any]:
         """The program for a new signature: later calls with the same one need no checks."""
         assert self._plan is not None
-        self._plan.check(params)
+        plan = self._plan.fitted(params, whole=True)
         check_leaves(inputs, "inputs")
-        traced = trace(self._apply_fn, params, inputs)
+        traced = trace(self._apply_fn.function, params, inputs)
         graph = traced.graph(self._options.see_through_dropout)
-        placement = place_again(self._plan, params, graph, self._options.explicit_cost)
+        placement = place_again(plan, params, graph, self._options.explicit_cost)
         rewritten, _ = _rewritten(traced, placement, self._options)
         program = jaxpr_as_fun(rewritten), traced.out_tree
         if traced.reusable:
-            self._programs[key] = program
+            self._programs.put(key, program)
         return program
 
     def _require_inputs(self, inputs: tuple[Any, ...]) -> None:
@@ -240,7 +241,7 @@ class Folded:
 
     def _analyse(self, inputs: tuple[Any, ...]) -> None:
         params = self._given
-        traced = trace(self._apply_fn, params, inputs)
+        traced = trace(self._apply_fn.function, params, inputs)
         placement = _placed(traced, self._options)
         plan = make_plan(params, placement)
         rewritten, deferred = _rewritten(traced, placement, self._options)
@@ -256,7 +257,7 @@ class Folded:
             difference = largest_difference(original, _run(rewritten, self._params, inputs))
             report = replace(report, deviation=difference / (largest(original) or 1.0))
         if traced.reusable:
-            self._programs[key] = program
+            self._programs.put(key, program)
         self._report = report
         self._plan = plan  # other threads go ahead from now on
         self._given = None

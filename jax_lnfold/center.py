@@ -140,7 +140,7 @@ def _edited(x: Any, added: Any, factor: Any, recipe: Recipe, part: Shape | None 
     if added is not None:
         wide += added
     if factor is not None:
-        wide *= factor
+        wide *= factor.astype(wide.dtype, copy=False)
     for along in recipe.sets:
         wide -= group_means(wide, along, xp, part)
         if xp is jnp:
@@ -206,7 +206,7 @@ def _is_small(x: Any, added: Any, factor: Any, recipe: Recipe) -> Any:
     if added is not None:
         largest += jnp.max(jnp.abs(added), initial=0)
     if factor is not None:
-        largest *= jnp.max(jnp.abs(factor), initial=0)
+        largest *= jnp.max(jnp.abs(factor), initial=0).astype(wide)
     largest *= 2.0 ** (1 + len(recipe.sets))  # a mean is no larger; once more for rounding
     sums = largest * float(x.size)
     return (largest < float(jnp.finfo(x.dtype).max)) & (sums < float(jnp.finfo(wide).max))
@@ -227,9 +227,16 @@ def _compiled_check(recipe: Recipe, sharding: Any) -> Callable[..., Any]:
 
 def _wide_type(x: Any) -> Any:
     """The dtype in which means of `x` are taken."""
-    if isinstance(x, np.ndarray):
-        return np.promote_types(x.dtype, np.float64)
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return np.dtype(np.float64) if isinstance(x, np.ndarray) else widened(x.dtype)
+
+
+def widened(*dtypes: Any) -> np.dtype[Any]:
+    """The first of float32 and float64 that holds the numbers of all these floating-point dtypes.
+
+    As `jax.numpy.promote_types` says it, which asks how a user wants to promote, though.
+    """
+    double = any(jnp.finfo(dtype).bits > 32 for dtype in dtypes)
+    return np.dtype(np.float64 if double else np.float32)
 
 
 def group_means(x: Any, along: AxisSet, xp: Any, part: Shape | None = None) -> Any:

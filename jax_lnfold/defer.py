@@ -32,6 +32,7 @@ from ._compat import (
     with_call_jaxpr,
 )
 from .axes import AxisSet
+from .center import widened
 from .facts import Facts
 from .flatten import flatten
 from .graph import JOINS, CallPath, Op
@@ -41,6 +42,7 @@ from .rewrite import live, same
 from .rules import Opaque, rule_for
 from .rules.contraction import output_axes
 from .rules.elementwise import project
+from .trees import is_editable
 
 _CONVERT = "convert_element_type"
 _AROUND = frozenset({"dot_general", "integer_pow", "rsqrt", "sqrt", "square"})
@@ -199,7 +201,7 @@ class _Deferrer:
             return False
         avals = [graph.avals[v] for v in (base, factor, operand, result)]
         return (
-            all(jnp.issubdtype(aval.dtype, jnp.floating) for aval in avals)
+            all(is_editable(aval.dtype) for aval in avals)
             and not any(map(is_explicit, avals))
             and self._holds(operand, source)
         )
@@ -274,7 +276,7 @@ def _deferred(product: JaxprEqn, scales: Sequence[tuple[_Scale, _Reader]]) -> Ja
     ranks, result = [len(aval.shape) for aval in avals[:2]], avals[2]
     numbers = product.params["dimension_numbers"]
     asked = product.params["preferred_element_type"] or result.dtype
-    wide = jnp.promote_types(asked, jnp.float32)
+    wide = widened(asked)
 
     def deferred_scale(*arrays: jax.Array) -> jax.Array:
         operands, factors = list(arrays[:2]), []

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ._compat import (
     CUSTOM_RULES,
@@ -31,8 +32,9 @@ from ._compat import (
 )
 from .collector import collector_paused
 from .dropout import dropped_operand, note_noise
-from .graph import DROPOUT, NO_RULE, CallPath, Graph, Op
+from .graph import DROPOUT, NO_RULE, QUANTIZE, CallPath, Graph, Op
 from .lanes import Lanes, collect, per_lane, spread, with_lanes
+from .trees import is_editable
 
 
 @collector_paused()
@@ -157,6 +159,7 @@ class _Walker:
         results = [graph.new_value(aval, frame.path, free, fixed) for aval in avals]
         dropped = None if role else dropped_operand(graph, eqn.primitive.name, inputs)
         role = DROPOUT if self.see_through_dropout and dropped is not None else role
+        role = role or (QUANTIZE if _is_coarse(eqn) else "")
         op = self._add(eqn, frame, inputs, results, role)
         graph.op_at[*frame.path, index] = op
         if dropped is not None:
@@ -269,3 +272,12 @@ class _Walker:
             else:
                 self._add(eqn, frame, (ends[-1][k],), (value,), "loop_stack")
         return results
+
+
+def _is_coarse(eqn: JaxprEqn) -> bool:
+    """Whether it rounds so much that what it is given is no longer its result: to float8, say."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "reduce_precision":
+        return params["exponent_bits"] < 5 or params["mantissa_bits"] < 7
+    new = params.get("new_dtype") if name == "convert_element_type" else None
+    return new is not None and jnp.issubdtype(new, jnp.floating) and not is_editable(new)

@@ -96,6 +96,8 @@ NO_RULE = "opaque"
 """The role of an operation that means something else than its primitive does elsewhere."""
 DROPOUT = "dropout"
 """The role of an operation that is taken for the identity on what it drops at random."""
+QUANTIZE = "quantize"
+"""The role of a conversion to fewer digits than those of any dtype whose numbers can be edited."""
 JOINS = frozenset({"loop_carry", "loop_result", "branch_result"})
 """Roles whose output is one of the inputs: the first and the next value of a carry, branches."""
 

@@ -190,7 +190,7 @@ def _reduce_scatter(eqn: JaxprEqn, lanes: Lanes, x: jax.Array) -> list[jax.Array
 
 # What needs no `vmap`, which would move the lanes to the front and back.
 _DIRECT: dict[str, Callable[..., list[jax.Array]]] = {
-    **dict.fromkeys(IDENTITIES - {"convert_element_type"} | {STOP}, _same),
+    **dict.fromkeys(IDENTITIES - {"convert_element_type", "reduce_precision"} | {STOP}, _same),
     **dict.fromkeys(("reshape", "squeeze"), _reshape),
     "broadcast_in_dim": _broadcast,
     "transpose": _transpose,

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from .axes import AxisSet
 from .center import Factor, Recipe, edit_leaf, overflows
 from .edits import AffineEdit, AffineReader, CenterEdit, LeafEdit, LeafSpec, ScaleEdit
 from .errors import FoldError, PlanFormatError, TreeError
+from .fitting import Fit, names_in
 from .planfile import Parts, check_parts, parse
-from .trees import check_leaves, committed_to
+from .trees import FLOATS, check_leaves, committed_to, is_editable
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,11 @@ class FoldPlan:
         return 2 if not self.affine else 4 if any(m.one != 1 for m in self.affine) else 3
 
     def center(self, params: Any, donate: bool = False) -> Any:
-        """The edited copy of `params`, a tree of the structure and shapes the plan was made for.
+        """The edited copy of `params`, a tree like that the plan was made for.
+
+        It need not have the leaves that are not edited, may have boxes around leaves (key paths
+        that end in ``/value``) or none, and other sizes along axes that no mean is taken over: two
+        of the ten members of an ensemble. `Folded.apply` proves that its edits are not noticed.
 
         Traceable and differentiable. Leaves that the plan does not edit are returned as they are;
         edited ones keep shape, dtype and sharding. With `donate`, edited JAX arrays give up their
@@ -63,16 +68,16 @@ class FoldPlan:
         itself fails or is interrupted (no memory, Ctrl-C), arrays donated before it are lost.
 
         Raises:
-            TreeError: key paths or shapes differ from the plan's, a leaf is no array or a deleted
+            TreeError: key paths or shapes do not fit the plan's, a leaf is no array or a deleted
                 one, or a leaf to edit is no floating-point array or would overflow its dtype.
             FoldError: `donate` is not a bool.
         """
         check_donate(donate)
-        self.check(params)
+        plan = self.fitted(params)
         leaves, treedef = jax.tree.flatten(params)
-        position = {leaf.key_path: i for i, leaf in enumerate(self.leaves)}
+        position = {leaf.key_path: i for i, leaf in enumerate(plan.leaves)}
         jobs: dict[int, tuple[list[Any], Recipe]] = {}
-        for path, edit in self.leaf_edits().items():
+        for path, edit in plan.leaf_edits().items():
             sources = [leaves[position[source]] for source in edit.sources]
             jobs[i := position[path]] = (sources, edit.recipe)
             if len({committed_to(x) for x in (leaves[i], *sources)} - {None}) > 1:
@@ -84,12 +89,12 @@ class FoldPlan:
         arrays = [i for i in jobs if isinstance(leaves[i], jax.Array)]
         given = {i for i in arrays if donate and places[id(leaves[i])] == 1}
         if given:  # what is donated is gone: look at all leaves first
-            self._refuse({i: overflows(leaves[i], *job) for i, job in jobs.items()})
+            plan._refuse({i: overflows(leaves[i], *job) for i, job in jobs.items()})
         changed = dict(enumerate(leaves))
         too_large = {}
         for i, job in jobs.items():
             changed[i], too_large[i] = edit_leaf(leaves[i], *job, i in given)
-        self._refuse(jax.device_get(too_large))
+        plan._refuse(jax.device_get(too_large))
         return treedef.unflatten(changed.values())
 
     def leaf_edits(self) -> dict[str, LeafEdit]:
@@ -137,30 +142,59 @@ class FoldPlan:
             if overflow:
                 raise overflow_error("params", self.leaves[i].key_path)
 
-    def check(self, params: Any) -> None:
-        """Raise a `TreeError` unless `params` is a tree of arrays that the plan can edit."""
+    def fitted(self, params: Any, whole: bool = False) -> FoldPlan:
+        """The same edits with the key paths and shapes of `params`, a tree of arrays.
+
+        Key paths may end in ``/value``, as those of boxed leaves do, where the plan's do not, and
+        the other way round. Sizes may differ along axes that no mean is taken over; leaves that
+        are not edited may have any shape and, unless the tree has to be `whole`, be missing.
+
+        Raises:
+            TreeError: this is no such tree, or a leaf of it cannot be edited.
+        """
         found = check_leaves(params, "params")
-        if [path for path, _ in found] != [leaf.key_path for leaf in self.leaves]:
-            known = {leaf.key_path for leaf in self.leaves}
-            got = {path for path, _ in found}
-            raise TreeError(
-                f"params: not the tree that was folded (missing {_some(known - got)}; unknown "
-                f"{_some(got - known)}); pass a tree of the same structure"
-            )
-        for (path, x), leaf in zip(found, self.leaves, strict=True):
-            if np.shape(x) != leaf.shape:
-                raise TreeError(
-                    f"params: leaf {path!r} has shape {np.shape(x)}, the folded tree had "
-                    f"{leaf.shape}; fold the model again for other sizes"
-                )
-        edited = self.leaf_edits().keys()
+        shapes = {path: np.shape(x) for path, x in found}
+        plan = self
+        if [*shapes.items()] != [(leaf.key_path, leaf.shape) for leaf in self.leaves]:
+            plan = self._refitted(shapes, whole)
+        edited = plan.leaf_edits().keys()
         for path, x in found:
             dtype = jax.typeof(x).dtype
-            if path in edited and not jnp.issubdtype(dtype, jnp.floating):
+            if path in edited and not is_editable(dtype):
                 raise TreeError(
                     f"params: leaf {path!r} has dtype {dtype} and cannot be edited; pass "
-                    "floating-point arrays"
+                    f"floating-point arrays of {', '.join(FLOATS)}"
                 )
+        return plan
+
+    def _refitted(self, shapes: Mapping[str, tuple[int, ...]], whole: bool) -> FoldPlan:
+        own = [leaf.key_path for leaf in self.leaves]
+        names = names_in(shapes, own)
+        missing = {*(own if whole else self.leaf_edits())} - names.keys()
+        unknown = shapes.keys() - {*names.values()}
+        if missing or unknown:
+            raise TreeError(
+                f"params: not the tree that was folded (missing {_some(missing)}; unknown "
+                f"{_some(unknown)}); pass a tree of the same structure"
+            )
+        return self.refit("params", names, shapes)
+
+    def refit(
+        self, argument: str, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+    ) -> FoldPlan:
+        """The plan for a tree of these key paths and shapes, with its `names` by key path here.
+
+        Raises:
+            TreeError: an edited leaf of the `argument` has a size that does not fit its edit.
+        """
+        old = {leaf.key_path: leaf.shape for leaf in self.leaves}
+        fit = Fit(argument, names, old, {path: shapes[names[path]] for path in self.leaf_edits()})
+        return FoldPlan(
+            leaves=tuple(LeafSpec(path, shape) for path, shape in shapes.items()),
+            edits=tuple(map(fit.center, self.edits)),
+            scales=tuple(map(fit.scale, self.scales)),
+            affine=tuple(map(fit.affine, self.affine)),
+        )
 
     def to_json(self) -> str:
         """The plan as JSON text, readable by `from_json` of the same `version`.

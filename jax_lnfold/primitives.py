@@ -64,6 +64,7 @@ OPAQUE = _with_reasons(
             "lu_pivots_to_permutation ormqr qr schur svd symmetric_product tridiagonal "
             "tridiagonal_solve"
         ),
+        "rounds to a few digits": "quantize",
         "scales and rounds blocks of its operands": (
             "scaled_dot scaled_matmul scaled_matmul_wrapper"
         ),

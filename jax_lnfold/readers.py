@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from .graph import Graph, Op
 from .rules.contraction import output_axes
 from .scales import CannotAbsorb, Place, Places, carried
+from .trees import is_editable
 
 Origins = Mapping[Place, int]
 """Axis of a value, or loop that takes it row by row -> axis of a leaf."""
@@ -63,6 +64,8 @@ def source_of(graph: Graph, op: Op, position: int) -> Source | None:
         loops = {loop: d for loop, d in back.items() if not isinstance(loop, int)}
         origins = {a: back[d] for a, d in origins.items() if d in back} | loops
         value = made[0].inputs[0]
+    if not is_editable(graph.avals[value].dtype):
+        return None  # its digits cannot take up a factor
     sizes = graph.shape(value)
     return Source(value, {a: d for a, d in origins.items() if sizes[d] != 1}, use)
 

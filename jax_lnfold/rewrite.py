@@ -32,7 +32,7 @@ from ._compat import (
     with_call_jaxpr,
 )
 from .axes import AxisSet
-from .center import center_array, group_means
+from .center import center_array, group_means, widened
 from .graph import CallPath
 from .placement import Placement
 
@@ -262,7 +262,7 @@ def _centering(var: Var, along: AxisSet, result: Var) -> JaxprEqn:
     """
 
     def explicit_centering(x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = x.astype(widened(x.dtype))
         return (wide - group_means(wide, along, jnp)).astype(x.dtype)
 
     (eqn,) = trace_like(jax.jit(explicit_centering), var.aval).eqns

@@ -12,11 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-import jax.numpy as jnp
-
 from .graph import CallPath, Graph, Op
 from .primitives import IDENTITIES, MOVES
 from .rules.contraction import output_axes
+from .trees import is_editable
 
 Place = int | CallPath
 """An axis of a value, or the loop that takes it row by row."""
@@ -40,9 +39,9 @@ class CannotAbsorb(Exception):
 
 
 def candidates(graph: Graph) -> list[int]:
-    """Leaf values that may be scales: floating-point numbers, more than one."""
+    """Leaf values that may be scales: numbers that can be edited, more than one."""
     avals = ((value, graph.avals[value]) for value in graph.leaves)
-    return [v for v, a in avals if jnp.issubdtype(a.dtype, jnp.floating) and {*a.shape} - {1}]
+    return [v for v, a in avals if is_editable(a.dtype) and {*a.shape} - {1}]
 
 
 def find_merges(graph: Graph) -> dict[int, ScaleMerge]:
@@ -112,7 +111,7 @@ class _Absorber:
         number = graph.scalar(value)
         if number is not None and number == 0:
             return
-        if not jnp.issubdtype(graph.avals[value].dtype, jnp.floating):
+        if not is_editable(graph.avals[value].dtype):
             raise CannotAbsorb
         if not self._fits(value, places):
             raise CannotAbsorb

@@ -16,10 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .errors import FoldError
-from .trees import first_line, leaf_paths
-
-FLOATS = ("bfloat16", "float16", "float32", "float64")
-"""Dtypes of leaves that can be edited."""
+from .trees import FLOATS, first_line, leaf_paths
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ subspace in which the folded program computes the original function.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._compat import is_tracer
-from .center import group_means
-from .edits import LeafEdit
+from .center import Recipe, group_means, widened
 from .errors import FoldError, TreeError
+from .fitting import names_in
 from .plan import FoldPlan
-from .trees import is_numeric, leaf_paths
+from .trees import FLOATS, is_editable, is_numeric, leaf_paths
 
 if TYPE_CHECKING:
     import optax
@@ -58,12 +58,12 @@ def center_updates(plan: FoldPlan) -> optax.GradientTransformation:
             parameters are not centered (seen only where they are not traced).
         FoldError: `update` is not given the parameters, or optax is not installed.
     """
-    edits = _edits(plan, "center_updates")
+    _check_plan(plan, "center_updates")
 
     def init(params: Any) -> CenterState:
-        leaves = dict(_fitting(plan, edits, params, "params"))
-        if not any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves.values()):
-            _refuse_uncentered({path: _drift(leaves[path], edit) for path, edit in edits.items()})
+        fitted = _fitted(plan, params, "params")
+        if not any(isinstance(x, jax.ShapeDtypeStruct) for x in fitted.leaves):
+            _refuse_uncentered(_drifts(fitted))
         return CenterState(jnp.zeros((), jnp.float32))
 
     def update(updates: Any, state: CenterState, params: Any = None) -> tuple[Any, CenterState]:
@@ -71,12 +71,12 @@ def center_updates(plan: FoldPlan) -> optax.GradientTransformation:
             raise FoldError(
                 "params: center_updates needs the parameters; call tx.update(grads, state, params)"
             )
-        given = dict(_fitting(plan, edits, params, "params"))
-        drifts = {path: _drift(given[path], edit) for path, edit in edits.items()}
+        fitted, moved = _fitted(plan, params, "params"), _fitted(plan, updates, "updates")
+        if fitted.recipes != moved.recipes:
+            raise TreeError("updates: have other shapes than params; pass those of this tree")
+        given, drifts = fitted.edited(), _drifts(fitted)
         _refuse_uncentered(drifts)
-        new = _map(
-            plan, edits, updates, lambda path, u, edit: _centered_update(u, given[path], edit)
-        )
+        new = _map(updates, moved, lambda path, u, recipe: _centered_update(u, given[path], recipe))
         return new, CenterState(jnp.max(jnp.stack([jnp.zeros((), jnp.float32), *drifts.values()])))
 
     return _optax("center_updates").GradientTransformation(init, update)
@@ -94,25 +94,25 @@ def center_gradients(plan: FoldPlan) -> optax.GradientTransformation:
         TreeError: the tree is not the plan's, or lacks a leaf that it centers.
         FoldError: optax is not installed.
     """
-    edits = _edits(plan, "center_gradients")
+    _check_plan(plan, "center_gradients")
     optax = _optax("center_gradients")
 
     def init(params: Any) -> Any:
-        list(_fitting(plan, edits, params, "params"))
+        _fitted(plan, params, "params")
         return optax.EmptyState()
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        new = _map(plan, edits, updates, lambda _, u, edit: _centered_update(u, None, edit))
+        fitted = _fitted(plan, updates, "updates")
+        new = _map(updates, fitted, lambda _, u, recipe: _centered_update(u, None, recipe))
         return new, state
 
     return optax.GradientTransformation(init, update)
 
 
-def _edits(plan: FoldPlan, name: str) -> dict[str, LeafEdit]:
+def _check_plan(plan: FoldPlan, name: str) -> None:
     if not isinstance(plan, FoldPlan):
         raise FoldError(f"plan: a {type(plan).__name__} is no FoldPlan; call {name}(folded.plan)")
-    return plan.leaf_edits()
 
 
 def _optax(name: str) -> Any:
@@ -123,92 +123,100 @@ def _optax(name: str) -> Any:
     return optax
 
 
-def _map(
-    plan: FoldPlan,
-    edits: dict[str, LeafEdit],
-    tree: Any,
-    change: Callable[[str, Any, LeafEdit], Any],
-) -> Any:
+class _Fitted(NamedTuple):
+    """A tree with what the plan does to its leaves, by the key paths of the plan."""
+
+    paths: list[str]
+    leaves: list[Any]
+    recipes: dict[str, Recipe]
+
+    def edited(self) -> dict[str, Any]:
+        """The leaves that are edited."""
+        found = zip(self.paths, self.leaves, strict=True)
+        return {path: x for path, x in found if path in self.recipes}
+
+
+def _map(tree: Any, fitted: _Fitted, change: Callable[[str, Any, Recipe], Any]) -> Any:
     """The tree with its edited leaves changed."""
+    recipes = fitted.recipes
     leaves = (
-        change(path, x, edits[path]) if path in edits else x
-        for path, x in _fitting(plan, edits, tree, "updates")
+        change(path, x, recipes[path]) if path in recipes else x
+        for path, x in zip(fitted.paths, fitted.leaves, strict=True)
     )
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
-def _fitting(
-    plan: FoldPlan, edits: dict[str, LeafEdit], tree: Any, name: str
-) -> Iterator[tuple[str, Any]]:
-    """Leaves with the plan's key paths; leaves that the plan does not edit may be missing.
+def _fitted(plan: FoldPlan, tree: Any, name: str) -> _Fitted:
+    """How the plan fits a tree: leaves that it does not edit may be missing.
 
     Flax NNX gives an optimiser arrays where the model has variables: without ``/value`` at the end.
     """
-    shapes = {leaf.key_path: leaf.shape for leaf in plan.leaves}
-    known = {path.removesuffix("/value"): path for path in shapes} | {p: p for p in shapes}
-    found = leaf_paths(tree, name)
-    paths = [known.get(path) for path, _ in found]
-    if None in paths:
+    edited, found = plan.leaf_edits().keys(), dict(leaf_paths(tree, name))
+    names = names_in(found, (leaf.key_path for leaf in plan.leaves))
+    own = {path: key for key, path in names.items()}
+    if unknown := [path for path in found if path not in own]:
         raise TreeError(
-            f"{name}: leaf {found[paths.index(None)][0]!r} is not in the plan; make the plan from "
-            "the tree that is trained"
+            f"{name}: leaf {unknown[0]!r} is not in the plan; make the plan from the tree that is "
+            "trained"
         )
-    if missing := [path for path in edits if path not in paths]:
+    if missing := [path for path in edited if path not in names]:
         raise TreeError(
             f"{name}: lacks leaf {missing[0]!r}, which the plan centers (masked, or in another "
             f"part of multi_transform?); {LAST}"
         )
-    for path, (_, x) in zip(paths, found, strict=True):
-        assert path is not None
-        if path in edits:
-            _check_leaf(path, x, shapes[path], name)
-        yield path, x
+    for path in edited:
+        _check_leaf(names[path], found[names[path]], name)
+    shapes = {path: np.shape(x) for path, x in found.items()}
+    edits = plan.refit(name, names, shapes).leaf_edits()
+    return _Fitted(
+        paths=[own[path] for path in found],
+        leaves=[*found.values()],
+        recipes={path: edits[names[path]].recipe for path in edited},
+    )
 
 
-def _check_leaf(path: str, x: Any, shape: tuple[int, ...], name: str) -> None:
+def _check_leaf(path: str, x: Any, name: str) -> None:
     if not (is_numeric(x) or isinstance(x, jax.ShapeDtypeStruct)):
         raise TreeError(f"{name}: leaf {path!r} is a {type(x).__name__}; pass arrays")
-    if np.shape(x) != shape:
+    if not is_editable(x.dtype if hasattr(x, "dtype") else np.dtype(type(x))):
         raise TreeError(
-            f"{name}: leaf {path!r} has shape {np.shape(x)}, the plan was made for {shape}; make "
-            "a plan from the tree that is trained"
-        )
-    if not jnp.issubdtype(x.dtype if hasattr(x, "dtype") else type(x), jnp.floating):
-        raise TreeError(
-            f"{name}: leaf {path!r} holds no floating-point numbers and cannot be centered"
+            f"{name}: leaf {path!r} holds no floating-point numbers of {', '.join(FLOATS)} and "
+            "cannot be centered"
         )
 
 
-def _centered_update(u: Any, p: Any, edit: LeafEdit) -> Any:
+def _centered_update(u: Any, p: Any, recipe: Recipe) -> Any:
     """``C(p + u) - p``, by subtracting means from ``u``: no digits are lost in the sum.
 
     A group is left alone if the mean of its update is zero already, or not finite.
     """
-    if edit.recipe.fill is not None:  # what was merged stays as it is
+    if recipe.fill is not None:  # what was merged stays as it is
         return jnp.zeros_like(u)
     dtype = jnp.result_type(u)
-    wide = jnp.promote_types(dtype, jnp.float32)
-    if p is not None:
-        wide = jnp.promote_types(wide, p.dtype)
+    wide = widened(dtype) if p is None else widened(dtype, p.dtype)
     # Without the barrier compilers would rather compute the gradient's product twice.
     new = jnp.asarray(jax.lax.optimization_barrier(u), wide)
-    for along in edit.recipe.sets:
+    for along in recipe.sets:
         mean = group_means(new, along, jnp)
         rest = 0 if p is None else group_means(jnp.asarray(p, wide), along, jnp)
         new = new - jnp.where((mean != 0) & jnp.isfinite(mean + rest), mean + rest, 0)
     return new.astype(dtype)
 
 
-def _drift(p: Any, edit: LeafEdit) -> jax.Array:
+def _drifts(fitted: _Fitted) -> dict[str, jax.Array]:
+    return {path: _drift(x, fitted.recipes[path]) for path, x in fitted.edited().items()}
+
+
+def _drift(p: Any, recipe: Recipe) -> jax.Array:
     """The largest finite group mean, as a multiple of what rounding explains."""
     dtype = jnp.result_type(p)
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = widened(dtype)
     x = jnp.asarray(p, wide)
     tolerance = float(jnp.finfo(dtype).eps) + 32 * float(jnp.finfo(wide).eps)
-    if edit.recipe.fill is not None:
-        return (jnp.max(jnp.abs(x - edit.recipe.fill)) / tolerance).astype(jnp.float32)
+    if recipe.fill is not None:
+        return (jnp.max(jnp.abs(x - recipe.fill)) / tolerance).astype(jnp.float32)
     largest = [jnp.zeros((), wide)]
-    for along in edit.recipe.sets:
+    for along in recipe.sets:
         size = group_means(jnp.abs(x), along, jnp)
         means = jnp.abs(group_means(x, along, jnp)) / jnp.where(size == 0, 1, size)
         largest.append(jnp.max(jnp.where(jnp.isfinite(means), means, 0)))

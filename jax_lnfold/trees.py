@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -9,6 +10,9 @@ import numpy as np
 
 from ._compat import is_tracer
 from .errors import TreeError
+
+FLOATS = ("bfloat16", "float16", "float32", "float64")
+"""Dtypes of leaves that can be edited; eight bits and fewer hold no digits to spare."""
 
 
 def leaf_paths(tree: Any, name: str = "params") -> list[tuple[str, Any]]:
@@ -32,6 +36,32 @@ def leaf_paths(tree: Any, name: str = "params") -> list[tuple[str, Any]]:
     if len({*paths}) < len(paths):
         paths = [f"{i}:{path}" for i, path in enumerate(paths)]
     return [(path, x) for path, (_, x) in zip(paths, leaves, strict=True)]
+
+
+def unboxed(path: str) -> str:
+    """A key path without the ``/value`` that boxes of leaves add (`nnx.Variable`, `nn.meta`)."""
+    return path.removesuffix("/value")
+
+
+def alike_paths(
+    wanted: Iterable[str], found: Iterable[str], plain: Callable[[str], str] = unboxed
+) -> dict[str, list[str]]:
+    """What each key path of `wanted` may be called in `found`, if it is there.
+
+    That is the same key path or, where there is none, all with the same `plain` form, of which a
+    caller takes the only one: with boxes around leaves and without them, in both directions. What
+    is the very name of one key path does not stand for another one.
+    """
+    wanted, by_plain = dict.fromkeys(wanted), dict[str, list[str]]()
+    names = dict.fromkeys(found)
+    for name in names:
+        by_plain.setdefault(plain(name), []).append(name)
+    return {
+        path: [path]
+        if path in names
+        else [name for name in by_plain.get(plain(path), ()) if name not in wanted]
+        for path in wanted
+    }
 
 
 def check_leaves(tree: Any, name: str, abstract: bool = False) -> list[tuple[str, Any]]:
@@ -89,6 +119,11 @@ def is_numeric(x: Any) -> bool:
     except (TypeError, OverflowError):
         return False
     return True
+
+
+def is_editable(dtype: Any) -> bool:
+    """Whether numbers of a dtype can be edited: rounding them again must be no loss to speak of."""
+    return dtype.name in FLOATS
 
 
 def committed_to(x: Any) -> frozenset[Any] | None:

@@ -19,6 +19,7 @@ from .axes import AxisSet, Labels
 from .facts import Blocker, Claim, Facts
 from .norms import Norms
 from .rules import Opaque, rule_for
+from .trees import is_editable
 
 UNIT = 1000
 """One LayerNorm element's cost: costs are whole numbers, explicit ones keep three decimals."""
@@ -99,9 +100,14 @@ class ZeroMeanGraph:
             return Node(is_zero=True)
         intolerant = self.facts.intolerant(value, along)
         node = Node(intolerant=intolerant)
-        kinds = jnp.floating if value in graph.leaves else jnp.inexact
-        if not jnp.issubdtype(graph.avals[value].dtype, kinds):
-            node.obstacle = Blocker(None, "its values are not floating-point numbers")
+        dtype = graph.avals[value].dtype
+        carries = jnp.issubdtype(dtype, jnp.complexfloating) and value not in graph.leaves
+        if not (is_editable(dtype) or carries):
+            coarse = f"its values are {dtype} numbers, which have no digits to spare"
+            floating = jnp.issubdtype(dtype, jnp.floating)
+            node.obstacle = Blocker(
+                None, coarse if floating else "its values are not floating-point numbers"
+            )
             return node
         if value in graph.leaves:
             node.edit = self._editable(value, along, intolerant)

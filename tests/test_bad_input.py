@@ -199,7 +199,7 @@ DELETED = "has been deleted"
 
 # Parameters for a plan or for a folded function.
 OTHER_TREES: dict[str, tuple[Change, str, str]] = {
-    "a leaf missing": (lambda p: {"w": p["w"], "b": p["b"]}, *OTHER),
+    "a leaf missing": (lambda p: {"w": p["w"], "v": p["v"]}, *OTHER),
     "a leaf more": (extra(u=1.0), *OTHER),
     "a leaf renamed": (lambda p: {"w": p["w"], "b": p["b"], "u": p["v"]}, *OTHER),
     "nested deeper": (lambda p: {"params": p}, *OTHER),
@@ -208,8 +208,15 @@ OTHER_TREES: dict[str, tuple[Change, str, str]] = {
     "a leaf that is None": (leaf("b", lambda _: None), *OTHER),
     "an empty tree": (lambda _: {}, *OTHER),
     "None": (lambda _: None, *OTHER),
-    "a wide leaf": (leaf("v", lambda v: v.repeat(2, 1)), "leaf 'v' has shape", "fold .* again"),
+    "a wide leaf": (leaf("w", lambda w: w.repeat(2, 1)), "leaf 'w' has shape", "fold .* again"),
+    "a leaf of other rank": (leaf("w", lambda w: w[None]), "leaf 'w' has shape", "fold .* again"),
+    "an axis where none was": (
+        leaf("b", lambda b: b.repeat(T, 1)),
+        "leaf 'b' has shape",
+        "fold .* again",
+    ),
     "integers": (leaf("w", lambda w: w.astype(int)), "leaf 'w' has dtype int", "floating-point"),
+    "float8": (leaf("w", lambda w: w.astype("float8_e5m2")), "dtype float8_e5m2", "of bfloat16"),
     "complex": (leaf("b", lambda b: b + 1j), "leaf 'b' has dtype complex", "pass floating-point"),
     "types": (abstract, f"leaf 'b' {TYPE}", "pass arrays"),
     "a type": (leaf("v", abstract), f"leaf 'v' {TYPE}", "pass arrays"),

@@ -216,7 +216,7 @@ def gone(leaf: Array) -> Array:
 
 
 SPOILT: dict[str, Callable[[Params], Params]] = {
-    "a leaf missing": lambda p: {name: p[name] for name in EDITED},
+    "a leaf missing": lambda p: {name: p[name] for name in EDITED[1:]},
     "a leaf deleted": lambda p: {**p, "stem": gone(jnp.copy(p["stem"]))},
     "a leaf that is not edited deleted": lambda p: {**p, "head": gone(jnp.copy(p["head"]))},
     "a leaf of integers": lambda p: {**p, "stem": jnp.ones((DIN, D), int)},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -279,6 +280,91 @@ def test_writer_that_cannot_be_edited(kind: str) -> None:
     assert folded.report.n_folded <= 1
     if kind == "int8":
         assert_identical(folded.params["w"], snapshot(params["w"]))
+
+
+NARROW = ["float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz", "float8_e8m0fnu", "float4_e2m1fn"]
+NARROW += ["int4", "uint4"]
+
+
+def of_dtype(x: Any, dtype: str, array: Callable[..., Any]) -> Any:
+    return array(jnp.asarray(x).astype(dtype))
+
+
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
+@pytest.mark.parametrize("dtype", NARROW)
+def test_writer_with_no_digits_to_spare(dtype: str, array: Callable[..., Any]) -> None:
+    """It is left as integers are, whoever is asked; next to it bfloat16 is edited."""
+
+    def apply(p: Params, x: Array) -> Array:
+        return model({**p, "w": p["w"].astype(x.dtype)}, x)
+
+    params = {**make_params(), "w": of_dtype(make_params()["w"], dtype, array)}
+    plan = jax_lnfold.plan_fold(apply, abstract(params), abstract(make_input()), fold_affine=True)
+    assert (plan.edits, plan.scales, plan.affine) == ((), (), ())
+    folded = fold_checked(apply, params, make_input())
+    assert_identical(folded.params, snapshot(params))
+    report = analyze(apply, abstract(params), abstract(make_input()))
+    assert (report.n_folded, report.n_inserted) == (folded.report.n_folded, 0) == (0, 0)
+    (norm,) = report.norms
+    assert dtype in norm.reason or ("int" in dtype and "number types" in norm.reason)
+    wide = {**params, "w": make_params()["w"].astype("bfloat16")}
+    assert analyze(apply, wide, make_input()).n_folded == 1
+
+
+@pytest.mark.parametrize("role", ["gate", "kernel behind", "kernel before", "bias behind"])
+def test_merges_leave_what_has_no_digits_to_spare(role: str) -> None:
+    """Scales and shifts, and what would take them up, as float8 and next to it as bfloat16."""
+
+    def apply(p: Params, x: Array) -> Array:
+        p = {name: leaf.astype(x.dtype) for name, leaf in p.items()}
+        y = layer_norm(x @ p["kernel before"] * p["gate"]) * p["g"] + p["c"]
+        return y @ p["kernel behind"] + p["bias behind"]
+
+    rng = np.random.default_rng(6)
+    shapes = {"kernel before": (DIN, D)} | dict.fromkeys(("gate", "g", "c"), (1, 1, D))
+    shapes |= {"kernel behind": (D, OUT), "bias behind": (1, 1, OUT)}
+    params = {name: jnp.asarray(rng.normal(0.6, 1.0, shape)) for name, shape in shapes.items()}
+    for dtype in ("bfloat16", "float8_e4m3fn"):
+        some = {**params, role: params[role].astype(dtype)}
+        plan = jax_lnfold.plan_fold(apply, some, make_input(), fold_affine=True)
+        touched = role in plan.leaf_edits()
+        assert touched == (dtype == "bfloat16")
+    folded = fold_checked(apply, some, make_input(), fold_affine=True)
+    assert_identical(folded.params[role], snapshot(some[role]))
+
+
+ROUNDINGS: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
+    "conversions": (
+        lambda x: x.astype(jnp.bfloat16).astype(x.dtype),
+        lambda x: x.astype(jnp.float8_e4m3fn).astype(x.dtype),
+    ),
+    "reduced precision": (
+        lambda x: jax.lax.reduce_precision(x, 8, 7),
+        lambda x: jax.lax.reduce_precision(x, 4, 3),
+    ),
+}
+
+
+PLACES = [(kind, what) for kind in ROUNDINGS for what in ("stream", "kernel", "scale")]
+
+
+@pytest.mark.parametrize(("kind", "what"), [*PLACES, ("conversions", "gate")])
+def test_rounding_to_a_few_digits_notices_every_edit(kind: str, what: str) -> None:
+    """What is rounded to eight bits is another value once it is centered or scaled."""
+
+    def apply(rounded: Callable[[Array], Array], p: Params, x: Array) -> Array:
+        of = {name: rounded if name == what else lambda x: x for name in ("stream", "scale")}
+        kernel, gate = (rounded(p[n]) if n == what else p[n] for n in ("kernel", "gate"))
+        y = layer_norm(of["stream"]((x @ kernel) * gate)) * of["scale"](p["g"])
+        return y @ p["v"]
+
+    rng = np.random.default_rng(7)
+    shapes = {"kernel": (DIN, D), "gate": (1, 1, D), "g": (1, 1, D), "v": (D, OUT)}
+    params = {name: jnp.asarray(rng.normal(0.6, 1.0, shape)) for name, shape in shapes.items()}
+    fine, coarse = (partial(apply, rounded) for rounded in ROUNDINGS[kind])
+    before = jax_lnfold.plan_fold(fine, params, make_input(), fold_affine=True)
+    after = fold_checked(coarse, params, make_input(), fold_affine=True).plan
+    assert len(after.leaf_edits()) < len(before.leaf_edits()) == 4
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

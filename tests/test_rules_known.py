@@ -820,7 +820,8 @@ def opaque_things(x: Any, key: Any) -> Any:
     wrapped = jax.random.bits(jax.random.wrap_key_data(jax.random.key_data(first)))
     old = jax.extend.random.threefry_2x32(key, jnp.arange(4, dtype=jnp.uint32))
     looked_up = [lax.top_k(x, 2), lax.sort(x), lax.iota(int, 3), x.view(jnp.uint64)]
-    return second, wrapped, old, looked_up
+    rounded = x.astype(jnp.float8_e4m3fn), lax.reduce_precision(x, 4, 3)
+    return second, wrapped, old, looked_up, rounded
 
 
 def test_opaque_primitives_are_known_and_have_no_rule() -> None:
