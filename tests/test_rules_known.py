@@ -499,6 +499,9 @@ PULLS: dict[str, Known] = {
     "single elements increased": Known(
         "scatter-add", lambda x, u: x.at[:, INDEX].add(u), [(5, 6), (5, 2)], (F, A), None
     ),
+    "rows replaced by a function of themselves": Known(
+        "scatter", lambda x: x.at[INDEX].apply(jnp.exp), [(5, 6)], (F, A), None
+    ),
 }
 
 PUSHES: dict[str, Known] = {
@@ -654,6 +657,9 @@ PUSHES: dict[str, Known] = {
     ),
     "rows overwritten": Known(
         "scatter", lambda x, u: x.at[INDEX].set(u), [(5, 6), (2, 6)], (A, A), {0: (F, A)}
+    ),
+    "rows replaced by a function of themselves": Known(
+        "scatter", lambda x: x.at[INDEX].apply(jnp.exp), [(5, 6)], (F, A), None
     ),
     "rows written": Known(
         "scatter", lambda x, u: x.at[INDEX].set(u), [(5, 6), (2, 6)], (A, A), {0: (F, A)}, 2

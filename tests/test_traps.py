@@ -143,6 +143,7 @@ READERS: dict[str, Callable[[Params, Array], Any]] = {
     "batch norm": lambda p, s: (s - s.mean((0, 1), keepdims=True)) / s.std((0, 1), keepdims=True),
     "instance norm": lambda p, s: layer_norm(s, (1, 2)),
     "gain per feature, then a layer norm": lambda p, s: layer_norm(s * p["g"]),
+    "square of one token, then a layer norm": lambda p, s: layer_norm(s.at[:, 1].apply(jnp.square)),
     "products of tokens": lambda p, s: jnp.einsum("btd,bsd->bts", s, s),
     "fourier transform": lambda p, s: jnp.fft.fft(s, axis=-1).real,
     "recurrence": lambda p, s: jax.lax.scan(

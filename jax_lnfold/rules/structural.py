@@ -373,11 +373,17 @@ def _fills_with_zeros(ctx: Context) -> bool:
     return fill is None or fill == 0 or fill != fill
 
 
+def _computes(ctx: Context) -> bool:
+    """Whether rows are replaced by any function of them: ``x.at[i].apply(f)`` is a `scatter`."""
+    return ctx.op.name == "scatter" and ctx.params["update_jaxpr"] is not None
+
+
 def _update(rows_of: Rows, source: int) -> Rule:
     """Rows of the operand replaced or increased by rows of `updates`: both, for S on row axes.
 
     ``C_S set(x, i, v) = set(C_S x, i, C_S' v)`` and
-    ``set(x + u, i, v) = set(x, i, v) + set(u, i, 0)``. Reads `dimension_numbers` of a scatter.
+    ``set(x + u, i, v) = set(x, i, v) + set(u, i, 0)``. Reads `dimension_numbers` and `update_jaxpr`
+    of a scatter.
 
     >>> rows = lambda x, v: x.at[jnp.array([2, 0])].set(v)
     >>> pull(rows, (5, 3), (2, 3), along=[1])
@@ -386,12 +392,16 @@ def _update(rows_of: Rows, source: int) -> Rule:
     opaque: writes single elements along the mean
     >>> push(rows, (5, 3), (2, 3), operand=2, along=[0, 1])
     output 0 along axis 1
+    >>> pull(lambda x: x.at[jnp.array([2, 0])].apply(jnp.exp), (5, 3), along=[1])
+    opaque: computes with the rows that it replaces
     >>> update = lambda x, v, i: jax.lax.dynamic_update_slice_in_dim(x, v, i, 0)
     >>> pull(update, (5, 3), (2, 3), jnp.array(1), along=[1])
     operand 0 along axis 1, operand 1 along axis 1
     """
 
     def pull(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
+        if _computes(ctx):
+            return Opaque("computes with the rows that it replaces")
         rows = rows_of(ctx)
         # Along the other axes, some positions are written and some are not.
         kept = along.free(d for d in along.axes if d not in rows)
@@ -401,6 +411,8 @@ def _update(rows_of: Rows, source: int) -> Rule:
         return Pull(((0, kept), (source, updates)), exact=kept == along)
 
     def push(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+        if _computes(ctx):
+            return Opaque("computes with the rows that it replaces")
         rows = rows_of(ctx)
         if operand == 0:
             return ((0, along.free(d for d in along.axes if d not in rows)),)
