@@ -20,6 +20,7 @@ from ._compat import (
 from .axes import AxisSet
 from .lanes import Lanes
 from .primitives import MOVES
+from .printable import printable
 
 CallPath = tuple[int, ...]
 """Equation indices of the calls around a jaxpr, outermost first."""
@@ -36,7 +37,7 @@ class Place:
 
     def __str__(self) -> str:
         """``primitive (module path, file.py:line)``."""
-        where = ", ".join(part for part in (self.module, self.where) if part)
+        where = printable(", ".join(part for part in (self.module, self.where) if part))
         return f"`{self.primitive}` ({where})" if where else f"`{self.primitive}`"
 
     @property

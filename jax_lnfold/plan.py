@@ -19,6 +19,7 @@ from .center import Recipe, edit_leaf, overflows
 from .edits import AffineEdit, AffineReader, CenterEdit, LeafEdit, LeafSpec, ScaleEdit
 from .errors import FoldError, TreeError
 from .planfile import parse
+from .printable import printable
 from .trees import check_leaves, committed_to
 
 
@@ -200,5 +201,5 @@ def overflow_error(name: str, path: str) -> TreeError:
 
 
 def _some(paths: set[str]) -> str:
-    shown = ", ".join(sorted(paths)[:3]) or "none"
+    shown = ", ".join(map(printable, sorted(paths)[:3])) or "none"
     return f"{shown} and {len(paths) - 3} more" if len(paths) > 3 else shown
