@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import shutil
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import NamedTuple
 
 import numpy as np
@@ -13,8 +16,11 @@ import numpy as np
 from .center import edit_leaf
 from .edits import LeafEdit
 from .errors import FoldError, TreeError
+from .formats import open_store
 from .plan import FoldPlan, overflow_error
-from .stores import FLOATS, LeafStore, StoredLeaf, open_store
+from .stopping import undisturbed
+from .stores import LeafStore, StoredLeaf, real_path
+from .trees import FLOATS, alike_paths, unboxed
 
 Edits = Iterable[tuple[str, LeafEdit]]
 
@@ -40,7 +46,7 @@ def center_checkpoint(
     float64). All checks come first; `dest` appears when it is complete, or not at all.
 
     Args:
-        plan: what to edit; every leaf of its tree must be there.
+        plan: what to edit; the leaves that it edits or reads must be there.
         source: a safetensors file, a directory of them with an index, or an Orbax checkpoint.
         dest: the path of the copy, which must not exist.
         prefix: where the tree of the plan stands in the checkpoint, see `located`.
@@ -54,15 +60,25 @@ def center_checkpoint(
     store = open_store(source)
     names = located(plan, store.leaves, prefix)
     edits = plan.leaf_edits()
-    with TemporaryDirectory(prefix=f".{dest.name}.", dir=dest.parent) as folder:
-        copy = Path(folder) / source.resolve().name
+    with ExitStack() as stack:
+        with undisturbed():
+            folder = Path(mkdtemp(prefix=f".{dest.name}.", dir=dest.parent))
+            stack.callback(_remove, folder)
+        copy = folder / source.resolve().name
         store.copy(copy, [names[path] for path in edits])
         target = open_store(copy)
         for path, edit in track(edits.items()):
-            target.write(names[path], _edited(store, names, path, edit))
+            new = _edited(store, names, path, edit)
+            with undisturbed():  # some stores go on writing in other threads
+                target.write(names[path], new)
         _check_dest(source, dest)
         copy.rename(dest)
     return Centered(len(edits), sum(store.leaves[names[path]].nbytes for path in edits))
+
+
+def _remove(folder: Path) -> None:
+    with undisturbed():
+        shutil.rmtree(folder)
 
 
 def _edited(store: LeafStore, names: Mapping[str, str], path: str, edit: LeafEdit) -> np.ndarray:
@@ -78,7 +94,7 @@ def _check_dest(source: Path, dest: Path) -> None:
         raise FoldError(f"dest: {dest} exists; pass a path where there is nothing yet")
     if not dest.parent.is_dir():
         raise FoldError(f"dest: {dest.parent} is not a directory; make it first")
-    if dest.resolve().is_relative_to(source.resolve()):
+    if real_path(dest).is_relative_to(real_path(source)):
         raise FoldError(f"dest: {dest} is inside of {source}; pass a path outside of it")
 
 
@@ -86,23 +102,28 @@ def _check_dest(source: Path, dest: Path) -> None:
 
 
 def located(plan: FoldPlan, stored: Mapping[str, StoredLeaf], prefix: str = "") -> dict[str, str]:
-    """The name of each leaf of the plan in a checkpoint, by key path.
+    """The name in a checkpoint of each leaf that the plan edits or reads, by key path.
 
-    Names in a checkpoint may be separated by ``.`` as well as ``/``. With the prefix ``a/b`` the
-    leaf ``params/kernel`` of the plan is ``a/b/params/kernel`` in the checkpoint, with
+    Names in a checkpoint may be separated by ``.`` as well as ``/``, and may end in ``/value`` (as
+    those of boxed leaves do) where the plan's do not, and the other way round. With the prefix
+    ``a/b`` the leaf ``params/kernel`` of the plan is ``a/b/params/kernel`` in the checkpoint, with
     ``params=a/b`` it is ``a/b/kernel``, and with ``params=`` just ``kernel``.
 
     Raises:
-        TreeError: leaves are missing, of another shape or of a dtype that cannot be edited.
+        TreeError: such leaves are missing, of another shape or of a dtype that cannot be edited.
     """
-    index = _by_slashes(stored)
-    names, problems = _match(plan, stored, index, prefix)
-    if problems:
-        some = "; ".join(problems[:_SHOWN])
-        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    names, misfits = _match(plan, stored, prefix)
+    if misfits:
+        some = "; ".join(misfit.problem for misfit in misfits[:_SHOWN])
+        more = f"; and {len(misfits) - _SHOWN} more" if len(misfits) > _SHOWN else ""
+        prefixes = list(islice(_prefixes(plan, stored), _SHOWN))
+        cures = dict.fromkeys(misfit.cure for misfit in misfits)
+        if prefixes:
+            words = " or ".join(f"--prefix {p}" if p else "no --prefix" for p in prefixes)
+            cures = [f"with {words} they would all fit"]
         raise TreeError(
-            f"source: {len(problems)} of {len(plan.leaves)} leaves of the plan do not fit the "
-            f"checkpoint: {some}{more}; {_advice(plan, stored, index)}"
+            f"source: {len(misfits)} of {len(_needed(plan))} leaves that the plan edits or reads "
+            f"do not fit the checkpoint: {some}{more}; {', and '.join(cures)}"
         )
     return names
 
@@ -110,45 +131,69 @@ def located(plan: FoldPlan, stored: Mapping[str, StoredLeaf], prefix: str = "") 
 _SHOWN = 4
 
 
-def _by_slashes(stored: Iterable[str]) -> dict[str, list[str]]:
-    """Names by how they read with slashes: names that read alike are no longer told apart."""
-    index: dict[str, list[str]] = {}
-    for name in stored:
-        index.setdefault(_slashes(name), []).append(name)
-    return index
+class _Misfit(NamedTuple):
+    """What is wrong with one leaf, and what to do about it."""
+
+    problem: str
+    cure: str
 
 
-def _slashes(name: str) -> str:
-    return name.replace(".", "/")
+def _needed(plan: FoldPlan) -> dict[str, tuple[int, ...]]:
+    """Shapes of the leaves that are edited or read; nothing is asked of others."""
+    edits = plan.leaf_edits()
+    needed = {*edits, *(source for edit in edits.values() for source in edit.sources)}
+    return {leaf.key_path: leaf.shape for leaf in plan.leaves if leaf.key_path in needed}
+
+
+def _plain(name: str) -> str:
+    return unboxed(name.replace(".", "/"))
 
 
 def _match(
-    plan: FoldPlan,
-    stored: Mapping[str, StoredLeaf],
-    index: Mapping[str, list[str]],
-    prefix: str,
-) -> tuple[dict[str, str], list[str]]:
-    """The name of each leaf, and what is wrong with leaves."""
+    plan: FoldPlan, stored: Mapping[str, StoredLeaf], prefix: str
+) -> tuple[dict[str, str], list[_Misfit]]:
+    """The name of each leaf that is needed, and what is wrong with such leaves."""
+    moved = {leaf.key_path: _moved(leaf.key_path, prefix) for leaf in plan.leaves}
+    alike = alike_paths(filter(None, moved.values()), stored, _plain)
+    claims = Counter(found[0] for found in alike.values() if len(found) == 1)
+    others = Counter(_plain(name) for name in stored if name not in alike)
     edited = plan.leaf_edits()
     names: dict[str, str] = {}
-    problems: list[str] = []
-    taken: set[str] = set()
-    for leaf in plan.leaves:
-        path = leaf.key_path
-        if (wanted := _moved(path, prefix)) is None:
-            problems.append(f"{path!r} does not begin as the prefix {prefix!r} says")
-            continue
-        alike = [wanted] if wanted in stored else index.get(_slashes(wanted), [])
-        if len(alike) != 1 or alike[0] in taken:
-            problems.append(f"{wanted!r} is {'ambiguous' if alike else 'missing'}")
-        elif (found := stored[alike[0]]).shape != leaf.shape:
-            problems.append(f"{alike[0]!r} has shape {found.shape} instead of {leaf.shape}")
-        elif path in edited and found.dtype not in FLOATS:
-            problems.append(f"{alike[0]!r} has dtype {found.dtype}, which cannot be edited")
+    misfits: list[_Misfit] = []
+    for path, shape in _needed(plan).items():
+        if (wanted := moved[path]) is None:
+            problem = f"{path!r} does not begin as the prefix {prefix!r} says"
+            misfits.append(_Misfit(problem, "pass another --prefix"))
+        elif not (found := alike[wanted]):
+            misfits.append(_Misfit(f"{wanted!r} is missing", _instead(stored, claims)))
+        elif (wanted in stored) + others[_plain(wanted)] > 1 or claims[found[0]] > 1:
+            choice = sorted(repr(name) for name in stored if _plain(name) == _plain(wanted))
+            problem = f"{wanted!r} is ambiguous, as to {' or '.join(choice)}"
+            misfits.append(_Misfit(problem, "give what reads alike names that do not"))
+        elif misfit := _misfit(found[0], stored[found[0]], shape, path in edited):
+            misfits.append(misfit)
         else:
-            names[path] = alike[0]
-            taken.add(alike[0])
-    return names, problems
+            names[path] = found[0]
+    return names, misfits
+
+
+def _misfit(name: str, found: StoredLeaf, shape: tuple[int, ...], edited: bool) -> _Misfit | None:
+    if found.shape != shape:
+        problem = f"{name!r} has shape {found.shape} instead of {shape}"
+        return _Misfit(problem, "make a plan of the model of these shapes")
+    if edited and found.dtype not in FLOATS:
+        problem = f"{name!r} has dtype {found.dtype}, which cannot be edited"
+        return _Misfit(problem, f"convert such leaves to one of {', '.join(FLOATS)}")
+    return None
+
+
+def _instead(stored: Iterable[str], claimed: Container[str]) -> str:
+    """What to do about missing leaves: look at what is there."""
+    others = [name for name in stored if name not in claimed]
+    some = ", ".join(map(repr, others[:_SHOWN])) + ", ..." * (len(others) > _SHOWN)
+    if not others:
+        return "pass a checkpoint that holds them: this one has nothing else"
+    return f"name its leaves as the plan does: it has {some} instead"
 
 
 def _moved(path: str, prefix: str) -> str | None:
@@ -161,30 +206,18 @@ def _moved(path: str, prefix: str) -> str | None:
     return f"{inside}/{rest}" if inside else rest
 
 
-def _advice(
-    plan: FoldPlan, stored: Mapping[str, StoredLeaf], index: Mapping[str, list[str]]
-) -> str:
-    fitting = list(islice(_prefixes(plan, stored, index), _SHOWN))
-    if not fitting:
-        return "pass a checkpoint of the model the plan was made for"
-    words = " or ".join(f"--prefix {p}" if p else "no --prefix" for p in fitting)
-    return f"with {words} they would all fit"
-
-
-def _prefixes(
-    plan: FoldPlan, stored: Mapping[str, StoredLeaf], index: Mapping[str, list[str]]
-) -> Iterator[str]:
+def _prefixes(plan: FoldPlan, stored: Mapping[str, StoredLeaf]) -> Iterator[str]:
     """The prefixes with which all leaves would fit."""
-    keys = plan.leaves[0].key_path.split("/")
+    keys = next(iter(_needed(plan))).split("/")
     seen: list[dict[str, str]] = []
     for depth in range(len(keys)):
-        own, rest = "/".join(keys[:depth]), _slashes("/".join(keys[depth:]))
-        for name in index:
+        own, rest = "/".join(keys[:depth]), _plain("/".join(keys[depth:]))
+        for name in dict.fromkeys(map(_plain, stored)):
             if not f"/{name}".endswith(f"/{rest}"):
                 continue
             inside = name.removesuffix(rest).strip("/")
             prefix = f"{own}={inside}" if own else inside
-            names, problems = _match(plan, stored, index, prefix)
-            if not problems and names not in seen:
+            names, misfits = _match(plan, stored, prefix)
+            if not misfits and names not in seen:
                 seen.append(names)
                 yield prefix

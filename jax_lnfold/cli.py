@@ -19,7 +19,9 @@ from .api import analyze, plan_fold
 from .checkpoints import Edits, center_checkpoint
 from .errors import FoldError
 from .plan import FoldPlan
+from .printable import printable
 from .report import rows, summary
+from .stopping import Stopped, stoppable
 from .table import counted, to_html, to_rich
 from .targets import load, place_of_error
 
@@ -27,7 +29,7 @@ DONE, FAILED, USAGE, LEFT, INTERRUPTED = 0, 1, 2, 3, 130
 
 _CODES = """\
 exit codes: 0 done; 1 it failed, for the reason on stderr; 2 wrong usage; 3 with `report --check`, a
-LayerNorm is left; 130 interrupted."""
+LayerNorm is left; 130 interrupted; `center`: 129, 143 ended by SIGHUP, SIGTERM."""
 
 _TARGET = """\
 TARGET is `package.module:function`, found from the current directory. The function takes nothing
@@ -44,8 +46,8 @@ _SOURCE = """\
 SOURCE is a .safetensors file, a directory of them with an index, or a local directory saved by
 Orbax: a tree, or a step of a CheckpointManager with one tree. It is copied to DEST, then the leaves
 that the plan edits are replaced one by one, so the whole checkpoint is never in memory. DEST
-appears when it is complete; SOURCE is only read. Names, shapes and dtypes are checked against the
-plan first; other leaves (optimizer state, step) are copied as they are.
+appears when it is complete; SOURCE is only read. Names, shapes and dtypes of the leaves that the
+plan edits are checked first; other leaves (optimizer state, random keys) are copied as they are.
 
 The original model computes the same with DEST, and so does the folded one: load it in place of
 folded.params.
@@ -59,19 +61,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = args.run(args)
         sys.stdout.flush()
     except FoldError as error:
-        return _fail(f"{error}{place_of_error(error.__cause__)}")
+        place = place_of_error(error.__cause__) if hasattr(args, "target") else ""
+        return _fail(str(error), place=place)
     except BrokenPipeError:  # the reader of stdout, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except OSError as error:
         return _fail(f"{error}; check the path, and that there is space and permission")
+    except Stopped as error:
+        return _fail(str(error), 128 + error.number)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     return code
 
 
-def _fail(message: str, code: int = FAILED) -> int:
-    print(f"jax_lnfold: {message}", file=sys.stderr)
+def _fail(message: str, code: int = FAILED, place: str = "") -> int:
+    print(f"jax_lnfold: {printable(message)}{place}", file=sys.stderr)
     return code
 
 
@@ -91,7 +96,7 @@ def _report(args: argparse.Namespace) -> int:
         shown, table = report, report._repr_html_()
     Console(width=shutil.get_terminal_size((110, 24)).columns).print(shown)
     if args.html:
-        args.html.write_text(_page(args.target, table, report.to_svg()), "utf-8")
+        args.html.write_text(_page(printable(args.target), table, report.to_svg()), "utf-8")
     return LEFT if args.check and report.n_folded < len(report.norms) else DONE
 
 
@@ -136,11 +141,12 @@ def _center(args: argparse.Namespace) -> int:
         plan = FoldPlan.from_json(args.plan.read_text("utf-8"))
     except UnicodeDecodeError as error:
         raise FoldError(f"plan: {args.plan} is not text; pass what `plan` wrote") from error
-    done = center_checkpoint(plan, args.source, args.dest, args.prefix, _tracked)
+    with stoppable():
+        done = center_checkpoint(plan, args.source, args.dest, args.prefix, _tracked)
     what = [counted(len(plan.edits), "parameter") + " centered"]
     what += [counted(len(plan.scales), "scale") + " merged"] * bool(plan.scales)
     size = f"{decimal(done.nbytes)} in {counted(done.leaves, 'leaf', 'leaves')}"
-    print(f"{', '.join(what)}: {size} of {args.dest}")
+    print(f"{', '.join(what)}: {size} of {printable(str(args.dest))}")
     return DONE
 
 

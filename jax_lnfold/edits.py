@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from .axes import AxisSet
 from .center import Recipe
+from .printable import printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class CenterEdit:
 
     def __str__(self) -> str:
         """The edit in words, ``a/b/kernel centered along axis 1``."""
-        return f"{self.key_path} centered along {self.along}"
+        return f"{printable(self.key_path)} centered along {self.along}"
 
     @property
     def axes(self) -> tuple[int, ...]:

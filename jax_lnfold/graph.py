@@ -22,6 +22,7 @@ from ._compat import (
 from .axes import AxisSet
 from .lanes import Lanes
 from .primitives import COMMUTATIVE, MOVES, PURE
+from .printable import printable
 
 CallPath = tuple[int, ...]
 """Equation indices of the calls around a jaxpr, outermost first."""
@@ -38,7 +39,7 @@ class Place:
 
     def __str__(self) -> str:
         """``primitive (module path, file.py:line)``."""
-        where = ", ".join(part for part in (self.module, self.where) if part)
+        where = printable(", ".join(part for part in (self.module, self.where) if part))
         return f"`{self.primitive}` ({where})" if where else f"`{self.primitive}`"
 
     @property

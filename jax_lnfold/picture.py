@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 
 from .layout import Box, Layout, PictureRow, lay_out
+from .printable import printable
 from .streams import BLOCKED, EDITED, FOLDED, INSERTED, LEFT, NOTICED, WRITTEN, Event
 
 LEGEND = {
@@ -84,6 +85,7 @@ def _texts(row: PictureRow) -> tuple[str, str]:
 
 
 def _shortened(text: str) -> str:
+    text = printable(text)
     return text if len(text) <= _LONGEST else f"\N{HORIZONTAL ELLIPSIS}{text[1 - _LONGEST :]}"
 
 
@@ -106,7 +108,7 @@ def _mark(row: PictureRow, x: float, y: float, end: float) -> str:
     tip = f"M{end},{y} l-6,-4 v8 z" if event.kind in _READS else f"M{x + 8},{y} l6,-4 v8 z"
     said = ". ".join(t[:1].upper() + t[1:] for t in (LEGEND[event.kind][1], event.why) if t)
     return (
-        f'<g><title>{escape(said)}</title><path d="M{x},{y} H{end}" stroke="{color}"/>'
+        f'<g><title>{escape(printable(said))}</title><path d="M{x},{y} H{end}" stroke="{color}"/>'
         f'<path d="{tip}" fill="{color}"/>{_symbol(event.kind, x, y)}'
     )
 
@@ -161,7 +163,7 @@ def _dot(layout: Layout) -> Iterator[str]:
         color, meaning = LEGEND[event.kind]
         style = "filled" if event.kind in (EDITED, FOLDED) else "solid"
         shape = "rounded," if event.kind in (EDITED, WRITTEN) else ""
-        tooltip = _quoted(event.why or meaning)
+        tooltip = _quoted(printable(event.why) or meaning)
         yield f' n{i} [label={label}, style="{shape}{style}", color="{color}", tooltip={tooltip}];'
         yield f' s{i} [shape=point, label=""]; {{ rank=same; s{i}; n{i}; }}'
         yield f" s{i} -> n{i};" if event.kind in _READS else f" n{i} -> s{i};"

@@ -20,6 +20,7 @@ from .edits import AffineEdit, AffineReader, CenterEdit, LeafEdit, LeafSpec, Sca
 from .errors import FoldError, PlanFormatError, TreeError
 from .fitting import Fit, names_in
 from .planfile import Parts, check_parts, parse
+from .printable import printable
 from .trees import FLOATS, check_leaves, committed_to, is_editable
 
 
@@ -253,5 +254,5 @@ def overflow_error(name: str, path: str) -> TreeError:
 
 
 def _some(paths: set[str]) -> str:
-    shown = ", ".join(sorted(paths)[:3]) or "none"
+    shown = ", ".join(map(printable, sorted(paths)[:3])) or "none"
     return f"{shown} and {len(paths) - 3} more" if len(paths) > 3 else shown

@@ -202,7 +202,7 @@ def carried(graph: Graph, op: Op) -> Mapping[int, Place] | None:
         return {0: op.path} | {d + 1: d for d in range(len(after))}
     if op.name in ("reshape", "squeeze"):
         return kept_axes(before, after)
-    if not jnp.issubdtype(graph.avals[op.outputs[0]].dtype, jnp.floating):
+    if not is_editable(graph.avals[op.outputs[0]].dtype):
         return None
     return {d: d for d, (n, m) in enumerate(zip(before, after, strict=True)) if n == m}
 

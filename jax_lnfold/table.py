@@ -12,6 +12,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from .printable import printable
+
 NARROWEST, WIDEST = 60, 200
 _NUMBER = re.compile(r"\d+")
 TITLES = ("LayerNorm", "input", "axes", "variance", "outcome")
@@ -105,12 +107,16 @@ def to_rich(rows: Sequence[Row], lines: Iterable[str]) -> Group:
     for row in rows:
         left = Text(f"left ({numbers.get(row.words)})", "yellow")
         outcome = Text(row.outcome, "green") if row.folded else left
-        table.add_row(*map(Text, (row.name, row.shape, row.axes, row.variance)), outcome)
+        table.add_row(*map(_text, (row.name, row.shape, row.axes, row.variance)), outcome)
     reasons = Table.grid(padding=(0, 1))
     for (reason, advice), number in numbers.items():
-        text = Text(_sentence(reason)).append(f" {_sentence(advice)}" if advice else "", "cyan")
+        text = _text(_sentence(reason)) + _text(f" {_sentence(advice)}" if advice else "", "cyan")
         reasons.add_row(Text(f"({number})", "yellow"), text)
-    return Group(*[table] * bool(rows), *[reasons] * bool(numbers), *map(Text, lines))
+    return Group(*[table] * bool(rows), *[reasons] * bool(numbers), *map(_text, lines))
+
+
+def _text(words: str, style: str = "") -> Text:
+    return Text(printable(words), style)
 
 
 def to_text(rows: Sequence[Row], lines: Iterable[str], width: int) -> str:
@@ -131,7 +137,7 @@ def to_html(rows: Sequence[Row], lines: Iterable[str]) -> str:
     head = "".join(f"<th>{title}</th>" for title in (TITLES[0], TITLES[-1], *TITLES[1:-1]))
     body = ""
     for row in rows:
-        name, *cells = map(escape, (row.name, row.shape, row.axes, row.variance))
+        name, *cells = map(_html, (row.name, row.shape, row.axes, row.variance))
         kind, outcome = "folded", row.outcome
         if not row.folded:
             kind, outcome = "left", f"left ({numbers[row.words]})"
@@ -145,7 +151,7 @@ def to_html(rows: Sequence[Row], lines: Iterable[str]) -> str:
 
 
 def _html(words: str) -> str:
-    return re.sub("`([^`]*)`", r"<code>\1</code>", escape(words))
+    return re.sub("`([^`]*)`", r"<code>\1</code>", escape(printable(words)))
 
 
 def _sentence(words: str) -> str:

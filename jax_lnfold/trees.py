@@ -10,6 +10,7 @@ import numpy as np
 
 from ._compat import is_tracer
 from .errors import TreeError
+from .printable import printable
 
 FLOATS = ("bfloat16", "float16", "float32", "float64")
 """Dtypes of leaves that can be edited; eight bits and fewer hold no digits to spare."""
@@ -147,4 +148,4 @@ def rebuilt(structure: Any, leaves: list[Any], name: str) -> Any:
 
 def first_line(error: Exception) -> str:
     """What an exception has to say, in one line."""
-    return (str(error).strip().splitlines() or ["no message"])[0][:300]
+    return printable((str(error).strip().splitlines() or ["no message"])[0][:300])

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 import safetensors.flax
 import safetensors.numpy
+from flax import nnx
 
 import jax_lnfold
 from jax_lnfold import FoldError, FoldPlan, TreeError
@@ -67,7 +69,11 @@ def plan() -> FoldPlan:
 
 
 def bits(tree: Any) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    found = ((path, np.asarray(x)) for path, x in leaf_paths(tree))
+    return bits_of(dict(leaf_paths(tree)))
+
+
+def bits_of(arrays: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    found = ((path, np.asarray(x)) for path, x in arrays.items())
     return {path: (str(x.dtype), x.shape, x.tobytes()) for path, x in found}
 
 
@@ -118,6 +124,10 @@ def test_safetensors(plan: FoldPlan, tmp_path: Path, dtype: Any, separator: str)
         assert file.metadata() == {"format": "pt"}
 
 
+INDEX = "model.safetensors.index.json"
+HEAD_LISTED = '"weight_map": {"params.head": "model-00000-of-00002.safetensors", '
+
+
 def save_sharded(tree: Any, folder: Path) -> Path:
     """Two files with an index, one of them a link to a read-only file elsewhere."""
     (folder / "blobs").mkdir(parents=True)
@@ -133,7 +143,7 @@ def save_sharded(tree: Any, folder: Path) -> Path:
     file.rename(blob).chmod(0o444)
     file.symlink_to(blob)
     index = {"metadata": {}, "weight_map": weight_map}
-    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    (source / INDEX).write_text(json.dumps(index))
     (source / "config.json").write_text("{}")
     return source
 
@@ -152,7 +162,7 @@ def test_sharded_safetensors(plan: FoldPlan, tmp_path: Path) -> None:
     want = dict(sorted(flat(plan.center(tree)).items()))
     check(plan, source, lambda folder: dict(sorted(load_sharded(folder).items())), want)
     assert (tmp_path / "blobs" / "1").read_bytes() == blob
-    index = source / "model.safetensors.index.json"
+    index = source / INDEX
     with pytest.raises(FoldError, match=r"is an index; pass its directory, .*/source/model$"):
         center_checkpoint(plan, index, tmp_path / "dest")
 
@@ -170,27 +180,45 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
 
+def replace_text(file: Path, old: str, new: str) -> None:
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new))
+
+
 def spoil_index(file: Path, name: str) -> None:
-    index = file.with_name("model.safetensors.index.json")
+    index = file.with_name(INDEX)
     data = json.loads(index.read_text())
     data["weight_map"] = dict.fromkeys(data["weight_map"], name)
     index.write_text(json.dumps(data))
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "cut off": (cut, "bytes of '.*' are not all there"),
+    "cut off": (cut, r"model-00000-of-00002.safetensors is not .*it is cut off: \d+ bytes instead"),
     "empty": (lambda file: file.write_bytes(b""), "it has no header"),
     "something else": (lambda file: file.write_bytes(b"\x04" + b"\0" * 7 + b"spam"), "JSONDecode"),
     "other header": (
         lambda file: file.write_bytes(b"\x04" + b"\0" * 7 + b"[[]]"),
         "not a readable",
     ),
-    "no index": (
-        lambda file: file.with_name("model.safetensors.index.json").unlink(),
-        "pass one of",
-    ),
+    "no index": (lambda file: file.with_name(INDEX).unlink(), "pass one of"),
     "names outside": (lambda file: spoil_index(file, "../x.safetensors"), "in another directory"),
-    "names elsewhere": (lambda file: spoil_index(file, file.name), "KeyError"),
+    "names elsewhere": (lambda file: spoil_index(file, file.name), "its files lack 'params"),
+    "a name in two files": (
+        lambda file: save(variables(), file),
+        "holds 'params.*', which is not listed there",
+    ),
+    "a name in a file besides": (
+        lambda file: save({"params": {"head": np.ones(3)}}, file.with_name("m.safetensors")),
+        "'m.safetensors', which it does not name, holds 'params.head', too",
+    ),
+    "a name that is not listed": (
+        lambda file: save({"else": np.ones(3)}, file),
+        "holds 'else', which is not listed there",
+    ),
+    "a name listed twice": (
+        lambda file: replace_text(file.with_name(INDEX), '"weight_map": {', HEAD_LISTED),
+        "'params.head' is there twice",
+    ),
 }
 
 
@@ -256,7 +284,7 @@ def test_replaced_chunks_are_not_kept(
     tmp_path: Path, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An OCDBT database is written anew: it does not grow."""
-    monkeypatch.setattr("jax_lnfold.stores._BATCH", batch)
+    monkeypatch.setattr("jax_lnfold.orbax_store._BATCH", batch)
     shape, rng = (500, 64), np.random.default_rng(0)
     tree = {name: rng.normal(size=shape) for name in ("edited", "kept", "kept/too", "edited/no")}
     leaves = tuple(LeafSpec(name, shape) for name in sorted(tree))
@@ -304,7 +332,7 @@ def test_orbax_is_not_installed(
     plan: FoldPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     standard(variables(), tmp_path / "source")
-    monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
+    monkeypatch.setitem(sys.modules, "tensorstore", None)
     with pytest.raises(FoldError, match="pip install orbax-checkpoint"):
         center_checkpoint(plan, tmp_path / "source", tmp_path / "dest")
 
@@ -335,28 +363,47 @@ def moved(to: str, own: str = "", arrays: dict[str, Any] | None = None) -> dict[
     return {f"{to}{name.removeprefix(own)}": x for name, x in arrays.items()}
 
 
-OTHER = "pass a checkpoint of the model the plan was made for"
 MISFITS: dict[str, tuple[dict[str, Any], str, str]] = {
-    "missing": (without("params/scale"), "", f"1 of 5 .*'params/scale' is missing; {OTHER}"),
-    "not edited, but missing": (without("params/head"), "", "'params/head' is missing"),
-    "not edited, but of another shape": (
-        changed(head=np.ones((3, 6))),
+    "missing": (
+        without("params/scale"),
         "",
-        r"1 of 5 .*'params/head' has shape \(3, 6\) instead of \(6, 3\)",
+        "1 of 4 .*'params/scale' is missing; pass a checkpoint that holds them: this one has "
+        "nothing else$",
     ),
-    "integers": (changed(bias=np.ones(6, int)), "", "'params/bias' has dtype .*64, which cannot"),
-    "another model": (
-        {"w": np.ones(3)},
+    "of another shape": (
+        changed(bias=np.ones(5)),
         "",
-        f"5 of 5 .*missing; .*missing; .*missing; .*missing; and 1 more; {OTHER}",
+        r"1 of 4 .*'params/bias' has shape \(5,\) instead of \(6,\); make a plan of the model of "
+        "these shapes$",
+    ),
+    "integers": (
+        changed(bias=np.ones(6, int)),
+        "",
+        "'params/bias' has dtype .*64, which cannot be edited; convert such leaves to one of bf",
+    ),
+    "two things at once": (
+        changed(bias=np.ones(5), scale=np.ones(6, int)),
+        "",
+        "'params/bias' has shape .*'params/scale' has dtype .*make a plan.*, and convert such",
+    ),
+    "another model": (
+        {f"w{i}": np.ones(3) for i in range(5)},
+        "",
+        "4 of 4 .*missing; .*missing; .*missing; .*missing; name its leaves as the plan does: "
+        "it has 'w0', 'w1', 'w2', 'w3', ... instead$",
+    ),
+    "boxed and not": (
+        changed(**{"scale/value": np.ones(6)}),
+        "",
+        "1 of 4 .*'params/scale' is ambiguous, as to 'params/scale' or 'params/scale/value'; give",
     ),
     "two names read alike": (
         without("params/stem/kernel")
         | {"params.stem/kernel": np.ones((7, 6)), "params/stem.kernel": np.ones((7, 6))},
         "",
-        "1 of 5 .*'params/stem/kernel' is ambiguous",
+        "1 of 4 .*'params/stem/kernel' is ambiguous, as to 'params.stem/kernel' or 'params/stem.k",
     ),
-    "below a prefix": (moved("state/x/"), "", "5 of 5 .*with --prefix state/x they would all fit"),
+    "below a prefix": (moved("state/x/"), "", "4 of 4 .*with --prefix state/x they would all fit"),
     "a level less": (moved("", "params/"), "", "with --prefix params= they would all fit"),
     "another level": (moved("w.x.", "params/"), "", "with --prefix params=w/x they would all fit"),
     "two places": (
@@ -365,7 +412,7 @@ MISFITS: dict[str, tuple[dict[str, Any], str, str]] = {
         "with --prefix a or --prefix b they would all fit",
     ),
     "two places, one of other shapes": (
-        moved("a/") | moved("b/") | {"b/params/head": np.ones((3, 6))},
+        moved("a/") | moved("b/") | {"b/params/bias": np.ones(5)},
         "",
         "with --prefix a they would all fit",
     ),
@@ -406,6 +453,113 @@ def test_prefixes(plan: FoldPlan, tmp_path: Path, to: str, own: str, prefix: str
     want = other | moved(to, own, flat(plan.center(variables()), "/"))
     order = safetensors.numpy.load_file
     check(plan, source, lambda file: {k: order(file)[k] for k in want}, want, prefix=prefix)
+
+
+LEFT_ALONE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "missing": ({}, {"params/head": None}),
+    "of another shape": ({"params/head": np.ones((3, 9))}, {}),
+    "integers": ({"params/head": np.ones((6, 3), int)}, {}),
+}
+
+
+@pytest.mark.parametrize(("changes", "missing"), LEFT_ALONE.values(), ids=LEFT_ALONE)
+def test_leaves_that_are_not_edited_need_not_fit(
+    plan: FoldPlan, tmp_path: Path, changes: dict[str, Any], missing: dict[str, Any]
+) -> None:
+    arrays = without(*missing) | changes
+    centered = flat(plan.center(variables()), "/") | changes
+    want = {name: centered[name] for name in arrays}
+    source = tmp_path / "model.safetensors"
+    safetensors.numpy.save_file(arrays, source)
+    check(plan, source, lambda file: dict(sorted(safetensors.numpy.load_file(file).items())), want)
+
+
+def boxed(tree: Any) -> Any:
+    return jax.tree.map(lambda x: nn.Partitioned(x, (None,) * x.ndim), tree)
+
+
+@pytest.mark.parametrize("store", ["safetensors", "orbax"])
+@pytest.mark.parametrize("box_plan", [False, True])
+@pytest.mark.parametrize("box_checkpoint", [False, True])
+def test_boxes(tmp_path: Path, store: str, box_plan: bool, box_checkpoint: bool) -> None:
+    """The plan of a boxed tree fits a checkpoint of the plain one, and the other way round."""
+
+    def apply(tree: Any, x: Array) -> Array:
+        return model(nn.meta.unbox(tree), x)
+
+    tree = variables()
+    plan = plan_fold(apply, boxed(tree) if box_plan else tree, jnp.ones((2, 7)))
+    assert all(leaf.key_path.endswith("/value") == box_plan for leaf in plan.leaves)
+    saved = boxed(tree) if box_checkpoint else tree
+    centered = nn.meta.unbox(plan.center(boxed(tree) if box_plan else tree))
+    want = boxed(centered) if box_checkpoint else centered
+    assert bits(want) != bits(saved)
+    if store == "orbax":
+        standard(saved, tmp_path / "source")
+        check(plan, tmp_path / "source", restore, want)
+    else:
+        source = save(saved, tmp_path / "model.safetensors")
+        check(plan, source, safetensors.flax.load_file, flat(want))
+
+
+def test_a_leaf_that_is_called_value(tmp_path: Path) -> None:
+    """What has the very name of one leaf of a plan is no other leaf, boxed or not."""
+    shapes = {"attn/value": (4, 3), "attn": (4, 3), "attn.value": (2,)}
+    leaves = tuple(LeafSpec(name, shape) for name, shape in shapes.items())
+    plan = FoldPlan(leaves, (CenterEdit("attn/value", AxisSet.over((4, 3), (1,))),))
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    source = tmp_path / "all.safetensors"
+    safetensors.numpy.save_file(arrays, source)
+    x = arrays["attn/value"]
+    want = arrays | {"attn/value": x - x.mean(1, keepdims=True)}
+    load = safetensors.numpy.load_file
+    check(plan, source, lambda file: {k: load(file)[k] for k in shapes}, want, edited=1)
+    del arrays["attn/value"]
+    safetensors.numpy.save_file(arrays, tmp_path / "less.safetensors")
+    with pytest.raises(TreeError, match="'attn/value' is missing"):
+        center_checkpoint(plan, tmp_path / "less.safetensors", tmp_path / "dest")
+    safetensors.numpy.save_file({"attn/value/value": x}, tmp_path / "one.safetensors")
+    with pytest.raises(TreeError, match="'attn/value' is missing"):
+        center_checkpoint(plan, tmp_path / "one.safetensors", tmp_path / "dest")
+
+
+class Dropping(nnx.Module):
+    """A model whose state is more than parameters: statistics, counters and typed PRNG keys."""
+
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.stem, self.norm = nnx.Linear(7, 6, rngs=rngs), nnx.LayerNorm(6, rngs=rngs)
+        self.drop, self.head = nnx.Dropout(0.5, rngs=rngs), nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.head(self.drop(self.norm(self.stem(x)), deterministic=True))
+
+
+def without_key_types(x: Any) -> Any:
+    return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+
+@pytest.mark.parametrize("kind", ["state", "parameters", "pure parameters"])
+def test_plan_of_a_whole_nnx_state(tmp_path: Path, kind: str) -> None:
+    graph, state = nnx.split(Dropping())
+    plan = plan_fold(lambda s, x: nnx.merge(graph, s)(x), state, jnp.ones((2, 7)))
+    _, params, rest = nnx.split(Dropping(), nnx.Param, ...)
+    assert any(jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in jax.tree.leaves(rest))
+    saved = {"state": state, "parameters": params}.get(kind, nnx.to_pure_dict(params))
+    standard(saved, tmp_path / "source")
+    center_checkpoint(plan, tmp_path / "source", tmp_path / "dest")
+    found = (restore(tmp_path / name) for name in ("source", "dest"))
+    before, after = (bits(jax.tree.map(without_key_types, tree)) for tree in found)
+    values, suffix = dict(leaf_paths(params)), "/value" * (kind != "pure parameters")
+    want = {
+        path.removesuffix("/value") + suffix: edit_leaf(
+            np.asarray(values[path]), [], e.recipe, False
+        )[0]
+        for path, e in plan.leaf_edits().items()
+    }
+    assert len(want) == 2
+    assert after == before | bits_of(want) != before
 
 
 def test_overflow(plan: FoldPlan, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -334,6 +336,115 @@ def test_center_interrupted(
     assert main(CENTER) == 130
     assert capsys.readouterr() == ("", "jax_lnfold: interrupted\n")
     assert {*Path.cwd().iterdir()} == before
+
+
+SIGNALS = """
+import os, shutil, sys, threading
+from signal import SIG_DFL, SIG_IGN, SIGHUP, SIGTERM, getsignal, signal
+from jax_lnfold import checkpoints, cli
+from jax_lnfold.safetensors_store import SafetensorsStore
+
+edit_leaf, rmtree, seen = checkpoints.edit_leaf, shutil.rmtree, []
+
+def center(case, *numbers, again=()):
+    def stop(*args, **kw):
+        seen.append(getsignal(SIGTERM) is SIG_DFL)
+        for number in numbers:
+            os.kill(os.getpid(), number)
+        return edit_leaf(*args, **kw)
+
+    def stop_again(*args, **kw):
+        for number in again:
+            os.kill(os.getpid(), number)
+        return rmtree(*args, **kw)
+
+    checkpoints.edit_leaf, shutil.rmtree = stop, stop_again
+    before = getsignal(SIGTERM), getsignal(SIGHUP)
+    code = cli.main(sys.argv[1:])
+    assert before == (getsignal(SIGTERM), getsignal(SIGHUP))
+    print(case, code, *sorted(os.listdir()))
+    if os.path.exists("b.safetensors"):
+        os.unlink("b.safetensors")
+
+center("terminated", SIGTERM)
+center("hung up", SIGHUP)
+center("twice", SIGTERM, again=(SIGTERM, SIGHUP))
+
+def write(*args):
+    os.kill(os.getpid(), SIGTERM)
+    seen.append("not yet stopped")
+    return store_write(*args)
+
+store_write, SafetensorsStore.write = SafetensorsStore.write, write
+center("writing")
+assert seen.count("not yet stopped") == 1, "the first array is written, and no other one"
+SafetensorsStore.write = store_write
+signal(SIGHUP, SIG_IGN)
+center("nohup", SIGHUP)
+signal(SIGTERM, lambda *_: seen.append("own"))
+center("own", SIGTERM)
+assert "own" in seen
+signal(SIGTERM, SIG_DFL)
+seen.clear()
+thread = threading.Thread(target=center, args=("thread",))
+thread.start()
+thread.join()
+assert seen and all(seen)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="signals of POSIX")
+def test_signals(files: dict[str, np.ndarray]) -> None:
+    """Those that end a process leave nothing behind; those that it ignores or handles, do not."""
+    run = [sys.executable, "-c", SIGNALS, *CENTER]
+    path = f"{Path(jax_lnfold.__file__).parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    env = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(run, capture_output=True, text=True, check=False, env=env)
+    here = " ".join(sorted(os.listdir()))
+    there = " ".join(sorted({*os.listdir(), "b.safetensors"}))
+    lines = [line for line in done.stdout.splitlines() if "centered" not in line]
+    assert lines == [
+        f"terminated 143 {here}",
+        f"hung up 129 {here}",
+        f"twice 143 {here}",
+        f"writing 143 {here}",
+        f"nohup 0 {there}",
+        f"own 0 {there}",
+        f"thread 0 {there}",
+    ], done.stderr
+    ended = [f"jax_lnfold: ended by {name}" for name in ("SIGTERM", "SIGHUP", "SIGTERM", "SIGTERM")]
+    assert done.stderr.splitlines() == ended
+
+
+ODD = "\x1b[31m\n\x07\x9b\u202e\ud800"
+"""Colours, a bell, another way to write escapes, text that runs backwards, no text at all."""
+
+
+def test_odd_names(files: dict[str, np.ndarray], capsys: Capture) -> None:
+    """Names from plans and checkpoints reach the terminal as text only."""
+    for name in ("stem", f"stem{ODD}"):
+        leaf = {"key_path": f"{name}{ODD}", "shape": [7, 6]}
+        edit = {"key_path": f"{name}{ODD}", "along": {"shape": [7, 6], "entries": ["free", "all"]}}
+        plan = {"version": 2, "leaves": [leaf], "edits": [edit], "scales": []}
+        Path("plan.json").write_text(json.dumps(plan))
+        for prefix in ("", ODD, f"x={ODD}"):
+            assert main([*CENTER, "--prefix", prefix]) == 1
+            err = capsys.readouterr().err
+            assert err.endswith("\n")
+            assert err[:-1].isprintable()
+            assert "\\x1b[31m\\n\\x07\\x9b\\u202e\\ud800' " in err
+    Path("plan.json").write_text(f'{{"version": "{ODD[:5]}"}}')
+    for argv in (CENTER, ["center", ODD[:-1], ODD[:-1], "c"], ["plan", f"{ODD}:target"]):
+        assert main(argv) == 1
+        assert capsys.readouterr().err[:-1].isprintable()
+
+
+def test_odd_names_of_files(files: dict[str, np.ndarray], capsys: Capture) -> None:
+    assert main(["plan", f"{next(iter(Path.cwd().glob('*.py'))).stem}:target", "-o", "p.json"]) == 0
+    dest = os.fsdecode(b"\x1b[2J\xff")
+    assert main(["center", "p.json", "a.safetensors", dest]) == 0
+    assert capsys.readouterr().out.endswith(r" of \x1b[2J\udcff" + "\n")
+    assert os.path.exists(dest)
 
 
 # --- targets -------------------------------------------------------------------------------------

@@ -283,3 +283,32 @@ def test_dot(name: str) -> None:
 if __name__ == "__main__":
     jax.config.update("jax_enable_x64", True)
     README_PICTURE.write_text(readme_picture(), "utf-8")
+
+
+ODD = "\x1b[31m\x00\x07\x9b\ufffe\ud800\n"
+"""Names that neither a terminal nor XML may see as they are."""
+
+
+def test_odd_names() -> None:
+    def layer_norm(x: jax.Array) -> jax.Array:
+        with jax.named_scope(f"norm{ODD}"):
+            c = x - x.mean(-1, keepdims=True)
+            return c * jax.lax.rsqrt((c * c).mean(-1, keepdims=True) + 1e-5)
+
+    def model(p: dict[str, Any], x: jax.Array) -> jax.Array:
+        with jax.named_scope(f"block{ODD}"):
+            x = layer_norm(x @ p[f"stem{ODD}"])
+            y = layer_norm(jnp.tanh(x) @ p[f"mix{ODD}"] * p[f"mix{ODD}"].sum())
+            return layer_norm(jnp.tanh(y)), layer_norm(jnp.tanh(x) @ p["head"] + jnp.sort(x))
+
+    params = {f"stem{ODD}": jnp.ones((3, 4)), f"mix{ODD}": jnp.ones((4, 4)), "head": jnp.eye(4)}
+    report = jax_lnfold.analyze(model, params, jnp.ones((2, 3)))
+    assert 0 < report.n_folded < len(report.norms)
+    escaped = r"\x1b[31m\x00\x07\x9b\ufffe\ud800\n"
+    svg, dot = report.to_svg(), report.to_dot()
+    ElementTree.fromstring(svg)
+    assert f"stem{escaped}" in svg
+    lines = [*str(report).split("\n"), *report._repr_html_().split("\n"), *dot.split("\n")]
+    lines += [*svg.split("\n"), *map(str, (*report.edits, *report.insertions))]
+    assert [line for line in lines if not line.isprintable()] == []
+    assert escaped in report._repr_html_()
