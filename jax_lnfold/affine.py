@@ -116,8 +116,6 @@ class _Walk:
     def _check(self, merge: AffineMerge) -> None:
         """Every leaf has one role, and nothing but the readers reads it."""
         graph, kernels = self.graph, [r.kernel for r in merge.readers]
-        if not kernels:
-            raise CannotAbsorb("nothing reads what it scales")
         for kernel in kernels:
             if kernels.count(kernel) > 1:
                 raise CannotAbsorb(

@@ -56,8 +56,9 @@ def fold(
             parameters are exact. Everything else is exact always.
         fold_affine: also move scales and shifts, as of LayerNorms, into the linear layers that
             alone read what they scale (shifts only where these have biases). The scales become
-            one, the shifts zero, and both leave the program: gradients with respect to them are
-            zero (theory, section 6).
+            one (or zero, where the program adds 1 to them), the shifts zero, and both leave the
+            program: gradients with respect to them are zero (theory, section 6). The report says
+            why others stay.
         defer_scale: let matrix products read what a norm only scales, and scale their results
             instead, ``(x * r) W = (x W) * r``, where that pays: in practice behind norms whose own
             scale and shift `fold_affine` has taken up. Results are scaled in the accumulator's

@@ -74,7 +74,7 @@ def with_affine(placement: Placement) -> Placement:
     found, left = find_affine(graph)
     for value, merge in [*found.items()]:
         if {merge.scale, merge.shift} & busy:
-            left[value] = ("a LayerNorm folds because it, or its shift, is edited otherwise",)
+            left[value] = ("it, or its shift, is edited already so that a LayerNorm folds",)
             del found[value]
     words = {graph.leaves[v]: why for v, why in left.items() if graph.leaves[v] not in merged}
     return replace(placement, affine=tuple(found.values()), affine_left=words)

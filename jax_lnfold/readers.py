@@ -127,5 +127,5 @@ def _added(graph: Graph, value: int, made_of: Origins, kernel: int) -> tuple[Sou
         made_of = _moved(made_of, axes)
         value = op.outputs[0]
     raise CannotAbsorb(
-        "nothing but a bias could take up its shift, and the kernel ", kernel, " has none"
+        "only a bias could take up its shift, and none is added right behind the kernel ", kernel
     )
