@@ -380,7 +380,8 @@ def test_centering_of_one_of_two_equal_values(twice: bool) -> None:
         s, t = (jnp.tanh(jnp.tensordot(x, p["w"], 1)) for _ in range(2))
         first, second = (y * 3.0 * x[..., :1] for y in (s, t))
         normed = sum(two_pass(s * k, 1.0, 0.0, (-1,), plain_mean) for k in (1.0, 2.0, 3.0, 4.0))
-        return jnp.tensordot(normed, p["v"], 1), (s - t) * (first - second) if twice else s - s
+        nothing = s * first - s * second - (t * first - t * second) if twice else s - s
+        return jnp.tensordot(normed, p["v"], 1), nothing
 
     report = fold_checked(apply, make_params((12,)), make_input(B, T, DIN)).report
     assert report.n_folded == (0 if twice else 4)
