@@ -37,12 +37,14 @@ _DEPTH = 4
 class Arithmetic:
     """Responses to a root shifted uniformly along `along`.
 
-    `sums` collects the equations met that sum over axes of the root, with these axes.
+    `sums` collects the equations met that sum over axes of the root, with these axes. If `named`,
+    other values are known by the equations that make them: those of equal equations are one value,
+    and a product is its factors.
     """
 
-    def __init__(self, graph: Graph, along: AxisSet) -> None:
+    def __init__(self, graph: Graph, along: AxisSet, named: bool) -> None:
         """Start with the sizes of the root as the only counts known."""
-        self.graph, self.along = graph, along
+        self.graph, self.along, self.named = graph, along, named
         self.sums: list[tuple[Op, frozenset[int]]] = []
         self._counts = {n for n in along.shape if isinstance(n, int)}
 
@@ -273,6 +275,8 @@ class Arithmetic:
     def _factors(self, value: int, sign: str, depth: int = 0) -> tuple[Fraction, tuple[str, ...]]:
         """What a factor (divisor, for ``/``) is a product of, however it is grouped."""
         graph = self.graph
+        if not self.named:
+            return Fraction(1), (f"{sign}{value}",)
         number = self.number(value)
         if number is not None and number != 0:
             factor = exact_number(number, self._counts)

@@ -81,26 +81,25 @@ def _apart(
     while (step := _only(readers, var)) is not None and _is_step(step, var):
         steps.append(step)
         (var,) = step.outvars
-    axis, taken = stack.params["axis"], dict[int, tuple[JaxprEqn, JaxprEqn]]()
+    ends: dict[int, list[tuple[int, Var]]] = {}  # last equation -> parts that it makes
+    gone = {id(eqn) for eqn in (stack, *steps)}
     for layer in readers.get(var, ()):
-        position = _layer(layer, axis)
-        squeeze = None if position is None else _only(readers, layer.outvars[0])
-        if position is None or position in taken or squeeze is None:
-            return None
-        if squeeze.primitive.name != "squeeze" or tuple(squeeze.params["dimensions"]) != (axis,):
-            return None
-        taken[position] = layer, squeeze
-    ends = [squeeze.outvars[0] for _, squeeze in taken.values()]
-    if not any(step.primitive.name in _SUMS for step in steps) or not ends:
+        last, parts = _layers(layer, stack.params["axis"], readers)
+        ends[id(last)] = parts
+        gone.add(id(layer))
+    found = [part for parts in ends.values() for part in parts]
+    sums = any(step.primitive.name in _SUMS for step in steps)
+    if not sums or not found or not all(ends.values()) or len({i for i, _ in found}) < len(found):
         return None
-    if any(_kind(step.outvars[0]) != _kind(end) for step in steps for end in ends):
+    if any(_kind(step.outvars[0]) != _kind(end) for step in steps for _, end in found):
         return None  # the parts would have other types
+    first = stack.outvars[0]
     instead = {
-        id(squeeze): _on_part(steps, stack.outvars[0], stack.invars[i], squeeze.outvars[0])
-        for i, (_, squeeze) in taken.items()
+        last: [eqn for i, end in parts for eqn in _on_part(steps, first, stack.invars[i], end)]
+        for last, parts in ends.items()
     }
-    gone = {id(eqn) for eqn in (stack, *steps, *(layer for layer, _ in taken.values()))}
-    return [new for eqn in eqns if id(eqn) not in gone for new in instead.get(id(eqn), [eqn])]
+    kept = (instead.get(id(eqn), [] if id(eqn) in gone else [eqn]) for eqn in eqns)
+    return [eqn for group in kept for eqn in group]
 
 
 def _on_part(steps: Sequence[JaxprEqn], var: Var, part: Any, end: Var) -> list[JaxprEqn]:
@@ -130,15 +129,26 @@ def _is_step(eqn: JaxprEqn, var: Any) -> bool:
     return eqn.primitive.name in _SCALINGS and len(others) == 1 and scalars and first
 
 
-def _layer(eqn: Any, axis: int) -> int | None:
-    """Which single layer along `axis` an equation takes whole, None if it does something else."""
-    if isinstance(eqn, Jaxpr) or eqn.primitive.name != "slice":
-        return None
+def _layers(
+    eqn: Any, axis: int, readers: dict[Any, list[Any]]
+) -> tuple[Any, list[tuple[int, Var]]]:
+    """The equation that makes single layers along `axis`, beginning with `eqn`, and these layers.
+
+    There are none if it does something else.
+    """
+    if isinstance(eqn, Jaxpr):
+        return eqn, []
+    if eqn.primitive.name == "unstack" and eqn.params["axis"] == axis:
+        return eqn, [*enumerate(eqn.outvars)]
+    squeeze = _only(readers, eqn.outvars[0]) if eqn.primitive.name == "slice" else None
+    if squeeze is None or squeeze.primitive.name != "squeeze":
+        return eqn, []
     starts, stops = eqn.params["start_indices"], eqn.params["limit_indices"]
-    shape = eqn.invars[0].aval.shape
-    want = [(0, n) for n in shape]
+    want = [(0, n) for n in eqn.invars[0].aval.shape]
     want[axis] = (starts[axis], starts[axis] + 1)
-    return starts[axis] if [*zip(starts, stops, strict=True)] == want else None
+    whole = [*zip(starts, stops, strict=True)] == want and set(eqn.params["strides"] or {1}) == {1}
+    alone = tuple(squeeze.params["dimensions"]) == (axis,)
+    return squeeze, [(starts[axis], squeeze.outvars[0])] if whole and alone else []
 
 
 def _kind(var: Any) -> tuple[Any, tuple[str, ...]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -89,6 +90,7 @@ class Facts:
         self._uniform: dict[Claim, Blocker | None] = {}
         self._by_inputs: dict[Claim, Blocker | None] = {}
         self._tolerant: dict[Claim, Blocker | None] = {}
+        self._named: dict[Claim, Blocker | None] = {}  # of parameters and what they shift
 
     def uniform(self, value: int, along: AxisSet) -> bool:
         """Whether a value is constant on every group of `along`."""
@@ -115,7 +117,10 @@ class Facts:
 
         The shift may differ between groups and is otherwise arbitrary (theory: tolerance).
         """
-        return solve((value, along), self._why_tolerant, self._tolerant)
+        blocker = solve((value, along), self._why_tolerant, self._tolerant)
+        if blocker is None or value not in self.graph.leaves:
+            return blocker
+        return solve((value, along), partial(self._why_tolerant, named=True), self._named)
 
     @property
     def proved_uniform(self) -> list[Claim]:
@@ -125,7 +130,8 @@ class Facts:
     @property
     def proved_tolerant(self) -> list[Claim]:
         """Every claim whose shift, it was found so far, no output notices."""
-        return [claim for claim, blocker in self._tolerant.items() if blocker is None]
+        named = {c: b for c, b in self._named.items() if c[0] in self.graph.leaves}
+        return [claim for claim, b in {**self._tolerant, **named}.items() if b is None]
 
     def context(self, op: Op) -> Context:
         """The view that a rule gets of an operation."""
@@ -163,17 +169,17 @@ class Facts:
             return Blocker(None, "different values stand side by side along the mean")
         return [*assumed, *((op.inputs[i], s) for i, s in pulled.needs)]
 
-    def _why_tolerant(self, claim: Claim) -> Blocker | Iterable[Claim]:
+    def _why_tolerant(self, claim: Claim, named: bool = False) -> Blocker | Iterable[Claim]:
         value, along = claim
         if along.empty:
             return ()
         if value in self.graph.outputs:
             made = self.graph.producer[value]
             return Blocker(made[0] if made else None, RETURNED)
-        tracker = Tracker(self.graph, value, along, self.context)
+        tracker = Tracker(self.graph, value, along, self.context, named=named)
         tracker.run()
         if tracker.refusal is not None:
-            again = Tracker(self.graph, value, along, self.context, keep_products=True)
+            again = Tracker(self.graph, value, along, self.context, True, named=named)
             again.run()
             tracker = again if again.refusal is None else tracker
         if tracker.refusal is not None:

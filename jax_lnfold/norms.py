@@ -79,7 +79,7 @@ def find_norms(facts: Facts) -> Norms:
         for stops, keep_products in product((True, False), repeat=2):
             if not (stops or met_stop):
                 break
-            tracker = Tracker(graph, x, along, facts.context, keep_products, False, stops)
+            tracker = Tracker(graph, x, along, facts.context, keep_products, False, stops, True)
             tracker.run()
             met_stop = met_stop or tracker.met_stop
             if not tracker.cancelled:

@@ -44,7 +44,7 @@ class Tracked:
     """
 
     response: Response
-    form: dict[Factor, Fraction] | None
+    form: dict[Sum, Fraction] | None
     dims: tuple[int | None, ...]
     grows: bool = False
 
@@ -88,7 +88,7 @@ def summed(t: Tracked, axes: frozenset[int], count: int) -> Tracked:
     for (degree, factors), number in t.response.items():
         kept, times = factor_sum(factors)
         accumulate(response, (degree, kept), number * times)
-    form: dict[Factor, Fraction] | None = None
+    form: dict[Sum, Fraction] | None = None
     if t.form is not None:
         form = {}
         for factor, number in t.form.items():
@@ -148,7 +148,7 @@ def stopped(t: Tracked) -> Tracked:
     for (degree, factors), number in t.response.items():
         shifts = (STOPPED_SHIFT,) * (degree - factors.count(STOPPED_SHIFT))
         accumulate(response, (degree, ordered((*map(copy, factors), *shifts))), number)
-    form: dict[Factor, Fraction] | None = None
+    form: dict[Sum, Fraction] | None = None
     if t.form is not None:
         form = {}
         for factor, number in t.form.items():

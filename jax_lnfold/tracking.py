@@ -58,6 +58,8 @@ class Tracker:
     A full-size value that is merely shifted can be handed on (`delegated`): the same question
     about another value. With `keep_products`, products with other values are followed instead.
     Without `stops`, `stop_gradient` is taken for the identity: then derivatives may respond.
+    `named` is for shifts of parameters: other values stay what their equations say (see
+    `Arithmetic`), which a centering put in between would change.
     """
 
     def __init__(
@@ -69,13 +71,14 @@ class Tracker:
         keep_products: bool = False,
         stop_early: bool = True,
         stops: bool = True,
+        named: bool = False,
     ) -> None:
         """Prepare to follow `root` shifted by something uniform along `along`."""
         self.graph, self.root, self.along = graph, root, along
         self.delegated: list[tuple[int, AxisSet]] = []
         self.refusal: tuple[Op, str] | None = None
         self.cancelled: list[Cancelled] = []
-        self.arithmetic = Arithmetic(graph, along)
+        self.arithmetic = Arithmetic(graph, along, named)
         self.met_stop = False
         # Operations after which responses may still cancel, and what is computed from them.
         self._suspects: dict[int, tuple[Op, str]] = {}
@@ -129,9 +132,10 @@ class Tracker:
         hit = [i for i, t in enumerate(operands) if t is not None]
         if op.name == STOP and self._stops:
             self.met_stop = True
-            return self._unless_cancelled(op, operands, stopped(operands[0]))
+            (copied,) = (stopped(t) for t in operands if t is not None)
+            return self._unless_cancelled(op, operands, copied)
         if op.name in IDENTITIES | IDENTITIES_OF_EACH | {STOP} and not self._changes_kind(op):
-            return [(op.outputs[i], operands[i]) for i in hit]
+            return [(op.outputs[i], t) for i, t in enumerate(operands) if t is not None]
         exact, refusal = self._prefers_exact(op, operands, hit), "notices a shift of its operand"
         if not exact:
             handed = self._hand_on(op, operands, hit)

@@ -372,6 +372,21 @@ def test_slope_of_the_iteration_before() -> None:
     assert counts == [1, 0]
 
 
+@pytest.mark.parametrize("twice", [False, True])
+def test_centering_of_one_of_two_equal_values(twice: bool) -> None:
+    """What is equal by its equations is so no longer once one of both is centered."""
+
+    def apply(p: Params, x: Array) -> tuple[Array, Array]:
+        s, t = (jnp.tanh(jnp.tensordot(x, p["w"], 1)) for _ in range(2))
+        first, second = (y * 3.0 * x[..., :1] for y in (s, t))
+        normed = sum(two_pass(s * k, 1.0, 0.0, (-1,), plain_mean) for k in (1.0, 2.0, 3.0, 4.0))
+        nothing = s * first - s * second - (t * first - t * second) if twice else s - s
+        return jnp.tensordot(normed, p["v"], 1), nothing
+
+    report = fold_checked(apply, make_params((12,)), make_input(B, T, DIN)).report
+    assert report.n_folded == (0 if twice else 4)
+
+
 # --- means ---------------------------------------------------------------------------------------
 
 
