@@ -53,6 +53,11 @@ def center_updates(plan: FoldPlan) -> optax.GradientTransformation:
     Behind it there may be nothing but a common factor. `CenterState.drift` tells, one step later,
     if that is violated.
 
+    It sees the trained parameters only. Averages of these are centered as they are; parameters that
+    an optimiser keeps to itself are so if this is inside: ``schedule_free(optax.chain(adam,
+    center_updates(plan)), ...)``, and the same with `optax.lookahead`. Or serve
+    ``plan.center(schedule_free_eval_params(...))``: the original model does not notice.
+
     Raises (from `init` and `update`):
         TreeError: the tree is not the plan's, lacks a leaf that it centers (a mask, say), or its
             parameters are not centered (seen only where they are not traced).

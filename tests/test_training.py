@@ -16,6 +16,7 @@ from contracts import relative_difference, snapshot
 from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from optax.contrib import schedule_free, schedule_free_eval_params
 from zoo import ZOO, vision
 from zoo.base import recipe
 
@@ -207,6 +208,128 @@ def test_merged_scales_stay_one() -> None:
     assert relative_difference(jax.jit(folded.apply)(params, *model.inputs), twin) < 1e-11
     with pytest.raises(TreeError, match="not centered"):
         tx.init(jax.tree.map(lambda p: p * 1.01, folded.params))
+
+
+# --- parameters that are served and are not those that are trained -------------------------------
+
+
+def gated(p: PyTree, x: jax.Array) -> jax.Array:
+    """A scale to merge, a norm with a scale, and a residual."""
+    h = (x @ p["stem"]) * p["gate"]
+    y = nn.standardize(h) * p["scale"]
+    return nn.standardize(h + jnp.tanh(y @ p["up"]) @ p["down"]) @ p["head"]
+
+
+@cache
+def gated_fold() -> tuple[Folded, jax.Array]:
+    rng = np.random.default_rng(4)
+    shapes = {"stem": (7, 12), "gate": (12,), "scale": (12,), "up": (12, 17), "down": (17, 12)}
+    shapes |= {"head": (12, 5)}
+    params = {k: jnp.asarray(rng.normal(0.4, 0.6, shape)) for k, shape in shapes.items()}
+    x = jnp.asarray(rng.normal(size=(8, 7)))
+    folded = jax_lnfold.fold(gated, params, x)
+    assert (folded.report.n_folded, len(folded.plan.scales)) == (2, 1)
+    return folded, x
+
+
+def served_by(name: str, plan: jax_lnfold.FoldPlan) -> tuple[Any, Callable[..., PyTree]]:
+    """The optimiser, and what it serves: of its state, the last parameters and those before."""
+    first, last = center_gradients(plan), center_updates(plan)
+    rms = optax.chain(optax.scale_by_rms(), optax.add_decayed_weights(0.1), optax.sgd(0.02))
+    adam = optax.chain(first, optax.adamw(0.02, weight_decay=0.1), last)
+    free = partial(schedule_free, learning_rate=0.02)
+
+    def averaged(state: Any, params: PyTree, before: PyTree) -> PyTree:
+        return jax.tree.map(lambda p: p[40:].mean(0), before)
+
+    def smoothed(state: Any, params: PyTree, before: PyTree) -> PyTree:
+        start = jax.tree.map(lambda p: p[0], before)
+        return jax.lax.scan(
+            lambda ema, p: (optax.incremental_update(p, ema, 0.1), None), start, before
+        )[0]
+
+    def debiased(state: Any, params: PyTree, before: PyTree) -> PyTree:
+        ema = optax.ema(0.9)
+        start = ema.init(params), params
+
+        def step(carry: Any, p: PyTree) -> Any:
+            new, state = ema.update(p, carry[0])
+            return (state, new), None
+
+        return jax.lax.scan(step, start, before)[0][1]
+
+    return {
+        "schedule-free around": lambda: (
+            free(optax.chain(first, rms, last)),
+            lambda state, params, _: schedule_free_eval_params(state, params),
+        ),
+        "schedule-free inside": lambda: (
+            optax.chain(first, free(rms), last),
+            lambda state, params, _: schedule_free_eval_params(state[1], params),
+        ),
+        "average": lambda: (adam, averaged),
+        "moving average": lambda: (adam, smoothed),
+        "debiased average": lambda: (adam, debiased),
+        "average of updates": lambda: (
+            optax.chain(first, optax.adam(0.02), optax.ema(0.9), last),
+            lambda state, params, _: params,
+        ),
+    }[name]()
+
+
+@pytest.mark.parametrize(
+    ("name", "exact"),
+    [
+        ("schedule-free around", True),
+        ("schedule-free inside", False),
+        ("average", True),
+        ("moving average", True),
+        ("debiased average", True),
+        ("average of updates", True),
+    ],
+)
+def test_served_parameters(name: str, exact: bool) -> None:
+    """Averages of what is centered are; what a chain keeps to itself is not, unless centered."""
+    folded, x = gated_fold()
+    tx, served_of = served_by(name, folded.plan)
+    served = {}
+    for way, apply in (("LayerNorm", gated), ("folded", folded.apply)):
+
+        def loss(p: PyTree, apply: Any = apply) -> jax.Array:
+            return cross_entropy(apply(p, x))
+
+        (params, state), (before, losses) = steps(loss, tx, folded.params, 80)
+        assert float(losses[-1]) < 0.5 * float(losses[0])
+        served[way] = served_of(state, params, before)
+    got, want = served["folded"], served["LayerNorm"]
+    assert relative_difference(got, want) < 1e-9, "one training"
+    difference = relative_difference(folded.apply(got, x), gated(got, x))
+    assert difference < 1e-11 if exact else difference > 1e-3
+    centered = folded.plan.center(got)
+    assert relative_difference(folded.apply(centered, x), gated(got, x)) < 1e-11
+
+
+def test_lookahead_takes_the_centering_inside() -> None:
+    folded, x = gated_fold()
+    adam, last = optax.adam(0.02), center_updates(folded.plan)
+    tx = optax.lookahead(optax.chain(center_gradients(folded.plan), adam, last), 5, 0.5)
+    params = optax.LookaheadParams.init_synced(folded.params)
+    trained: dict[Any, optax.LookaheadParams] = {}
+    for apply in (gated, folded.apply):
+
+        def step(carry: Any, _: None, apply: Any = apply) -> Any:
+            params, state = carry
+            grads = jax.grad(lambda p: cross_entropy(apply(p, x)))(params.fast)
+            updates, state = tx.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        (trained[apply], _), _ = jax.lax.scan(step, (params, tx.init(params)), None, 33)
+    assert relative_difference(trained[folded.apply], trained[gated]) < 1e-9
+    for tree in (trained[gated].slow, trained[gated].fast):
+        assert relative_difference(folded.apply(tree, x), gated(tree, x)) < 1e-11
+        assert relative_difference(tree, folded.params) > 1e-2
+    with pytest.raises(TreeError, match=r"^params: leaf 'fast/down' is not in the plan"):
+        optax.chain(optax.lookahead(adam, 5, 0.5), last).init(params)
 
 
 # --- optax around it -----------------------------------------------------------------------------
