@@ -30,7 +30,7 @@ def respond(fn: Callable[..., Any], *operands: tuple[Any, ...] | jax.Array, alon
     """By how much the output of the last equation changes when the first operand is shifted."""
     graph, root = equation(fn, *operands).graph, 0
     shifted = axis_set(graph.shape(root), along)
-    arithmetic, axes = Arithmetic(graph, shifted), tuple(range(len(shifted.shape)))
+    arithmetic, axes = Arithmetic(graph, shifted, named=True), tuple(range(len(shifted.shape)))
     tracked = {root: Tracked({(1, ()): Fraction(1)}, {X: Fraction(1)}, axes)}
     for op in graph.ops:
         read = [tracked.get(v) for v in op.inputs]
