@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 
 from .graph import Graph, Op
+from .primitives import LINEAR
 from .readers import Reader, axes_of_product, kernel_axes, source_of, summed_axes, with_bias
 from .scaled import Scaled, moved
 from .scales import CannotAbsorb, Places, candidates, carried, renumbered
@@ -148,6 +149,11 @@ class _Walk:
     def _step(self, op: Op) -> None:
         states = [self.scaled.get(v) for v in op.inputs]
         hits = [i for i, state in enumerate(states) if state is not None]
+        if op.name in LINEAR:  # which may repeat an axis of size 1 that a part of it has
+            for value, state in zip(op.inputs, states, strict=True):
+                shapes = self.graph.shape(value), self.graph.shape(op.outputs[0])
+                if state is not None and not state.is_alike(*shapes):
+                    raise CannotAbsorb(f"{op.place()} repeats a part of it")
         if op.name in ("add", "sub"):
             self._reach(op.outputs[0], self._sum(op, hits))
         elif (results := moved(self.graph, op, states)) is not None:

@@ -29,7 +29,7 @@ class FoldPlan:
     """How to edit a parameter tree so that the folded program computes the original function.
 
     `leaves` describes the tree that the plan fits; `affine` is applied before `scales`, and these
-    before `edits`.
+    before `edits`. Where `from_json` would not read it back, it cannot be made: `PlanFormatError`.
     """
 
     leaves: tuple[LeafSpec, ...]
@@ -38,7 +38,7 @@ class FoldPlan:
     affine: tuple[AffineEdit, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raise a `PlanFormatError` unless the plan would be read back from its file."""
+        """Check the parts against each other."""
         try:
             check_parts(Parts(self.leaves, self.edits, self.scales, self.affine))
         except (AttributeError, TypeError, ValueError) as error:

@@ -29,6 +29,10 @@ class Scaled:
         axes = zip(self.places, self.sizes, self.starts, strict=True)
         return all(not isinstance(p, int) or (s == 0 and shape[p] == n) for p, n, s in axes)
 
+    def is_alike(self, shape: Sequence[int], other: Sequence[int]) -> bool:
+        """Whether values of these shapes have equally large parts of the scale."""
+        return all(shape[p] == other[p] for p in self.places if isinstance(p, int))
+
     def later(self, axis: int, by: int) -> Scaled:
         """The part that begins this much later along an axis of the value."""
         pairs = zip(self.places, self.starts, strict=True)

@@ -189,13 +189,15 @@ def kept_axes(before: Sequence[int], after: Sequence[int]) -> dict[int, int]:
 def carried(graph: Graph, op: Op) -> Mapping[int, Place] | None:
     """Where the axes of the operand are in the result, if all `op` does is move and convert it.
 
-    An axis that is taken row by row is in the loop. What is cut, merged or split is nowhere.
+    An axis that is taken row by row is in the loop. What is cut, repeated, merged or split is
+    nowhere.
     """
     if op.name not in MOVES | IDENTITIES | {"slice", "loop_slice"}:
         return None
     before, after = graph.shape(op.inputs[0]), graph.shape(op.outputs[0])
     if op.name == "broadcast_in_dim":
-        return dict(enumerate(map(int, op.params["broadcast_dimensions"])))  # may be NumPy's
+        axes = enumerate(map(int, op.params["broadcast_dimensions"]))  # they may be NumPy's
+        return {d: o for d, o in axes if before[d] == after[o]}
     if op.name == "transpose":
         return {int(p): d for d, p in enumerate(op.params["permutation"])}
     if op.name == "loop_slice":
@@ -210,5 +212,5 @@ def carried(graph: Graph, op: Op) -> Mapping[int, Place] | None:
 def renumbered(places: Places, axes: Mapping[int, Place]) -> Places:
     """Where the axes are after a value was moved; those in loops stay."""
     if any(isinstance(p, int) and p not in axes for p in places):
-        raise CannotAbsorb("its axes are cut, merged or split")
+        raise CannotAbsorb("its axes are cut, repeated, merged or split")
     return tuple(axes[p] if isinstance(p, int) else p for p in places)

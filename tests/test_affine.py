@@ -353,6 +353,24 @@ def every_other(p: Params, x: jax.Array) -> jax.Array:
     return jnp.concatenate([y[..., ::2], y[..., 1::2]], -1) @ p["w"] + p["b"]
 
 
+def one_feature_repeated(p: Params, x: jax.Array) -> jax.Array:
+    return ((nn.standardize(x) * p["g"])[..., :1] * x) @ p["w"] + p["b"]
+
+
+def one_feature_added(p: Params, x: jax.Array) -> jax.Array:
+    y = nn.standardize(x) * p["g"]
+    return (y + y[..., :1]) @ p["w"] + p["b"]
+
+
+def one_feature_broadcast(p: Params, x: jax.Array) -> jax.Array:
+    y = (nn.standardize(x) * p["g"])[..., :1]
+    return jnp.broadcast_to(y, x.shape) @ p["w"] + p["b"]
+
+
+def one_of_the_scale(p: Params, x: jax.Array) -> jax.Array:
+    return (nn.standardize(x) * (jnp.ones(12) + p["g"][:1])) @ p["w"] + p["b"]
+
+
 def padded(p: Params, x: jax.Array) -> jax.Array:
     return jnp.pad(norm(p, x), [(0, 0), (0, 1), (0, 0)]) @ p["w"] + p["b"]
 
@@ -400,10 +418,15 @@ LEFT: dict[str, tuple[Callable[..., Any], dict[str, tuple[int, ...]], str]] = {
     "halves added": (halves_added, {}, "`add` .* adds other parts or axes of what it scales"),
     "one half twice": (one_half_twice, {}, "`concatenate` .* joins what it scales with something"),
     "every other": (every_other, {}, "leaves out elements of it|`gather` .* reads what it scales"),
+    "one feature repeated": (
+        one_feature_repeated,
+        {},
+        "its axes are cut, repeated, merged",
+    ),
     "padded": (padded, {}, "`pad` .* joins what it scales with something else"),
     "features padded": (padded_features, {}, "`pad` .* joins what it scales with something else"),
     "joined with ones": (joined_with_ones, {}, "`concatenate` .* joins what it scales with"),
-    "regrouped": (regrouped, {}, "its axes are cut, merged or split"),
+    "regrouped": (regrouped, {}, "its axes are cut, repeated, merged"),
 }
 
 

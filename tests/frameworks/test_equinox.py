@@ -148,6 +148,15 @@ def test_norm_folds(name: str) -> None:
     assert count_reductions(folded.apply, folded.params, X, sizes=sizes) == 1
 
 
+@pytest.mark.parametrize(("biased", "taken"), [(True, 1), (False, 0)])
+def test_scale_and_shift_are_taken_up(biased: bool, taken: int) -> None:
+    """`vmap` puts a transpose between the product of a layer and its bias."""
+    apply, params = split(lambda: tokenwise(linear(), norm(), linear(12, OUT, use_bias=biased)))
+    folded = fold_checked(apply, params, X, fold_affine=True)
+    assert len(folded.report.affine) == taken
+    assert len(folded.report.affine_left) == 1 - taken
+
+
 def pooled(x: Array) -> Array:
     return eqx.nn.MaxPool1d(2)(x.T).T
 

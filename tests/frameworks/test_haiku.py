@@ -125,6 +125,20 @@ def test_norm_folds(name: str) -> None:
     assert count_reductions(folded.apply, folded.params, X, sizes=sizes) == 1
 
 
+@pytest.mark.parametrize(("offset", "biased", "taken"), [(0, 0, 1), (1, 1, 1), (1, 0, 0)])
+def test_scale_is_taken_up(offset: int, biased: int, taken: int) -> None:
+    """Without an offset Haiku adds a zero."""
+
+    def forward(x: Array) -> Array:
+        y = hk.LayerNorm(-1, True, bool(offset))(hk.Linear(12)(x))
+        return hk.Linear(OUT, with_bias=bool(biased))(y)
+
+    apply, params = build(forward, X)
+    folded = fold_checked(apply, params, X, fold_affine=True)
+    assert len(folded.report.affine) == taken
+    assert len(folded.report.affine_left) == 1 - taken
+
+
 # name: (layer that holds one norm, where the way is barred)
 LEFT: dict[str, tuple[Layer, str]] = {
     "group norm over tokens": (lambda x: hk.GroupNorm(3)(hk.Linear(12)(x)), "group_norm"),

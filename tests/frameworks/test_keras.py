@@ -198,6 +198,17 @@ LEFT: dict[str, tuple[Build, str]] = {
 
 
 @pytest.mark.usefixtures("lazy")
+@pytest.mark.parametrize(("biased", "taken"), [(True, 1), (False, 0)])
+def test_scale_and_shift_are_taken_up(biased: bool, taken: int) -> None:
+    """Keras writes the scale twice, and subtracts the mean from the shift."""
+    model = functional(chain(dense(), NORM(), layers.Dense(OUT, use_bias=biased)))
+    apply, params, state = stateless(model)
+    folded = fold_checked(apply, params, state, X, fold_affine=True)
+    assert len(folded.report.affine) == taken
+    assert len(folded.report.affine_left) == 1 - taken
+
+
+@pytest.mark.usefixtures("lazy")
 @pytest.mark.parametrize("name", LEFT)
 def test_norm_is_left_alone(name: str) -> None:
     build, obstacle = LEFT[name]
