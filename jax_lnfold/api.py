@@ -235,7 +235,7 @@ class Folded:
     def _require_inputs(self, inputs: tuple[Any, ...]) -> None:
         """Analyse on the first call, in one thread while others wait."""
         if self._plan is None:
-            with self._first_call:
+            with self._first_call.lock:
                 if self._plan is None:
                     check_leaves(inputs, "inputs")
                     self._analyse(inputs)

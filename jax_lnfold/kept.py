@@ -59,15 +59,7 @@ class FreshLock:
 
     def __init__(self) -> None:
         """Start unlocked."""
-        self._lock = RLock()
-
-    def __enter__(self) -> None:
-        """Wait for other threads."""
-        self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        """Let other threads in."""
-        self._lock.release()
+        self.lock = RLock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy is not locked."""
