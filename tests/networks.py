@@ -1,31 +1,31 @@
-"""Random networks for hypothesis: anything wired to anything, as real programs.
+"""Random networks: anything wired to anything, as real programs.
 
 Every step appends one array of shape (B, N, D) to the values so far, so that all of them can be
-combined; inside a step anything may happen. Choices are hypothesis's, so that a failure shrinks.
+combined; inside a step anything may happen. A network follows from its number alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import partial, partialmethod
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
-from hypothesis import HealthCheck, Phase, seed, settings
-from hypothesis import strategies as st
 from jax import lax
+from leaves import Leaf, Params, Pool
+from norm_spellings import NORMS, SCALED, SMOOTH
 
 Array = Any  # NumPy arrays outside, tracers inside
-Params = dict[str, Array]
 Step = Callable[[Params, "Inputs", list[Array]], Array]
-Draw = Callable[[st.SearchStrategy[Any]], Any]
 
 SIZES = [(2, 5, 3, 4), (1, 4, 2, 5), (3, 2, 4, 3)]
-"""Batch, tokens, heads, width of a head: few, so that compiled operations are reused."""
+"""Batch, tokens, heads, width of a head: few, so that compiled operations are reused.
+
+The number of a network decides which ones it has.
+"""
 VOCABULARY = 7
 
 
@@ -44,11 +44,13 @@ class Network:
     steps: tuple[Step, ...]
     params: Params
     inputs: Inputs
+    head: Leaf
     last: int
     leaks: tuple[int, ...]
-    tied: str | None
     digits: float
     """Relative precision to which results can be compared."""
+    roles: tuple[tuple[str, str], ...]
+    """As what the leaves are read, with their names; a role is there once for each use."""
 
     def apply(self, params: Params, x: Array, ids: Array, mask: Array) -> Any:
         inputs, values = Inputs(x, ids, mask), [x]
@@ -56,82 +58,110 @@ class Network:
             values.append(step(params, inputs, values))
         stream = values[self.last]
         final = (stream - stream.mean(-1, keepdims=True)) / (stream.std(-1, keepdims=True) + 0.1)
-        logits = final @ (params["head"] if self.tied is None else params[self.tied].T)
         # The constant gives the outputs a scale: a norm of a constant stream is all rounding.
-        return 1 + logits, [values[i] for i in self.leaks]
+        return 1 + final @ self.head(params), [values[i] for i in self.leaks]
+
+    def astype(self, dtype: Any) -> Network:
+        """The same program with all its numbers in this dtype."""
+        params = {name: x.astype(dtype) for name, x in self.params.items()}
+        return replace(
+            self, params=params, inputs=self.inputs._replace(x=self.inputs.x.astype(dtype))
+        )
+
+    def shrunk(self, fails: Callable[[Network], bool]) -> Network:
+        """With fewer steps and outputs, but still failing."""
+        network = self
+        candidates = [lambda n: replace(n, leaks=())]
+        candidates += [partial(_without, k) for k in reversed(range(len(self.steps)))]
+        for smaller in candidates:
+            if fails(tried := smaller(network)):
+                network = tried
+        return network
 
     def __repr__(self) -> str:
-        steps = [f"{i + 1}: {s.__name__}" for i, s in enumerate(self.steps)]
-        return f"Network(x{self.inputs.x.shape}, {', '.join(steps)}, last={self.last})"
-
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        """What hypothesis prints: no arrays."""
-        printer.text(repr(self))
+        kept = [(k, s) for k, s in enumerate(self.steps, 1) if s is not _nothing]
+        steps = ", ".join(f"{k}: {s.__name__}" for k, s in kept)
+        shown = f"x{self.inputs.x.shape}, {steps}, head={self.head.name}, last={self.last}"
+        return f"Network({shown}, leaks={self.leaks})"
 
 
-@st.composite
-def networks(draw: Draw, least: int = 4, most: int = 13) -> Network:
-    """Networks of `least` to `most` steps."""
-    return Builder(draw).network(draw(st.integers(least, most)))
+def _nothing(p: Params, a: Inputs, v: list[Array]) -> Array:
+    return a.x
 
 
-def examples(number: int, count: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Run a test of hypothesis on `count` examples, the ones with this number."""
+def _without(k: int, network: Network) -> Network:
+    return replace(network, steps=(*network.steps[:k], _nothing, *network.steps[k + 1 :]))
 
-    def decorate(test: Callable[..., None]) -> Callable[..., None]:
-        once = settings(
-            max_examples=count,
-            database=None,
-            deadline=None,
-            phases=[Phase.generate],  # to shrink a network takes minutes
-            suppress_health_check=list(HealthCheck),
-        )
-        return seed(number)(once(test))
 
-    return decorate
+def random_network(number: int, least: int = 3, most: int = 11, smooth: bool = False) -> Network:
+    """The network of this number, of `least` to `most` steps.
+
+    A `smooth` one has no jumps, no loop that the data ends and no dtypes of its own, so that it
+    has gradients, and rounding changes it little.
+    """
+    rng = np.random.default_rng(number)
+    return Builder(rng, SIZES[number % len(SIZES)], smooth).network(least, most)
+
+
+class Reader(NamedTuple):
+    """A linear layer behind a norm: what it computes from its leaves and scaled, shifted values."""
+
+    kind: str
+    leaves: tuple[Leaf, Leaf]
+    run: Callable[[Array, Array, Array, Array], Array]
 
 
 class Builder:
-    def __init__(self, draw: Draw) -> None:
-        self.draw = draw
-        self.b, self.n, self.h, self.hd = self.one_of(SIZES)
+    def __init__(
+        self, rng: np.random.Generator, sizes: tuple[int, int, int, int], smooth: bool
+    ) -> None:
+        self.rng, self.smooth = rng, smooth
+        self.b, self.n, self.h, self.hd = sizes
         self.d = self.h * self.hd
-        self.rng = np.random.default_rng(self.index(2**16))
-        self.params: Params = {}
+        self.pool = Pool(rng, spare=self.one_of([1, 2, 4, 16, 16, 16]))
+        self.single: Params = {}
+        self.drawn: list[str] = []  # of the step that is being made
+        self.roles: list[tuple[str, str]] = []
         self.digits = 1e-9
 
     def index(self, n: int) -> int:
-        return self.draw(st.integers(0, n - 1))
+        return int(self.rng.integers(n))
 
     def one_of(self, options: Sequence[Any]) -> Any:
-        return self.draw(st.sampled_from(options))
+        return options[self.index(len(options))]
 
-    def network(self, count: int) -> Network:
-        makers = [getattr(self, name) for name in dir(type(self)) if name.startswith("make_")]
-        # Sums and linear layers are what streams are made of.
-        favoured = [self.make_sum, self.make_dense, self.make_block]
+    def network(self, least: int, most: int) -> Network:
+        count = least + self.index(most - least + 1)
+        skipped = {"make_single_precision"} if self.smooth else set()
+        names = {name for name in dir(type(self)) if name.startswith("make_")} - skipped
+        makers = [getattr(self, name) for name in sorted(names)]
+        # Sums, linear layers and what they read are what streams are made of.
+        favoured = [self.make_sum, self.make_dense, self.make_block, self.make_layer_scale]
+        favoured += self.one_of([2, 8]) * [self.make_affine]
         steps = []
         for k in range(count):
-            maker = self.one_of(favoured if self.index(2) else makers)
+            usual = favoured if k else [self.make_dense, self.make_embedding]
+            maker = self.one_of(usual if self.index(3) else makers)
+            self.drawn = []
             step = maker(k + 1)
-            step.__name__ = maker.__name__.removeprefix("make_")
+            step.__name__ = f"{maker.__name__.removeprefix('make_')}({' '.join(self.drawn)})"
             steps.append(self.wrapped(step))
         shape = (self.b, self.n, self.d)
         inputs = Inputs(
-            self.array(*shape),
+            self.pool.array(*shape),
             self.rng.integers(0, VOCABULARY, shape[:2]),
             self.rng.random(shape) < 0.7,
         )
-        self.params["head"] = self.array(self.d, 3)
-        tables = [k for k, v in self.params.items() if v.shape == (VOCABULARY, self.d)]
+        head = self.kernel(self.d, self.one_of([3, 3, VOCABULARY]))
         return Network(
             steps=tuple(steps),
-            params=self.params,
+            params=self.pool.params | self.single,
             inputs=inputs,
+            head=head,
             last=count - self.index(2),
             leaks=tuple(self.index(count + 1) for _ in range(max(0, self.index(9) - 6))),
-            tied=self.one_of(tables) if tables and self.index(4) == 0 else None,
             digits=self.digits,
+            roles=tuple(self.roles),
         )
 
     def wrapped(self, step: Step) -> Step:
@@ -144,80 +174,150 @@ class Builder:
         def inside(p: Params, inputs: Inputs, values: list[Array]) -> Array:
             return call(step)(p, inputs, values)
 
-        inside.__name__ = f"{kind}({step.__name__})"
+        inside.__name__ = f"{kind} {step.__name__}"
         return inside
 
-    def array(self, *shape: int) -> np.ndarray:
-        """A NumPy array: its edit needs no compilation."""
-        return self.rng.standard_normal(shape) / 2 + 0.1
+    def leaf(self, role: str, *shape: int) -> Leaf:
+        leaf = self.pool.leaf(shape)
+        self.drawn.append(leaf.name)
+        self.roles += [(role, name) for name in leaf.names]
+        return leaf
 
-    def param(self, *shape: int) -> str:
-        same = [k for k, v in self.params.items() if v.shape == shape]
-        if same and self.index(6) == 0:
-            return self.one_of(same)
-        name = f"p{len(self.params)}"
-        self.params[name] = self.array(*shape)
-        return name
+    kernel, bias = partialmethod(leaf, "kernel"), partialmethod(leaf, "bias")
+    scale, shift = partialmethod(leaf, "scale"), partialmethod(leaf, "shift")
+    table, gate = partialmethod(leaf, "table"), partialmethod(leaf, "gate")
+    constant = partialmethod(leaf, "constant")
 
     def pick(self, n: int) -> int:
         """A value so far, later ones preferred."""
-        return max(self.index(n), self.index(n))
+        value = max(self.index(n) for _ in range(3))
+        self.drawn.append(f"v{value}")
+        return value
 
     def norm(self, axis: int | tuple[int, ...] = -1) -> Callable[[Array], Array]:
         """A LayerNorm in some spelling, or something that only looks like one."""
-        return partial(self.one_of(NORMS), axis=axis)
+        norm = self.one_of(SMOOTH if self.smooth else NORMS)
+        self.drawn.append(norm.__name__.strip("_"))
+        return partial(norm, axis=axis)
+
+    def kind(self, smooth: int, jumps: int = 0) -> int:
+        """One of the first `smooth` kinds, or of the `jumps` after them."""
+        kind = self.index(smooth if self.smooth else smooth + jumps)
+        self.drawn.append(f"kind {kind}")
+        return kind
 
     # Streams.
 
     def make_sum(self, n: int) -> Step:
         i, j, sign = self.pick(n), self.pick(n), self.one_of([1.0, -1.0, 0.5])
+        if self.index(4) == 0:
+            scalar = self.constant(1)
+            return lambda p, a, v: v[i] + scalar(p) * v[j]
         return lambda p, a, v: v[i] + sign * v[j]
 
     def make_dense(self, n: int) -> Step:
-        i, w, b = self.pick(n), self.param(self.d, self.d), self.param(self.d)
-        return lambda p, a, v: v[i] @ p[w] + p[b]
+        i, w, b = self.pick(n), self.kernel(self.d, self.d), self.bias(self.d)
+        return lambda p, a, v: v[i] @ w(p) + b(p)
 
     def make_block(self, n: int) -> Step:
-        i, w, norm = self.pick(n), self.param(self.d, self.d), self.norm()
-        return lambda p, a, v: v[i] + norm(v[i]) @ p[w]
+        i, w, norm = self.pick(n), self.kernel(self.d, self.d), self.norm()
+        return lambda p, a, v: v[i] + norm(v[i]) @ w(p)
 
     def make_norm(self, n: int) -> Step:
-        i, g, b = self.pick(n), self.param(self.d), self.param(self.d)
+        i, g, b = self.pick(n), self.scale(self.d), self.shift(self.d)
         norm = self.norm(self.one_of([-1, -1, -1, 1, (1, 2), 0]))
-        kind = self.index(3)
+        kind = self.kind(3)
 
         def step(p: Params, a: Inputs, v: list[Array]) -> Array:
             y = norm(v[i])
-            return y if kind == 0 else y * p[g] if kind == 1 else y * (1 + p[g]) + p[b]
+            return y if kind == 0 else y * g(p) if kind == 1 else y * (1 + g(p)) + b(p)
 
         return step
 
     def make_layer_scale(self, n: int) -> Step:
-        i, w, g, b = self.pick(n), self.param(self.d, self.d), self.param(self.d), self.param(1)
-        biased = self.index(2)
-        return lambda p, a, v: v[i] + (v[i] @ p[w] + (p[b] if biased else 0)) * p[g]
+        i, w, b = self.pick(n), self.kernel(self.d, self.d), self.constant(1)
+        g, biased = self.one_of([self.scale, self.gate])(self.d), self.index(2)
+        return lambda p, a, v: v[i] + (v[i] @ w(p) + (b(p) if biased else 0)) * g(p)
+
+    def make_affine(self, n: int) -> Step:
+        """A norm with scale and shift that linear layers read."""
+        i, norm, scaled = self.pick(n), self.norm(), self.one_of(SCALED)
+        where = self.one_of(["here", "here", "here", "branches", "loop", "scan", "each sample"])
+        stack = (3,) if where == "scan" else ()
+        scale, shift = self.scale(*stack, self.d), self.shift(*stack, self.d)
+        readers: list[Reader] = []
+        for _ in range(self.one_of([1, 1, 2, 2, 3])):
+            readers.append(self.reader(readers, *stack))
+        residual = self.index(2)
+        self.drawn += [scaled.__name__.strip("_"), where]
+        leaves = [scale, shift, *(leaf for r in readers for leaf in r.leaves)]
+
+        def layer(x: Array, arrays: Sequence[Array], chosen: int | None = None) -> Array:
+            g, c, *rest = arrays
+            both = scaled(norm, x, g, c)
+            pairs = zip(readers, rest[::2], rest[1::2], strict=True)
+            results = [r.run(kernel, bias, *both) for r, kernel, bias in pairs]
+            return residual * x + (sum(results) if chosen is None else results[chosen])
+
+        def step(p: Params, a: Inputs, v: list[Array]) -> Array:
+            x, arrays = v[i], [leaf(p) for leaf in leaves]
+            if where == "branches":
+                one, other = (partial(layer, arrays=arrays, chosen=k) for k in (0, -1))
+                return lax.cond(a.ids[0, 0] > 2, one, other, x)
+            if where == "loop":
+                return lax.fori_loop(0, 2, lambda _, s: layer(s, arrays), x)
+            if where == "scan":
+                return lax.scan(lambda s, rows: (layer(s, rows), None), x, arrays)[0]
+            return (jax.vmap(layer, (0, None)) if where == "each sample" else layer)(x, arrays)
+
+        return step
+
+    def reader(self, earlier: Sequence[Reader], *stack: int) -> Reader:
+        """A linear layer behind a norm, often with the kernel or the bias of an earlier one."""
+        kind = self.one_of(["no bias", "heads", *4 * ["dense"], "transposed", "kernel first"])
+        shifted, bent = self.index(4), self.index(2)
+        kept = self.index(3) if earlier and self.index(2) else None
+        if kept is not None and "heads" in (kind, earlier[-1].kind):
+            kind = earlier[-1].kind  # no other has these shapes
+        out = (self.h, self.hd) if kind == "heads" else (self.d,)
+        w = earlier[-1].leaves[0] if kept in (0, 1) else self.kernel(*stack, self.d, *out)
+        b = earlier[-1].leaves[1] if kept in (1, 2) else self.bias(*stack, *out)
+        self.drawn += [kind, "of what is shifted" if shifted else "of what is scaled"]
+
+        def run(kernel: Array, bias: Array, scaled: Array, with_shift: Array) -> Array:
+            y = with_shift if shifted else scaled
+            result = {
+                "no bias": lambda: y @ kernel,
+                "heads": lambda: jnp.einsum("...d,dhk->...hk", y, kernel) + bias,
+                "dense": lambda: y @ kernel + bias,
+                "transposed": lambda: bias + y @ kernel.T,
+                "kernel first": lambda: jnp.einsum("de,...d->...e", kernel, y) + bias,
+            }[kind]().reshape(y.shape)
+            return jnp.tanh(result) if bent else result
+
+        return Reader(kind, (w, b), run)
 
     # Linear layers.
 
     def make_heads_out(self, n: int) -> Step:
-        i, w = self.pick(n), self.param(self.h, self.hd, self.d)
+        i, w = self.pick(n), self.kernel(self.h, self.hd, self.d)
         shape = (self.b, self.n, self.h, self.hd)
-        return lambda p, a, v: jnp.einsum("bnhd,hde->bne", v[i].reshape(shape), p[w])
+        return lambda p, a, v: jnp.einsum("bnhd,hde->bne", v[i].reshape(shape), w(p))
 
     def make_low_rank(self, n: int) -> Step:
-        i, w, u = self.pick(n), self.param(self.d, 2), self.param(2, self.d)
+        i, w, u = self.pick(n), self.kernel(self.d, 2), self.kernel(2, self.d)
         first = self.index(2)
-        return lambda p, a, v: v[i] @ (p[w] @ p[u]) if first else (v[i] @ p[w]) @ p[u]
+        return lambda p, a, v: v[i] @ (w(p) @ u(p)) if first else (v[i] @ w(p)) @ u(p)
 
     def make_embedding(self, n: int) -> Step:
-        table, kind = self.param(VOCABULARY, self.d), self.index(4)
+        table, kind = self.table(VOCABULARY, self.d), self.kind(4)
 
         def step(p: Params, a: Inputs, v: list[Array]) -> Array:
             rows = [
-                lambda: p[table][a.ids],
-                lambda: jax.nn.one_hot(a.ids, VOCABULARY, dtype=p[table].dtype) @ p[table],
-                lambda: jnp.take(p[table], a.ids, axis=0, mode="clip"),
-                lambda: jnp.take(p[table], a.ids, axis=0, mode="fill", fill_value=0.0),
+                lambda: table(p)[a.ids],
+                lambda: jax.nn.one_hot(a.ids, VOCABULARY, dtype=table(p).dtype) @ table(p),
+                lambda: jnp.take(table(p), a.ids, axis=0, mode="clip"),
+                lambda: jnp.take(table(p), a.ids, axis=0, mode="fill", fill_value=0.0),
             ]
             return rows[kind]()
 
@@ -225,12 +325,12 @@ class Builder:
 
     def make_convolution(self, n: int) -> Step:
         i, groups, stride = self.pick(n), self.one_of([1, self.h, self.d]), self.one_of([1, 1, 2])
-        kernel, tokens = self.param(3, self.d // groups, self.d), self.n
+        kernel, tokens = self.kernel(3, self.d // groups, self.d), self.n
 
         def step(p: Params, a: Inputs, v: list[Array]) -> Array:
             y = lax.conv_general_dilated(
                 v[i],
-                p[kernel],
+                kernel(p),
                 (stride,),
                 "SAME",
                 dimension_numbers=("NWC", "WIO", "NWC"),
@@ -241,16 +341,16 @@ class Builder:
         return step
 
     def make_token_mix(self, n: int) -> Step:
-        i, w, b = self.pick(n), self.param(self.n, self.n), self.param(self.n)
-        return lambda p, a, v: (v[i].swapaxes(1, 2) @ p[w] + p[b]).swapaxes(1, 2)
+        i, w, b = self.pick(n), self.kernel(self.n, self.n), self.bias(self.n)
+        return lambda p, a, v: (v[i].swapaxes(1, 2) @ w(p) + b(p)).swapaxes(1, 2)
 
     def make_experts(self, n: int) -> Step:
         """One of two linear layers per token."""
-        i, w, b = self.pick(n), self.param(2, self.d, self.d), self.param(2, self.d)
+        i, w, b = self.pick(n), self.kernel(2, self.d, self.d), self.bias(2, self.d)
 
         def step(p: Params, a: Inputs, v: list[Array]) -> Array:
-            chosen = jax.nn.one_hot(a.ids % 2, 2, dtype=p[w].dtype)
-            each = jnp.einsum("bnd,kde->bnke", v[i], p[w]) + p[b]
+            chosen = jax.nn.one_hot(a.ids % 2, 2, dtype=w(p).dtype)
+            each = jnp.einsum("bnd,kde->bnke", v[i], w(p)) + b(p)
             return jnp.einsum("bnke,bnk->bne", each, chosen)
 
         return step
@@ -258,7 +358,7 @@ class Builder:
     # Features split, merged, cut and joined.
 
     def make_head_norm(self, n: int) -> Step:
-        i, norm, swap = self.pick(n), self.norm(self.one_of([-1, -1, (2, 3), 2])), self.index(3)
+        i, norm, swap = self.pick(n), self.norm(self.one_of([-1, -1, (2, 3), 2])), self.kind(3)
         shape, flat = (self.b, self.n, self.h, self.hd), (self.b, self.n, self.d)
 
         def step(p: Params, a: Inputs, v: list[Array]) -> Array:
@@ -269,11 +369,11 @@ class Builder:
         return step
 
     def make_attention(self, n: int) -> Step:
-        i, w, norm = self.pick(n), self.param(self.d, 3 * self.d), self.norm()
+        i, w, norm = self.pick(n), self.kernel(self.d, 3 * self.d), self.norm()
         normed, shape, joint = self.index(3), (self.b, self.n, self.h, self.hd), self.index(2)
 
         def step(p: Params, a: Inputs, v: list[Array]) -> Array:
-            fused = v[i] @ p[w]
+            fused = v[i] @ w(p)
             if joint:
                 q, k, u = (x.reshape(shape) for x in jnp.split(fused, 3, axis=-1))
             else:
@@ -286,13 +386,13 @@ class Builder:
 
     def make_slices(self, n: int) -> Step:
         """Norms of parts of the features, possibly of overlapping ones."""
-        i, w = self.pick(n), self.param(self.d, self.d)
+        i, w = self.pick(n), self.kernel(self.d, self.d)
         cut, overlap = 1 + self.index(self.d - 1), self.index(4) == 0
         one, two = self.norm(), self.norm()
         start = max(0, cut - 2) if overlap else cut
 
         def step(p: Params, a: Inputs, v: list[Array]) -> Array:
-            y = v[i] @ p[w]
+            y = v[i] @ w(p)
             left, right = one(y[..., :cut]), two(y[..., start:])
             return jnp.concatenate([left, right[..., cut - start :]], axis=-1)
 
@@ -300,11 +400,11 @@ class Builder:
 
     def make_merge(self, n: int) -> Step:
         """Two tokens side by side, normalised together (patch merging)."""
-        i, j, w, norm = self.pick(n), self.pick(n), self.param(2 * self.d, self.d), self.norm()
-        return lambda p, a, v: norm(jnp.concatenate([v[i], jnp.roll(v[j], 1, 1)], -1)) @ p[w]
+        i, j, w, norm = self.pick(n), self.pick(n), self.kernel(2 * self.d, self.d), self.norm()
+        return lambda p, a, v: norm(jnp.concatenate([v[i], jnp.roll(v[j], 1, 1)], -1)) @ w(p)
 
     def make_features(self, n: int) -> Step:
-        i, kind = self.pick(n), self.index(8)
+        i, kind = self.pick(n), self.kind(8)
         b, t, h, hd, d = self.b, self.n, self.h, self.hd, self.d
 
         def step(p: Params, a: Inputs, v: list[Array]) -> Array:
@@ -324,17 +424,17 @@ class Builder:
         return step
 
     def make_tokens(self, n: int) -> Step:
-        i, kind, table = self.pick(n), self.index(10), self.param(1, self.n, self.d)
+        i, kind, table = self.pick(n), self.kind(10), self.table(1, self.n, self.d)
         tokens = self.n
 
         def step(p: Params, a: Inputs, v: list[Array]) -> Array:
-            x, extra = v[i], jnp.broadcast_to(p[table], v[i].shape)
+            x, extra = v[i], jnp.broadcast_to(table(p), v[i].shape)
             moved = [
                 lambda: jnp.roll(x, 2, axis=1),
                 lambda: jnp.concatenate([x[:, :1], jnp.flip(x[:, 1:], 1)], axis=1),
                 lambda: jnp.broadcast_to(x.mean(1, keepdims=True), x.shape),
                 lambda: jnp.cumsum(x, axis=1),
-                lambda: x + p[table],
+                lambda: x + table(p),
                 lambda: jnp.pad(x, ((0, 0), (2, 0), (0, 0)))[:, :tokens],
                 lambda: x.at[:, 0].set(extra[:, 1]),
                 lambda: jnp.concatenate([extra[:, :1], x], axis=1)[:, :tokens],
@@ -348,26 +448,27 @@ class Builder:
     # Gates, masks, nonlinearities, reductions.
 
     def make_gate(self, n: int) -> Step:
-        i, w = self.pick(n), self.param(self.d, self.one_of([1, self.h, self.d]))
+        i, w = self.pick(n), self.gate(self.d, self.one_of([1, self.h, self.d]))
         d = self.d
 
         def step(p: Params, a: Inputs, v: list[Array]) -> Array:
-            gate = jax.nn.sigmoid(v[0] @ p[w])
+            gate = jax.nn.sigmoid(v[0] @ w(p))
             return v[i] * jnp.repeat(gate, d // gate.shape[-1], axis=-1)
 
         return step
 
     def make_mask(self, n: int) -> Step:
-        i, j, kind = self.pick(n), self.pick(n), self.index(5)
-        b = self.param(self.d)
+        i, j, kind = self.pick(n), self.pick(n), self.kind(6)
+        b = self.constant(self.d)
 
         def step(p: Params, a: Inputs, v: list[Array]) -> Array:
-            x = v[i] + p[b]
+            x = v[i] + b(p)
             return [
                 lambda: jnp.where(a.mask, x / 0.7, 0.0),  # dropout
                 lambda: jnp.where(a.mask[:, :1, :1], x / 0.7, 0.0),  # stochastic depth
                 lambda: jnp.where(a.mask[..., :1], x, v[j]),
                 lambda: x * a.mask[:, :, :1],
+                lambda: jnp.where(a.mask[:, :1], v[i], b(p)),
                 lambda: jnp.where(a.mask, x, -jnp.inf).max(1, keepdims=True, initial=-9.0) + x,
             ][kind]()
 
@@ -376,11 +477,11 @@ class Builder:
     def make_nonlinearity(self, n: int) -> Step:
         i = self.pick(n)
         kinds = [jax.nn.gelu, jnp.tanh, jax.nn.relu, jnp.abs, lax.stop_gradient]
-        f = self.one_of([*kinds, lambda x: jnp.round(x + 0.123)])  # not at a half
+        f = [*kinds, lambda x: jnp.round(x + 0.123)][self.kind(5, jumps=1)]  # not at a half
         return lambda p, a, v: f(v[i])
 
     def make_reduction(self, n: int) -> Step:
-        i, b, kind = self.pick(n), self.param(self.d), self.index(9)
+        i, b, kind = self.pick(n), self.bias(self.d), self.kind(7, jumps=2)
 
         def step(p: Params, a: Inputs, v: list[Array]) -> Array:
             x = v[i]
@@ -394,7 +495,7 @@ class Builder:
                 lambda: x + jax.nn.logsumexp(x, axis=-1, keepdims=True),
                 lambda: x * (x.max(-1, keepdims=True) > 0.5),
                 # The bias settles ties, which rounding would settle otherwise.
-                lambda: jax.nn.one_hot(jnp.argmax(x + p[b], -1), x.shape[-1], dtype=x.dtype),
+                lambda: jax.nn.one_hot(jnp.argmax(x + b(p), -1), x.shape[-1], dtype=x.dtype),
             ][kind]()
 
         return step
@@ -403,8 +504,8 @@ class Builder:
 
     def make_scan(self, n: int) -> Step:
         """A stream through stacked layers, with a second carry that may read it."""
-        i, j, kind = self.pick(n), self.pick(n), self.index(6)
-        w, g, norm = self.param(3, self.d, self.d), self.param(3, self.d), self.norm()
+        i, j, kind = self.pick(n), self.pick(n), self.kind(6)
+        w, g, norm = self.kernel(3, self.d, self.d), self.scale(3, self.d), self.norm()
 
         def body(carry: Any, layer: Any) -> Any:
             (s, other), (kernel, scale) = carry, layer
@@ -423,18 +524,19 @@ class Builder:
 
         def step(p: Params, a: Inputs, v: list[Array]) -> Array:
             start = (v[i], v[j])
-            (s, other), rows = lax.scan(body, start, (p[w], p[g]), reverse=kind == 0)
+            (s, other), rows = lax.scan(body, start, (w(p), g(p)), reverse=kind == 0)
             return s + other if rows is None or kind == 3 else rows.sum(0)
 
         return step
 
     def make_loop(self, n: int) -> Step:
         """The same layer a number of times that the data may decide."""
-        i, w, norm, kind = self.pick(n), self.param(self.d, self.d), self.norm(), self.index(3)
+        i, w, norm = self.pick(n), self.kernel(self.d, self.d), self.norm()
+        kind = self.kind(1, jumps=2)
 
         def step(p: Params, a: Inputs, v: list[Array]) -> Array:
             def layer(s: Array) -> Array:
-                return s + norm(s) @ p[w]
+                return s + norm(s) @ w(p)
 
             if kind == 0:
                 return lax.fori_loop(0, 2, lambda k, s: layer(s), v[i])
@@ -445,18 +547,18 @@ class Builder:
         return step
 
     def make_branch(self, n: int) -> Step:
-        i, w, kind = self.pick(n), self.param(self.d, self.d), self.index(3)
+        i, w, kind = self.pick(n), self.kernel(self.d, self.d), self.kind(3)
 
         def step(p: Params, a: Inputs, v: list[Array]) -> Array:
-            other = [lambda s: s @ p[w], lambda s: s + 0.5 * s, jnp.tanh][kind]
+            other = [lambda s: s @ w(p), lambda s: s + 0.5 * s, jnp.tanh][kind]
             return lax.cond(a.ids[0, 0] > 2, other, lambda s: jnp.flip(s, 1), v[i])
 
         return step
 
     def make_single_precision(self, n: int) -> Step:
         """A layer that computes in float32, or keeps its parameters so."""
-        i, norm, kind, name = self.pick(n), self.norm(), self.index(3), f"p{len(self.params)}"
-        self.params[name] = self.array(self.d, self.d).astype(np.float32)
+        i, norm, kind, name = self.pick(n), self.norm(), self.kind(3), f"single{n}"
+        self.single[name] = self.pool.array(self.d, self.d).astype(np.float32)
         self.digits = 0.05  # norms of nearly constant values magnify rounding
 
         def step(p: Params, a: Inputs, v: list[Array]) -> Array:
@@ -470,74 +572,5 @@ class Builder:
 
     def make_per_sample(self, n: int) -> Step:
         """Written for one sample or one token, and mapped."""
-        i, w, norm, axis = self.pick(n), self.param(self.d, self.d), self.norm(), self.index(2)
-        return lambda p, a, v: v[i] + jax.vmap(lambda s: norm(s) @ p[w], axis, axis)(v[i])
-
-
-def _one_pass(x: Array, axis: Any) -> Array:
-    mean = x.mean(axis, keepdims=True)
-    second = jnp.mean(x * x, axis, keepdims=True) - mean**2
-    return (x - mean) * lax.rsqrt(second + 0.1)
-
-
-def _two_pass(x: Array, axis: Any) -> Array:
-    return (x - x.mean(axis, keepdims=True)) / jnp.sqrt(x.var(axis, keepdims=True) + 0.1)
-
-
-def _own_variance(x: Array, axis: Any) -> Array:
-    c = x - x.mean(axis, keepdims=True)
-    return c / jnp.sqrt(jnp.square(c).mean(axis, keepdims=True) + 0.1)
-
-
-def _unbiased(x: Array, axis: Any) -> Array:
-    ddof = 0 if axis == -1 and x.shape[-1] == 1 else 1
-    return (x - x.mean(axis, keepdims=True)) / (x.std(axis, keepdims=True, ddof=ddof) + 0.3)
-
-
-def _flax(x: Array, axis: Any) -> Array:
-    axes = axis if isinstance(axis, tuple) else (axis,)
-    norm = nn.LayerNorm(0.1, use_bias=False, use_scale=False, reduction_axes=axes)
-    return norm.apply({}, x)
-
-
-def _distributed(x: Array, axis: Any) -> Array:
-    a = lax.rsqrt(jnp.var(x, axis, keepdims=True) + 0.1)
-    return x * a - x.mean(axis, keepdims=True) * a
-
-
-def _single_statistics(x: Array, axis: Any) -> Array:
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return ((wide - wide.mean(axis, keepdims=True)) / (wide.std(axis, keepdims=True) + 0.3)).astype(
-        x.dtype
-    )
-
-
-def _rms(x: Array, axis: Any) -> Array:
-    return x * lax.rsqrt(jnp.mean(x * x, axis, keepdims=True) + 0.1)
-
-
-def _rms_of_centered(x: Array, axis: Any) -> Array:
-    """The mean is taken out of the value, not out of the variance."""
-    second = jnp.mean(x * x, axis, keepdims=True)
-    return (x - x.mean(axis, keepdims=True)) * lax.rsqrt(second + 0.1)
-
-
-def _masked(x: Array, axis: Any) -> Array:
-    kept = x > x.mean(axis, keepdims=True) - 0.1
-    mean = x.mean(axis, keepdims=True, where=kept)
-    return (x - mean) * lax.rsqrt(x.var(axis, keepdims=True, where=kept) + 0.1)
-
-
-NORMS: list[Callable[..., Array]] = [
-    _one_pass,
-    _two_pass,
-    lambda x, axis: nn.standardize(x, axis=axis, epsilon=0.1),
-    _own_variance,
-    _unbiased,
-    _flax,
-    _distributed,
-    _single_statistics,
-    _rms,
-    _rms_of_centered,
-    _masked,
-]
+        i, w, norm, axis = self.pick(n), self.kernel(self.d, self.d), self.norm(), self.index(2)
+        return lambda p, a, v: v[i] + jax.vmap(lambda s: norm(s) @ w(p), axis, axis)(v[i])

@@ -1,6 +1,8 @@
 """Random networks: a fold computes the same function, and everything it rests on is true.
 
-`python tests/test_random_programs.py --programs 10000` checks many, with a summary.
+`python tests/test_random_programs.py --programs 10000` checks many, with a summary. The network of
+a number is always the same: ``--first 123 --programs 1`` checks one again, and shows what fails in
+as few steps as fail.
 """
 
 from __future__ import annotations
@@ -8,170 +10,203 @@ from __future__ import annotations
 import argparse
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations_with_replacement
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from contracts import assert_drop_in, assert_identical, relative_difference, snapshot
-from hypothesis import given
-from interpreter import Interpreter
-from networks import Network, examples, networks
-from partitions import centered, is_uniform, is_zero_mean, uniform_shift
+from network_checks import (
+    MODES,
+    check_contracts,
+    check_facts,
+    check_gradients,
+    check_precision,
+)
+from networks import Network, random_network
 from tqdm import tqdm
 
-import jax_lnfold
-from jax_lnfold.facts import Claim
-from jax_lnfold.placement import Placement, place
-from jax_lnfold.program import Traced, trace
+from jax_lnfold.plan import FoldPlan
 
-PROGRAMS_AT_ONCE = 50
-ALONE = 2
-"""Tolerance claims that are tested by themselves, besides all of them together."""
+CHECKS = ("contracts", "facts", "gradients", "float32", "bfloat16")
+SHOWN = (0.01, 0.5, 0.9, 0.99, 1.0)
 
 
-def by_value(claims: Any) -> dict[int, list[Any]]:
-    found: dict[int, list[Any]] = {}
-    for value, along in claims:
-        found.setdefault(value, []).append(along)
+@dataclass
+class Found:
+    """What checking many networks found."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    failures: dict[int, str] = field(default_factory=dict)
+    ratios: list[float] = field(default_factory=list)
+    """Errors of folded programs, relative to those of the originals."""
+
+    def __str__(self) -> str:
+        lines = [", ".join(f"{self.counts[name]:,} {name}" for name in sorted(self.counts))]
+        if self.ratios:
+            quantiles = zip(SHOWN, np.quantile(self.ratios, SHOWN), strict=True)
+            shown = ", ".join(f"{q:.0%}: {value:.2f}" for q, value in quantiles)
+            lines.append(f"error of folded programs / of the originals: {shown}")
+        return "\n".join([*lines, f"{len(self.failures)} failures: {[*self.failures]}"])
+
+
+def check(name: str, network: Network, modes: Sequence[str], found: Found) -> None:
+    """One of `CHECKS`; a failure raises."""
+    if name in ("contracts", "gradients"):
+        found.counts += {"contracts": check_contracts, "gradients": check_gradients}[name](
+            network, modes
+        )
+    elif name == "facts":
+        found.counts += check_facts(network)
+    else:
+        counts, ratios = check_precision(network, jnp.dtype(name), modes)
+        found.counts += counts
+        found.ratios += ratios
+
+
+def network_for(name: str, number: int) -> Network:
+    return random_network(number, smooth=name not in ("contracts", "facts"))
+
+
+def check_many(
+    names: Sequence[str],
+    numbers: Iterable[int],
+    modes: Sequence[str] = tuple(MODES),
+    failed: Callable[[str, int, Exception], None] = lambda *_: None,
+) -> Found:
+    found = Found()
+    for number in numbers:
+        for name in names:
+            try:
+                check(name, network_for(name, number), modes, found)
+            except Exception as error:
+                found.failures[number] = f"{name}: {type(error).__name__}: {error}"
+                failed(name, number, error)
     return found
 
 
-def check_facts(traced: Traced, placement: Placement, network: Network, params: Any) -> int:
-    """With all centerings made, what is called zero-mean is, and what is called uniform is."""
-    zero, uniform = by_value(placement.zero), by_value(placement.facts.proved_uniform)
-    checked, tolerance = 0, min(network.digits, 1e-5)
+def shown(name: str, number: int, modes: Sequence[str], error: Exception) -> str:
+    """How to see a failure again, and the smallest network that fails in the same way."""
 
-    def look(value: int, x: Any) -> Any:
-        nonlocal checked
-        x = np.asarray(x) if value in zero or value in uniform else x
-        for along in (*placement.explicit.get(value, ()), *placement.constants.get(value, ())):
-            x = centered(np.asarray(x), along)
-        for along in zero.get(value, ()):
-            spoilt = not np.isfinite(x).all()
-            assert spoilt or is_zero_mean(x, along, tolerance), f"value {value} along {along}"
-        for along in uniform.get(value, ()):
-            assert is_uniform(x, along, tolerance), f"value {value} along {along}"
-        checked += len(zero.get(value, ()))
-        return x
+    def fails(network: Network) -> bool:
+        try:
+            check(name, network, modes, Found())
+        except Exception as other:
+            return type(other) is type(error)
+        return False
 
-    Interpreter(placement.graph, look).run(traced.closed, params, network.inputs)
-    return checked
+    again = f"--check {name} --modes {' '.join(modes)} --first {number} --programs 1"
+    smallest = network_for(name, number).shrunk(fails)
+    return f"{again}: {type(error).__name__}: {error}\n  {smallest}"
 
 
-def check_tolerance(traced: Traced, placement: Placement, network: Network, params: Any) -> int:
-    """Values that may be shifted are: all of them at once, and some alone."""
-    graph = placement.graph
-    floats = [
-        (value, along)
-        for value, along in placement.facts.proved_tolerant
-        if np.issubdtype(graph.avals[value].dtype, np.floating) and not along.empty
-    ]
-    rng = np.random.default_rng(len(floats))
-    alone = [[floats[i]] for i in rng.permutation(len(floats))[:ALONE]]
-    want = Interpreter().run(traced.closed, params, network.inputs)
-    for chosen in [floats, *alone]:
-        sets = by_value(chosen)
-
-        def shift(value: int, x: Any, sets: dict[int, list[Any]] = sets) -> Any:
-            for along in sets.get(value, ()):
-                x = (np.asarray(x) + uniform_shift(rng, along)).astype(x.dtype)
-            return x
-
-        got = Interpreter(graph, shift).run(traced.closed, params, network.inputs)
-        difference = relative_difference(got, want)
-        assert difference < network.digits, f"{describe(chosen)} noticed: {difference:.1e}"
-    return len(floats)
+# Every third number has the same sizes, which saves compilations.
 
 
-def describe(claims: list[Claim]) -> str:
-    shown = ", ".join(f"value {value} along {along}" for value, along in claims[:3])
-    return f"a shift of {shown}" if len(claims) < 4 else f"a shift of {len(claims)} values"
-
-
-def check_same(traced: Traced, network: Network, folded: jax_lnfold.Folded, want: Any) -> None:
-    """Both programs compute with the edited parameters what the original one did."""
-    program = trace(folded.apply, folded.params, network.inputs).closed
-    for name, closed in {"folded program": program, "original program": traced.closed}.items():
-        got = Interpreter().run(closed, folded.params, network.inputs)
-        difference = relative_difference(got, want)
-        assert difference < network.digits, f"the {name} is off by {difference:.1e}"
-    assert_drop_in(folded.params, network.params)
-
-
-def check(network: Network) -> Counter[str]:
-    """Fold one network and check everything; what was found."""
-    params, inputs, before = network.params, network.inputs, snapshot(network.params)
-    folded = jax_lnfold.fold(network.apply, params, *inputs)
-    report = folded.report
-    assert report.n_inserted <= report.n_folded <= len(report.norms)
-    traced = trace(network.apply, params, inputs)
-    want = Interpreter().run(traced.closed, params, inputs)
-    check_same(traced, network, folded, want)
-    options = {"fold_affine": True, "defer_scale": True, "deferred_cost": 0.0}
-    everything = jax_lnfold.fold(network.apply, params, *inputs, **options)
-    if everything.report.affine or everything.report.deferred:
-        check_same(traced, network, everything, want)
-    assert_identical(params, before)
-    placement = place(traced.graph())
-    assert sum(placement.folded) == report.n_folded
-    facts = check_facts(traced, placement, network, folded.params)
-    claims = check_tolerance(traced, placement, network, folded.params)
-    return Counter(
-        programs=1,
-        norms=len(report.norms),
-        folded=report.n_folded,
-        inserted=report.n_inserted,
-        affine=len(everything.report.affine),
-        deferred=len(everything.report.deferred),
-        facts=facts,
-        tolerances=claims,
-    )
-
-
-def check_many(number: int, count: int) -> Counter[str]:
-    """Check `count` networks, the ones with this number; the first that fails is shown."""
-    found: Counter[str] = Counter()
-
-    @examples(number, count)
-    @given(networks())
-    def test(network: Network) -> None:
-        found.update(check(network))
-
-    test()
-    return found
-
-
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize("number", [*range(3), *(pytest.param(n, marks=SLOW) for n in range(3, 6))])
-def test_random_programs(number: int) -> None:
-    found = check_many(number, PROGRAMS_AT_ONCE)
-    assert found["programs"] >= PROGRAMS_AT_ONCE
-    share = found["folded"] / found["norms"]
+@pytest.mark.parametrize("count", [24, pytest.param(1000, marks=pytest.mark.slow)])
+def test_contracts(count: int) -> None:
+    found = check_many(["contracts"], range(0, 3 * count, 3))
+    assert not found.failures
+    counts = found.counts
+    assert counts["programs"] == count
+    share = counts["folded"] / counts["norms"]
     assert 0.1 < share < 0.9, "the programs should have something to find and to refuse"
-    assert found["facts"] > found["folded"]
-    assert found["tolerances"] > found["folded"]
+    assert min(counts["affine"], counts["deferred"]) > 5
+
+
+@pytest.mark.parametrize("count", [20, pytest.param(300, marks=pytest.mark.slow)])
+def test_facts(count: int) -> None:
+    found = check_many(["facts"], range(0, 3 * count, 3))
+    assert not found.failures
+    assert min(found.counts["facts"], found.counts["tolerances"]) > 100
+
+
+def test_gradients() -> None:
+    found = check_many(["gradients"], range(0, 21, 3), ["both"])
+    assert not found.failures
+    assert min(found.counts["folded"], found.counts["affine"]) > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rounded_programs_are_as_accurate(dtype: str) -> None:
+    found = check_many([dtype], range(0, 24, 3), ["both"])
+    assert not found.failures
+    assert min(found.counts["folded"], found.counts["affine"]) > 0
+    assert np.quantile(found.ratios, 0.9) < 1.4
+
+
+def test_any_two_roles_meet_in_one_leaf() -> None:
+    met: set[tuple[str, str]] = set()
+    for number in range(500):
+        readers: dict[str, list[str]] = {}
+        for role, name in random_network(number).roles:
+            readers.setdefault(name, []).append(role)
+        for roles in readers.values():
+            ordered = sorted(roles)
+            met |= {(a, b) for i, a in enumerate(ordered) for b in ordered[i + 1 :]}
+    roles = ["bias", "constant", "gate", "kernel", "scale", "shift", "table"]
+    assert met == {*combinations_with_replacement(roles, 2)}
+
+
+def test_a_network_follows_from_its_number() -> None:
+    one, other = random_network(7), random_network(7)
+    assert repr(one) == repr(other) != repr(random_network(8))
+    jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
+
+
+def with_edits(change: Callable[[Any], Any]) -> Callable[..., Any]:
+    """`FoldPlan.center`, but for a change of all leaves that it edits."""
+    center = FoldPlan.center
+
+    def changed(plan: FoldPlan, params: Any, donate: bool = False) -> Any:
+        made, edited = center(plan, params, donate), plan.leaf_edits()
+        return {name: change(x) if name in edited else x for name, x in made.items()}
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("contracts", lambda x: x * (1 + 1e-4 * np.arange(x.size).reshape(x.shape))),
+        ("gradients", jax.lax.stop_gradient),
+        ("float32", lambda x: x.astype(jnp.bfloat16).astype(x.dtype)),
+        ("bfloat16", lambda x: x.astype(jnp.float8_e5m2).astype(x.dtype)),
+    ],
+)
+def test_wrong_edits_are_noticed(
+    name: str, change: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FoldPlan, "center", with_edits(change))
+    assert check_many([name], range(0, 30, 3), ["plain"]).failures
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--programs", type=int, default=10_000)
-    parser.add_argument("--first", type=int, default=1000, help="the first seed, of 50 programs")
+    parser.add_argument("--first", type=int, default=10_000, help="the number of the first one")
+    parser.add_argument("--check", nargs="+", choices=CHECKS, default=["contracts", "facts"])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     options = parser.parse_args()
-    found: Counter[str] = Counter()
-    failures, start = [], time.monotonic()
-    for number in tqdm(range(options.first, options.first + options.programs // PROGRAMS_AT_ONCE)):
-        try:
-            found += check_many(number, PROGRAMS_AT_ONCE)
-        except Exception as error:
-            failures.append(number)
-            tqdm.write(f"seed {number}: {error}")
-        if number % 20 == 19:  # 1,000 programs; compiled operations pile up
-            jax.clear_caches()
-            tqdm.write(f"{dict(found)} failing seeds: {failures}")
-    print(dict(found), f"failing seeds: {failures}", f"{time.monotonic() - start:.0f} s")
+    start = time.monotonic()
+
+    def failed(name: str, number: int, error: Exception) -> None:
+        tqdm.write(shown(name, number, options.modes, error))
+
+    def numbers() -> Iterable[int]:
+        for k in tqdm(range(options.programs), mininterval=10):
+            yield options.first + k
+            if k % 1000 == 999:
+                jax.clear_caches()  # compiled operations pile up
+
+    found = check_many(options.check, numbers(), options.modes, failed)
+    last = options.first + options.programs - 1
+    print(f"networks {options.first} to {last}, {time.monotonic() - start:.0f} s: {found}")
 
 
 if __name__ == "__main__":
