@@ -231,11 +231,13 @@ def _wide_type(x: Any) -> Any:
 
 
 def widened(*dtypes: Any) -> np.dtype[Any]:
-    """The first of float32 and float64 that holds the numbers of all these floating-point dtypes.
+    """The first of float32 and float64, or of complex64 and complex128, that holds these numbers.
 
     As `jax.numpy.promote_types` says it, which asks how a user wants to promote, though.
     """
     double = any(jnp.finfo(dtype).bits > 32 for dtype in dtypes)
+    if any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes):
+        return np.dtype(np.complex128 if double else np.complex64)
     return np.dtype(np.float64 if double else np.float32)
 
 

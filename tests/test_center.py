@@ -13,11 +13,11 @@ import pytest
 
 import jax_lnfold.center
 from jax_lnfold.axes import ALL, FREE, AxisSet
-from jax_lnfold.center import Recipe, center_array, edit_leaf
+from jax_lnfold.center import Factor, Recipe, center_array, edit_leaf
 
 ROWS, WIDTH = 5, 96
 CENTERED = Recipe(sets=(AxisSet((ROWS, WIDTH), (FREE, ALL)),))
-SCALED = Recipe(factors=((0,),))
+SCALED = Recipe(factors=(Factor((0,)),))
 TAKES_SHIFT = Recipe(axes=(0,), summed=(0,))
 DTYPES = [np.float16, np.float32, np.float64, ml_dtypes.bfloat16]
 NAMES = ["float16", "float32", "float64", "bfloat16"]
@@ -128,7 +128,7 @@ def test_leaves_without_axes_or_numbers(dtype: Any) -> None:
     scalar, empty = np.array(3, dtype), np.zeros((0, 4), dtype)
     for x, recipe, sources in (
         (scalar, Recipe(sets=(AxisSet((), ()),)), ()),
-        (scalar, Recipe(factors=((),)), (np.array(0, dtype),)),
+        (scalar, Recipe(factors=(Factor(()),)), (np.array(0, dtype),)),
         (empty, Recipe(sets=(AxisSet((0, 4), (FREE, ALL)),)), ()),
         (empty, SCALED, (np.zeros(0, dtype),)),
     ):
