@@ -117,7 +117,7 @@ def test_contracts(count: int) -> None:
     assert min(counts["affine"], counts["deferred"]) > 5
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [40, pytest.param(300, marks=pytest.mark.slow)])
 def test_facts(count: int) -> None:
     found = check_many(["facts"], range(0, 3 * count, 3))
     assert not found.failures
@@ -181,7 +181,7 @@ def test_wrong_edits_are_noticed(
     name: str, change: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FoldPlan, "center", with_edits(change))
-    assert check_many([name], range(0, 30, 3), ["plain"]).failures
+    assert check_many([name], range(0, 90, 3), ["plain"]).failures
 
 
 def main() -> None:
