@@ -25,11 +25,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 import jax_lnfold
-from jax_lnfold.graph import Graph
-from jax_lnfold.placement import Placement, place
-from jax_lnfold.planning import make_plan
-from jax_lnfold.program import trace
-from jax_lnfold.rewrite import rewrite
+from jax_lnfold.placement.place import Placement, place
+from jax_lnfold.placement.planning import make_plan
+from jax_lnfold.program.graph import Graph
+from jax_lnfold.program.tracing import trace
+from jax_lnfold.rewrite.fold import rewrite
 
 from .models import GPT, Block, Config
 from .programs import random_arrays

@@ -9,10 +9,10 @@ from .errors import (
     TraceError,
     TreeError,
 )
-from .plan import FoldPlan
-from .report import Report
+from .plan.plan import FoldPlan
+from .report.report import Report
 from .training import CenterState, center_gradients, center_updates
-from .verify import Verification, verify
+from .verification import Verification, verify
 
 __version__ = "0.1.0"
 

@@ -79,7 +79,10 @@ WALKED = frozenset({*_CALLS, "cond", "scan", "while"})
 CUSTOM_RULES = frozenset({"custom_jvp_call", "custom_vjp_call"})
 """Calls whose derivative is not that of their body: values inside must keep their meaning."""
 
-_JAX_PARTS = ("/jax/_src/", "/jaxlib/", Path(__file__).parent.as_posix() + "/", "<")
+PACKAGE = Path(__file__).parent.as_posix()
+"""The folder of this package."""
+
+_JAX_PARTS = ("/jax/_src/", "/jaxlib/", PACKAGE + "/", "<")
 _LIBRARY_PARTS = (*_JAX_PARTS, "/site-packages/", "/dist-packages/")
 
 

@@ -10,18 +10,18 @@ import jax
 import numpy as np
 
 from ._compat import ClosedJaxpr, is_tracer, jaxpr_as_fun
-from .defer import Deferral, defer_scales
-from .describe import make_report
-from .difference import float_outputs, largest, largest_difference
 from .errors import FoldError, NotAnalysedError
-from .kept import ApplyFn, FreshLock, Programs
 from .options import Options, check_options
-from .placement import Placement, place
-from .plan import FoldPlan, check_donate
-from .planning import make_plan, place_again, with_affine
-from .program import Traced, signature, trace
-from .report import Report
-from .rewrite import rewrite
+from .output_differences import float_outputs, largest, largest_difference
+from .placement.place import Placement, place
+from .placement.planning import make_plan, place_again, with_affine
+from .plan.plan import FoldPlan, check_donate
+from .program.tracing import Traced, signature, trace
+from .program_cache import ApplyFn, FreshLock, Programs
+from .report.build import make_report
+from .report.report import Report
+from .rewrite.defer import Deferral, defer_scales
+from .rewrite.fold import rewrite
 from .trees import check_devices, check_leaves
 
 

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._compat import is_tracer
-from .center import Recipe, group_means, widened
 from .errors import FoldError, TreeError
-from .fitting import names_in
-from .plan import FoldPlan
+from .plan.leaf import Recipe, group_means, widened
+from .plan.plan import FoldPlan
+from .plan.tree_fit import names_in
 from .trees import FLOATS, is_editable, is_numeric, leaf_paths
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from jax_lnfold._compat import (
     control_flow,
     open_jaxpr,
 )
-from jax_lnfold.graph import CallPath, Graph
+from jax_lnfold.program.graph import CallPath, Graph
 
 Change = Callable[[int, Any], Any]
 """What becomes of a value, given its number in the graph; called once per visit, where it is made.

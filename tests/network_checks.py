@@ -18,9 +18,9 @@ from networks import Network
 from partitions import centered, is_uniform, is_zero_mean, uniform_shift
 
 import jax_lnfold
-from jax_lnfold.facts import Claim
-from jax_lnfold.placement import Placement, place
-from jax_lnfold.program import Traced, trace
+from jax_lnfold.analysis.facts import Claim
+from jax_lnfold.placement.place import Placement, place
+from jax_lnfold.program.tracing import Traced, trace
 
 MODES: dict[str, dict[str, Any]] = {
     "plain": {},

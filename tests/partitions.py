@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_lnfold.axes import ALL, FREE, AxisSet, Entry, canonical
+from jax_lnfold.axes.axis_set import ALL, FREE, AxisSet, Entry, canonical
 
 
 def axis_labels(entry: Entry, size: int) -> np.ndarray:

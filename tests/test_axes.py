@@ -21,8 +21,8 @@ from partitions import (
     uniformed,
 )
 
-from jax_lnfold.axes import ALL, FREE, AxisSet, Labels, canonical, intersect, labels_of
-from jax_lnfold.center import center_array, group_means
+from jax_lnfold.axes.axis_set import ALL, FREE, AxisSet, Labels, canonical, intersect, labels_of
+from jax_lnfold.plan.leaf import center_array, group_means
 
 SEEDS = range(6)
 ROUNDS = 60

@@ -11,9 +11,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import jax_lnfold.center
-from jax_lnfold.axes import ALL, FREE, AxisSet
-from jax_lnfold.center import Factor, Recipe, center_array, edit_leaf
+import jax_lnfold.plan.leaf
+from jax_lnfold.axes.axis_set import ALL, FREE, AxisSet
+from jax_lnfold.plan.leaf import Factor, Recipe, center_array, edit_leaf
 
 ROWS, WIDTH = 5, 96
 CENTERED = Recipe(sets=(AxisSet((ROWS, WIDTH), (FREE, ALL)),))
@@ -54,7 +54,7 @@ def test_overflows_of_numpy_leaves(
     dtype: Any, block: int, order: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are told from infinities that were given; the caller's settings do not matter."""
-    monkeypatch.setattr(jax_lnfold.center, "_BLOCK", block)
+    monkeypatch.setattr(jax_lnfold.plan.leaf, "_BLOCK", block)
     largest = float(ml_dtypes.finfo(dtype).max)
     with np.errstate(all="raise"):
         assert overflow(order(uneven(dtype)))
@@ -111,7 +111,7 @@ def test_a_product_with_a_wider_factor_is_rounded_once() -> None:
 def test_sums_block_by_block(
     axes: tuple[int, ...], summed: tuple[int, ...], block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jax_lnfold.center, "_BLOCK", block)
+    monkeypatch.setattr(jax_lnfold.plan.leaf, "_BLOCK", block)
     rng, shape = np.random.default_rng(0), (3, 4, 5)
     kernel = rng.normal(size=shape).astype(np.float32)
     shift = rng.normal(size=[shape[d] for d in axes]).astype(np.float32)

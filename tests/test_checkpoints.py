@@ -22,10 +22,10 @@ from flax import nnx
 import jax_lnfold
 from jax_lnfold import FoldError, FoldPlan, TreeError
 from jax_lnfold.api import plan_fold
-from jax_lnfold.axes import ALL, FREE, AxisSet, Entry, Labels
-from jax_lnfold.center import Factor, Recipe, edit_leaf
-from jax_lnfold.checkpoints import center_checkpoint
-from jax_lnfold.plan import CenterEdit, LeafSpec
+from jax_lnfold.axes.axis_set import ALL, FREE, AxisSet, Entry, Labels
+from jax_lnfold.checkpoints.center import center_checkpoint
+from jax_lnfold.plan.leaf import Factor, Recipe, edit_leaf
+from jax_lnfold.plan.plan import CenterEdit, LeafSpec
 from jax_lnfold.trees import leaf_paths
 
 Array = jax.Array
@@ -284,7 +284,7 @@ def test_replaced_chunks_are_not_kept(
     tmp_path: Path, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An OCDBT database is written anew: it does not grow."""
-    monkeypatch.setattr("jax_lnfold.orbax_store._BATCH", batch)
+    monkeypatch.setattr("jax_lnfold.checkpoints.orbax._BATCH", batch)
     shape, rng = (500, 64), np.random.default_rng(0)
     tree = {name: rng.normal(size=shape) for name in ("edited", "kept", "kept/too", "edited/no")}
     leaves = tuple(LeafSpec(name, shape) for name in sorted(tree))
@@ -604,8 +604,8 @@ def test_interrupted(
 ) -> None:
     source = save_sharded(variables(), tmp_path)
     before = contents(tmp_path)
-    module = jax_lnfold.checkpoints
-    place = jax_lnfold.stores.shutil if step == "copyfile" else module
+    module = jax_lnfold.checkpoints.center
+    place = jax_lnfold.checkpoints.leaf_store.shutil if step == "copyfile" else module
     call, times = getattr(place, step), iter(range(99))
 
     def failing(*args: Any, **kw: Any) -> Any:
@@ -652,9 +652,9 @@ def test_blocks(
         Recipe(fill=0.0): (),
     }
     for recipe, sources in recipes.items():
-        monkeypatch.setattr("jax_lnfold.center._BLOCK", x.size)
+        monkeypatch.setattr("jax_lnfold.plan.leaf._BLOCK", x.size)
         want = edit_leaf(x, sources, recipe, donate=False)[0]
-        monkeypatch.setattr("jax_lnfold.center._BLOCK", block)
+        monkeypatch.setattr("jax_lnfold.plan.leaf._BLOCK", block)
         assert bits(edit_leaf(x, sources, recipe, donate=False)[0]) == bits(want)
 
 
@@ -662,7 +662,7 @@ COUNT, SHAPE = 48, (640, 1024)
 PEAK = """
 import re, resource, sys
 from pathlib import Path
-from jax_lnfold.cli import main
+from jax_lnfold.cli.commands import main
 
 def peak():
     status = Path("/proc/self/status")  # there, since getrusage counts the parent's memory, too

@@ -19,8 +19,8 @@ import safetensors.numpy
 
 import jax_lnfold
 from jax_lnfold import FoldPlan, fold
-from jax_lnfold.cli import main
-from jax_lnfold.targets import load
+from jax_lnfold.cli.commands import main
+from jax_lnfold.cli.target import load
 
 MODULE = """
 import jax
@@ -158,7 +158,7 @@ def test_check(module: str, name: str, code: int, capsys: Capture) -> None:
 @pytest.mark.parametrize("limit", [0, 10**9])
 def test_cost(module: str, limit: int, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is told however long compilation takes."""
-    monkeypatch.setattr(jax_lnfold.report, "COSTED_WHEN_SHOWN", limit)
+    monkeypatch.setattr(jax_lnfold.report.report, "COSTED_WHEN_SHOWN", limit)
     assert main(["report", f"{module}:target"]) == 0
     words = str(jax_lnfold.analyze(*_model(module)).cost).split()
     assert len(words) > 3
@@ -171,7 +171,7 @@ def test_no_cost(
     def compiled(*args: Any) -> None:
         raise RuntimeError("it was compiled")
 
-    monkeypatch.setattr(jax_lnfold.report, "measure", compiled)
+    monkeypatch.setattr(jax_lnfold.report.report, "measure", compiled)
     assert main(["report", f"{module}:target", "--no-cost", "--html", "r.html"]) == 0
     assert "cost" not in capsys.readouterr().out
     assert "cost" not in (tmp_path / "r.html").read_text()
@@ -331,7 +331,7 @@ def test_center_interrupted(
     def stop(*args: Any, **kw: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jax_lnfold.checkpoints.edit_leaf", stop)
+    monkeypatch.setattr("jax_lnfold.checkpoints.center.edit_leaf", stop)
     before = {*Path.cwd().iterdir()}
     assert main(CENTER) == 130
     assert capsys.readouterr() == ("", "jax_lnfold: interrupted\n")
@@ -341,8 +341,9 @@ def test_center_interrupted(
 SIGNALS = """
 import os, shutil, sys, threading
 from signal import SIG_DFL, SIG_IGN, SIGHUP, SIGTERM, getsignal, signal
-from jax_lnfold import checkpoints, cli
-from jax_lnfold.safetensors_store import SafetensorsStore
+from jax_lnfold.checkpoints import center as checkpoints
+from jax_lnfold.cli import commands as cli
+from jax_lnfold.checkpoints.safetensors import SafetensorsStore
 
 edit_leaf, rmtree, seen = checkpoints.edit_leaf, shutil.rmtree, []
 

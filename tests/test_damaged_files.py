@@ -20,11 +20,11 @@ import safetensors
 import safetensors.numpy
 
 from jax_lnfold import FoldError, FoldPlan
-from jax_lnfold.axes import AxisSet, Labels
-from jax_lnfold.checkpoints import center_checkpoint
-from jax_lnfold.cli import main
-from jax_lnfold.edits import CenterEdit, LeafSpec, ScaleEdit
-from jax_lnfold.header import read_header
+from jax_lnfold.axes.axis_set import AxisSet, Labels
+from jax_lnfold.checkpoints.center import center_checkpoint
+from jax_lnfold.checkpoints.safetensors_header import read_header
+from jax_lnfold.cli.commands import main
+from jax_lnfold.plan.edits import CenterEdit, LeafSpec, ScaleEdit
 
 Arrays = dict[str, np.ndarray]
 

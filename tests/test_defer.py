@@ -17,8 +17,8 @@ from zoo import ZOO
 
 import jax_lnfold
 from jax_lnfold import FoldError
-from jax_lnfold.defer import defer_scales
 from jax_lnfold.options import DEFERRED_COST, PRESETS
+from jax_lnfold.rewrite.defer import defer_scales
 
 Array = jax.Array
 Params = dict[str, Array]

@@ -20,7 +20,8 @@ from contracts import assert_identical, check_contracts, relative_difference, sn
 from flax.training.train_state import TrainState
 
 import jax_lnfold
-from jax_lnfold import Folded, FoldError, center_updates, kept
+from jax_lnfold import Folded, FoldError, center_updates
+from jax_lnfold import program_cache as kept
 
 Array = jax.Array
 Params = dict[str, Any]

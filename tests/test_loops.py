@@ -14,7 +14,7 @@ from flax import linen as nn
 from zoo import perturb
 
 import jax_lnfold
-from jax_lnfold.flatten import flatten
+from jax_lnfold.program.flatten import flatten
 
 D, L, HIDDEN = 12, 4, 20
 RNG = np.random.default_rng(0)

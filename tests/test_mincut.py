@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from jax_lnfold.mincut import MinCut
+from jax_lnfold.placement.min_cut import MinCut
 
 Term = tuple[str, tuple[int, ...], int | None]
 """What is added: the name of the method, its nodes, its cost."""

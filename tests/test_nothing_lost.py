@@ -152,14 +152,14 @@ def test_interrupted_at_any_call(operation: Operation, error: type[BaseException
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, number: int, error: type[BaseException]) -> None:
     """Let the edit of the leaf with this number fail, once."""
-    edit, times = jax_lnfold.plan.edit_leaf, iter(range(99))
+    edit, times = jax_lnfold.plan.plan.edit_leaf, iter(range(99))
 
     def failing(*args: Any) -> Any:
         if next(times) == number:
             raise error("injected")
         return edit(*args)
 
-    monkeypatch.setattr("jax_lnfold.plan.edit_leaf", failing)
+    monkeypatch.setattr("jax_lnfold.plan.plan.edit_leaf", failing)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

@@ -14,14 +14,14 @@ import numpy as np
 from contracts import fold_checked
 from networks import Network, random_network
 
-from jax_lnfold.axes import AxisSet
-from jax_lnfold.facts import Claim, Facts
-from jax_lnfold.graph import Graph
-from jax_lnfold.norms import find_norms
-from jax_lnfold.placement import Placement, place_within
-from jax_lnfold.program import trace
+from jax_lnfold.analysis.facts import Claim, Facts
+from jax_lnfold.analysis.layer_norms import find_norms
+from jax_lnfold.axes.axis_set import AxisSet
+from jax_lnfold.placement.layer_scale import find_merges
+from jax_lnfold.placement.place import Placement, place_within
+from jax_lnfold.program.graph import Graph
+from jax_lnfold.program.tracing import trace
 from jax_lnfold.rules import Opaque, rule_for
-from jax_lnfold.scales import find_merges
 
 LARGEST = 9
 """Values that an explicit centering may be put at: every subset of them is tried."""

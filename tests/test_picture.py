@@ -19,11 +19,11 @@ from zoo import ZOO, vision
 from zoo.base import recipe
 
 import jax_lnfold
-from jax_lnfold.layout import Layout, lay_out
-from jax_lnfold.picture import to_dot, to_svg
-from jax_lnfold.repeats import Repeat, fold_repeats
-from jax_lnfold.report import Report
-from jax_lnfold.streams import Event
+from jax_lnfold.report.events import Event
+from jax_lnfold.report.picture import to_dot, to_svg
+from jax_lnfold.report.picture_rows import Layout, lay_out
+from jax_lnfold.report.repeats import Repeat, fold_repeats
+from jax_lnfold.report.report import Report
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -29,7 +29,7 @@ from network_checks import (
 from networks import Network, random_network
 from tqdm import tqdm
 
-from jax_lnfold.plan import FoldPlan
+from jax_lnfold.plan.plan import FoldPlan
 
 CHECKS = ("contracts", "facts", "gradients", "float32", "bfloat16")
 SHOWN = (0.01, 0.5, 0.9, 0.99, 1.0)

@@ -17,8 +17,8 @@ from rich.console import Console
 from zoo import NORMS, ZOO
 
 import jax_lnfold
-from jax_lnfold.report import Report
-from jax_lnfold.table import Row, grouped, merged
+from jax_lnfold.report.report import Report
+from jax_lnfold.report.table import Row, grouped, merged
 from jax_lnfold.trees import leaf_paths
 
 TESTS = Path(__file__).parent
@@ -206,7 +206,7 @@ def test_cost_of_a_model_whose_only_work_is_its_norm() -> None:
 
 
 def test_large_programs_are_not_compiled_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jax_lnfold.report.COSTED_WHEN_SHOWN", 10)
+    monkeypatch.setattr("jax_lnfold.report.report.COSTED_WHEN_SHOWN", 10)
     report = tower_report(2)
     assert "Read `report.cost` to compile both programs" in str(report)
     assert "reductions" not in str(report)

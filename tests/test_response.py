@@ -8,7 +8,7 @@ from math import prod
 import numpy as np
 import pytest
 
-from jax_lnfold.response import (
+from jax_lnfold.analysis.shift_algebra import (
     STOPPED_SHIFT,
     Refused,
     Sum,

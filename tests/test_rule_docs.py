@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 
-from jax_lnfold import arithmetic, response, rules, shift_example
-from jax_lnfold.graph import Op
+from jax_lnfold import rules
+from jax_lnfold.analysis import shift_algebra as response
+from jax_lnfold.analysis import shift_example
+from jax_lnfold.analysis import shift_rules as arithmetic
+from jax_lnfold.program.graph import Op
 from jax_lnfold.rules import RULES, example
 
 FORMULA = re.compile(r"``[^`]*=[^`]*``")

@@ -22,10 +22,10 @@ from rule_examples import UNARY, Program
 from test_rules import check_pull, check_push, find
 
 from jax_lnfold._compat import WALKED
-from jax_lnfold.axes import ALL, FREE, AxisSet, Labels
-from jax_lnfold.facts import Facts
-from jax_lnfold.flatten import flatten
-from jax_lnfold.primitives import EXCHANGES, OPAQUE, UNSEEN
+from jax_lnfold.analysis.facts import Facts
+from jax_lnfold.axes.axis_set import ALL, FREE, AxisSet, Labels
+from jax_lnfold.program.flatten import flatten
+from jax_lnfold.program.primitives import EXCHANGES, OPAQUE, UNSEEN
 from jax_lnfold.rules import RULES, Opaque, Rule, register
 from jax_lnfold.rules.example import equation
 

@@ -16,7 +16,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jax_lnfold
-from jax_lnfold.lanes import collect, per_lane, spread
+from jax_lnfold.program.devices import collect, per_lane, spread
 
 AXES = ("data", "model")
 LANES = (("data", 2), ("model", 4))

@@ -24,12 +24,19 @@ from bench.models import Config
 from bench.programs import random_arrays
 from bench.registry import MODELS
 from bench.tpu import collectives
-from jax_lnfold.axes import ALL, FREE, AxisSet, Labels
-from jax_lnfold.center import Factor, Recipe, _compiled_bound, _compiled_edit, edit_leaf, overflows
-from jax_lnfold.collector import collector_paused
-from jax_lnfold.flatten import flatten
-from jax_lnfold.placement import Placement, place
-from jax_lnfold.program import trace
+from jax_lnfold.axes.axis_set import ALL, FREE, AxisSet, Labels
+from jax_lnfold.placement.place import Placement, place
+from jax_lnfold.plan.leaf import (
+    Factor,
+    Recipe,
+    _compiled_bound,
+    _compiled_edit,
+    edit_leaf,
+    overflows,
+)
+from jax_lnfold.program.flatten import flatten
+from jax_lnfold.program.garbage import collector_paused
+from jax_lnfold.program.tracing import trace
 
 TINY = Config(2, 24, 3, causal=True)
 
@@ -225,7 +232,7 @@ def test_memory_of_donated_leaves(affine: bool, monkeypatch: pytest.MonkeyPatch)
     """Before and after every edit no more arrays are alive than before all."""
     plan = plan_of(affine)
     params = random_arrays(SHAPES)
-    names, edit = {*plan.leaf_edits()}, jax_lnfold.plan.edit_leaf
+    names, edit = {*plan.leaf_edits()}, jax_lnfold.plan.plan.edit_leaf
     gc.collect()
 
     def alive() -> int:
@@ -238,7 +245,7 @@ def test_memory_of_donated_leaves(affine: bool, monkeypatch: pytest.MonkeyPatch)
         found.append(alive())
         return result
 
-    monkeypatch.setattr("jax_lnfold.plan.edit_leaf", noted)
+    monkeypatch.setattr("jax_lnfold.plan.plan.edit_leaf", noted)
     new = plan.center(params, donate=True)
     assert len(found) == len(names)
     assert max(found) <= before + 100  # flags

@@ -8,7 +8,7 @@ from contracts import check_contracts, count_equations, snapshot
 from zoo import NORMS, ZOO, Case
 
 import jax_lnfold
-from jax_lnfold.report import Report
+from jax_lnfold.report.report import Report
 
 # Flax's own query and key norms know one spelling only.
 FIXED_SPELLING = ("query_ln", "key_ln")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ..axes import FREE, AxisSet, Entry, Labels, intersect
+from ..axes.axis_set import FREE, AxisSet, Entry, Labels, intersect
 from .registry import Context, Opaque, Pull, Push, Rule, register
 
 

@@ -7,8 +7,8 @@ induction over the iterations.
 
 from __future__ import annotations
 
-from ..axes import FREE, AxisSet
-from ..graph import JOINS
+from ..axes.axis_set import FREE, AxisSet
+from ..program.graph import JOINS
 from .registry import Context, Opaque, Pull, Push, Rule, register
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ..axes import ALL, FREE, AxisSet
-from ..graph import DROPOUT
-from ..primitives import COMPLEX, IDENTITIES, IDENTITIES_OF_EACH, NONLINEAR, STOP
+from ..axes.axis_set import ALL, FREE, AxisSet
+from ..program.graph import DROPOUT
+from ..program.primitives import COMPLEX, IDENTITIES, IDENTITIES_OF_EACH, NONLINEAR, STOP
 from .registry import Context, Opaque, Pull, Push, Rule, register
 
 

@@ -23,9 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..axes import FREE, AxisSet, Labels, canonical
-from ..flatten import flatten
-from ..graph import DROPOUT
+from ..axes.axis_set import FREE, AxisSet, Labels, canonical
+from ..program.flatten import flatten
+from ..program.graph import DROPOUT
 from .registry import Context, Opaque, Pull, Push, rule_for
 
 Along = Iterable[int] | Mapping[int, Sequence[int]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
-from ..axes import FREE, AxisSet
+from ..axes.axis_set import FREE, AxisSet
 from .registry import Context, Opaque, Pull, Push, Rule, register
 from .structural import embed_or_free
 

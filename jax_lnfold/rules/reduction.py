@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..axes import FREE, AxisSet
-from ..primitives import POOLS
+from ..axes.axis_set import FREE, AxisSet
+from ..program.primitives import POOLS
 from .registry import Context, Opaque, Pull, Push, Rule, register
 
 

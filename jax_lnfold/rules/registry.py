@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from ..axes import AxisSet
-from ..graph import Graph, Op
+from ..axes.axis_set import AxisSet
+from ..program.graph import Graph, Op
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..axes import ALL, FREE, AxisSet, Entry, Labels, canonical
+from ..axes.axis_set import ALL, FREE, AxisSet, Entry, Labels, canonical
 from .registry import Context, Opaque, Pull, Push, Rule, register
 
 

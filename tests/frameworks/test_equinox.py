@@ -25,7 +25,7 @@ from zoo import perturb
 from zoo.base import floats, tokens
 
 import jax_lnfold
-from jax_lnfold.report import Report
+from jax_lnfold.report.report import Report
 
 Array = jax.Array
 Key = jax.Array

@@ -24,7 +24,7 @@ from zoo import perturb
 from zoo.base import floats, initial, tokens
 
 import jax_lnfold
-from jax_lnfold.report import Report
+from jax_lnfold.report.report import Report
 
 Array = jax.Array
 Layer = Callable[[Array], Any]

@@ -27,7 +27,7 @@ from zoo import perturb
 from zoo.base import floats, tokens
 
 import jax_lnfold
-from jax_lnfold.report import Report
+from jax_lnfold.report.report import Report
 
 Layer = Callable[..., Any]
 Build = Callable[[Any], Any]

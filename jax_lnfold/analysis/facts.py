@@ -1,0 +1,200 @@
+"""What holds for every input and parameter: uniformity and tolerance (theory: transport, shifts).
+
+Both are greatest fixpoints of "this holds if all of those hold", solved by one routine: explore
+what a claim rests on, then let every direct failure spread to the claims that rest on it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from ..axes.axis_set import FREE, AxisSet
+from ..program.graph import DROPOUT, Graph, Op
+from ..program.primitives import OPAQUE
+from ..rules import RULES, Context, Opaque, rule_for
+from .shift_tracker import RETURNED, Tracker
+
+Claim = tuple[int, AxisSet]
+"""Something about a value and an axis set."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blocker:
+    """Why a claim does not hold: an operation (None for the program's own inputs and outputs)."""
+
+    op: Op | None
+    why: str
+
+    @property
+    def is_output(self) -> bool:
+        """Whether all there is in the way is that a function returns a value."""
+        return self.why == RETURNED
+
+    def __str__(self) -> str:
+        """The reason as a clause."""
+        return f"{self.op.place()} {self.why}" if self.op else self.why
+
+
+Expand = Callable[[Claim], "Blocker | Iterable[Claim]"]
+
+
+def solve(claim: Claim, expand: Expand, known: dict[Claim, Blocker | None]) -> Blocker | None:
+    """Whether `claim` holds (None) or what is in its way; `known` remembers all answers.
+
+    A claim that rests on itself, as in a loop, holds unless something else fails. The nearest
+    failure is the answer, and ends the search: all that is explored is what `claim` rests on.
+    """
+    if claim in known:
+        return known[claim]
+    rests: dict[Claim, list[Claim]] = {claim: []}  # claim -> claims that rest on it
+    todo = deque([claim])
+    while todo:
+        current = todo.popleft()
+        found = known[current] if current in known else expand(current)
+        if isinstance(found, Blocker):
+            failed, known[current] = [current], found
+            for failure in failed:  # grows while it spreads
+                for dependent in rests[failure]:
+                    if dependent not in known:
+                        known[dependent] = found
+                        failed.append(dependent)
+            return found
+        for needed in found or ():
+            if needed not in rests:
+                rests[needed] = []
+                todo.append(needed)
+            rests[needed].append(current)
+    known.update(dict.fromkeys(rests))
+    return None
+
+
+class Facts:
+    """Answers about one program. `ones` are parameter leaves known to be all ones.
+
+    `unknown` collects the operations met for which there is no rule, `dropouts` those taken for the
+    identity; `visits` counts how often a rule was asked about an equation.
+    """
+
+    def __init__(self, graph: Graph, ones: frozenset[int] = frozenset()) -> None:
+        """Answer about `graph`."""
+        self.graph = graph
+        self.ones = ones
+        self.unknown: dict[int, Op] = {}
+        self.dropouts: set[int] = set()
+        self.visits = 0
+        self._uniform: dict[Claim, Blocker | None] = {}
+        self._by_inputs: dict[Claim, Blocker | None] = {}
+        self._tolerant: dict[Claim, Blocker | None] = {}
+        self._named: dict[Claim, Blocker | None] = {}  # of parameters and what they shift
+
+    def uniform(self, value: int, along: AxisSet) -> bool:
+        """Whether a value is constant on every group of `along`."""
+        along = along.widened()  # groups of one position say nothing
+        return along.trivial or solve((value, along), self._why_uniform, self._uniform) is None
+
+    def varies_by_inputs_alone(self, value: int, along: AxisSet) -> bool | None:
+        """Whether a value is constant on every group of `along` if the inputs are.
+
+        So along an axis of samples or tokens, unless parameters tell them apart; None if nobody
+        knows, as behind what has no rule.
+        """
+
+        def expand(claim: Claim) -> Blocker | Iterable[Claim]:
+            known = self.graph.leaves.keys() | self.graph.constants.keys()
+            is_input = self.graph.producer[claim[0]] is None and claim[0] not in known
+            return () if is_input else self._why_uniform(claim)
+
+        blocker = solve((value, along), expand, self._by_inputs)
+        return None if blocker is not None and blocker.op is not None else blocker is None
+
+    def intolerant(self, value: int, along: AxisSet) -> Blocker | None:
+        """None if no output notices a shift of `value` that is uniform along `along`.
+
+        The shift may differ between groups and is otherwise arbitrary (theory: tolerance).
+        """
+        blocker = solve((value, along), self._why_tolerant, self._tolerant)
+        if blocker is None or value not in self.graph.leaves:
+            return blocker
+        return solve((value, along), partial(self._why_tolerant, named=True), self._named)
+
+    @property
+    def proved_uniform(self) -> list[Claim]:
+        """Every claim that was asked about so far, and found, to be uniform."""
+        return [claim for claim, blocker in self._uniform.items() if blocker is None]
+
+    @property
+    def proved_tolerant(self) -> list[Claim]:
+        """Every claim whose shift, it was found so far, no output notices."""
+        named = {c: b for c, b in self._named.items() if c[0] in self.graph.leaves}
+        return [claim for claim, b in {**self._tolerant, **named}.items() if b is None]
+
+    def context(self, op: Op) -> Context:
+        """The view that a rule gets of an operation."""
+        self.visits += 1
+        if op.name not in RULES and op.name not in OPAQUE:
+            self.unknown[op.index] = op
+        if op.name == DROPOUT:
+            self.dropouts.add(op.index)
+        return Context(self.graph, op, self.uniform)
+
+    def _why_uniform(self, claim: Claim) -> Blocker | Iterable[Claim]:
+        value, along = claim
+        if along.widened().trivial or along.empty or value in self.ones:
+            return ()
+        if (constant := self.graph.constants.get(value)) is not None:
+            varies = Blocker(None, "a constant varies along the mean")
+            return () if _constant_uniform(constant, along) else varies
+        made = self.graph.producer[value]
+        if made is None:
+            return Blocker(None, "an input may vary along the mean")
+        op, position = made
+        rule, ctx = rule_for(op.name), self.context(op)
+        assumed: list[Claim] = []
+
+        def assume(operand: int, other: AxisSet) -> bool:
+            """What a rule asks about another operand is one more thing to rest on."""
+            assumed.append((operand, other))
+            return True
+
+        answer = rule.uniform or rule.pull
+        pulled = answer(replace(ctx, is_uniform=assume), position, along)
+        if isinstance(pulled, Opaque):
+            return Blocker(op, "may vary along the mean")
+        if not pulled.exact:
+            return Blocker(None, "different values stand side by side along the mean")
+        return [*assumed, *((op.inputs[i], s) for i, s in pulled.needs)]
+
+    def _why_tolerant(self, claim: Claim, named: bool = False) -> Blocker | Iterable[Claim]:
+        value, along = claim
+        if along.empty:
+            return ()
+        if value in self.graph.outputs:
+            made = self.graph.producer[value]
+            return Blocker(made[0] if made else None, RETURNED)
+        tracker = Tracker(self.graph, value, along, self.context, named=named)
+        tracker.run()
+        if tracker.refusal is not None:
+            again = Tracker(self.graph, value, along, self.context, True, named=named)
+            again.run()
+            tracker = again if again.refusal is None else tracker
+        if tracker.refusal is not None:
+            op, why = tracker.refusal
+            return Blocker(op, why)
+        return tracker.delegated
+
+
+def _constant_uniform(constant: object, along: AxisSet) -> bool:
+    array = np.asarray(constant)
+    for d, entry in enumerate(along.entries):
+        for label in np.unique(along.labels(d)) if entry != FREE else ():
+            group = np.take(array, np.flatnonzero(along.labels(d) == label), axis=d)
+            if label >= 0 and not np.array_equal(
+                group, np.broadcast_to(group.take([0], axis=d), group.shape)
+            ):
+                return False
+    return True

@@ -1,0 +1,288 @@
+"""Finds the LayerNorms of a program by how their arithmetic responds to a shift.
+
+A LayerNorm over axes S of ``x`` is a value that does not respond to a shift of ``x`` uniform along
+S, divided by the root of a variance that does not respond either. BatchNorm with stored
+statistics, RMSNorm and softmax lack one of the two; with statistics of the batch, a BatchNorm has
+both, but the samples share them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable
+from dataclasses import dataclass, replace
+from itertools import product
+from math import prod
+from typing import Any
+
+import jax.numpy as jnp
+
+from ..axes.axis_set import ALL, AxisSet
+from ..program.graph import Graph, Op
+from ..program.primitives import MOVES
+from ..rules import Context, Opaque, rule_for
+from ..rules.elementwise import project
+from .facts import Claim, Facts
+from .shift_tracker import Tracker
+
+_CASTS = frozenset({"convert_element_type", "copy", "stop_gradient", "name", "reduce_precision"})
+# What a centered value passes through on its way to the quotient, and a variance besides.
+_SCALING = _CASTS | frozenset(
+    "mul div neg broadcast_in_dim reshape squeeze transpose sharding_constraint "
+    "optimization_barrier".split()
+)
+_CARRIES = _SCALING | frozenset("add sub max min clamp pow sqrt rsqrt integer_pow select_n".split())
+Sum = tuple[Op, list[Claim]]
+SumsOf = dict[int, list[tuple[Op, AxisSet]]]
+_ROOTS = frozenset({"rsqrt", "sqrt", "pow"})
+
+
+@dataclass(frozen=True)
+class LayerNorm:
+    """One LayerNorm of the program.
+
+    `x` and `along` are its input and the axes it averages over, `sums` the equations that compute
+    the sum of ``x`` over `along`, `module` the path of the module it stands in, or ``file.py:line``
+    if modules leave no names. It runs `count` times in one call, on `elements` numbers in all.
+    `two_pass` if the variance is a mean of squares of centered numbers, not a difference of means.
+    """
+
+    x: int
+    along: AxisSet
+    sums: tuple[Op, ...]
+    module: str
+    elements: int
+    count: int
+    two_pass: bool = False
+
+
+@dataclass(frozen=True)
+class Norms:
+    """All LayerNorms in program order, and the values that are zero-mean because of a centering."""
+
+    found: tuple[LayerNorm, ...]
+    centered: dict[int, AxisSet]
+
+
+def find_norms(facts: Facts) -> Norms:
+    """Every LayerNorm of the program, foldable or not."""
+    graph = facts.graph
+    every_sum = _sums(graph)
+    sums_of: SumsOf = {}
+    for op, claims in every_sum:
+        for value, axes in claims:
+            sums_of.setdefault(value, []).append((op, axes))
+    found: dict[int, LayerNorm] = {}
+    centered: dict[int, AxisSet] = {}
+    source: dict[Claim, LayerNorm] = {}  # what a centered value is centered from
+    for x, along in _candidates(graph, every_sum):
+        met_stop = False
+        for stops, keep_products in product((True, False), repeat=2):
+            if not (stops or met_stop):
+                break
+            tracker = Tracker(graph, x, along, facts.context, keep_products, False, stops, True)
+            tracker.run()
+            met_stop = met_stop or tracker.met_stop
+            if not tracker.cancelled:
+                continue
+            whole = frozenset(along.axes)
+            sums = {op.index: op for op, axes in tracker.arithmetic.sums if axes == whole}
+            # A mean taken of a value that has none already belongs to the norm that removed it.
+            origin = source.get((x, along))
+            if origin is not None:
+                sums |= {op.index: op for op in origin.sums}
+            norm = origin or LayerNorm(x, along, (), "", *_size(graph, x))
+            for c in tracker.cancelled:
+                if c.centered and stops:  # else its gradients may have a mean
+                    own = centered[c.value] = AxisSet.over(graph.shape(c.value), c.centered)
+                    if c.whole:
+                        source[c.value, own] = replace(norm, sums=_in_order(sums))
+            known_zero = {x} if origin else set()
+            for root, two_pass in _normalising_roots(graph, tracker, sums_of, known_zero):
+                if (known := found.get(root.index)) is not None:
+                    sums |= {op.index: op for op in known.sums}
+                where = root.module or root.place().where
+                found[root.index] = replace(
+                    norm, sums=_in_order(sums), module=where, two_pass=two_pass
+                )
+    norms = (found[i] for i in sorted(found))
+    return Norms(tuple(n for n in norms if not _is_of_batch(facts, n)), centered)
+
+
+def _is_of_batch(facts: Facts, norm: LayerNorm) -> bool:
+    """Whether all samples share the statistics, as in a BatchNorm that trains.
+
+    The mean is then over axes that inputs vary along, and leaves none but those that parameters
+    vary along: one number for each channel.
+    """
+    graph = facts.graph
+    shape = graph.shape(norm.x)
+    rank = len(shape) - len(graph.lanes_of(norm.x))
+    own = [op.params["axes"] for op in norm.sums if graph.shape(op.inputs[0]) == shape]
+    averaged = {*norm.along.axes, *(own[0] if own else ())}  # axes of size 1 are none of `along`
+
+    def of_samples(axis: int) -> bool | None:
+        return facts.varies_by_inputs_alone(norm.x, AxisSet.over(shape, [axis]))
+
+    kept = [d for d in range(rank) if d not in averaged]
+    given = any(d < rank and of_samples(d) for d in averaged)
+    return given and bool(kept) and all(of_samples(d) is False for d in kept)
+
+
+def _in_order(ops: dict[int, Op]) -> tuple[Op, ...]:
+    return tuple(ops[i] for i in sorted(ops))
+
+
+def _sums(graph: Graph) -> list[Sum]:
+    """Every sum, with what it is a sum of: (value, axes summed over), the nearest one first.
+
+    A sum is seen through casts, constant factors, moved axes and sums over other axes, such as
+    the local sums of a feature that is spread over devices.
+    """
+    found = []
+    for op in graph.ops:
+        if op.name != "reduce_sum":
+            continue
+        claims: list[Claim] = []
+        here: Claim | None = _summed(graph, op)
+        while here is not None and jnp.issubdtype(graph.avals[here[0]].dtype, jnp.floating):
+            claims.append(here)
+            here = _before(graph, *here)
+        found.append((op, claims))
+    return found
+
+
+def _summed(graph: Graph, op: Op, along: AxisSet | None = None) -> Claim:
+    """What a sum is a sum of; `along` what its result is summed over later."""
+    x, axes = op.inputs[0], set(op.params["axes"])
+    later = iter(range(len(graph.shape(op.outputs[0]))))
+    kept = {d: next(later) for d in range(len(graph.shape(x))) if d not in axes}
+    more = {d for d, o in kept.items() if along is not None and along.entries[o] == ALL}
+    return x, AxisSet.over(graph.shape(x), axes | more)
+
+
+def _before(graph: Graph, value: int, along: AxisSet) -> Claim | None:
+    """The operand that sums of `value` are sums of, up to a constant factor."""
+    moved = False
+    while (made := graph.producer[value]) is not None:
+        op, x = made[0], _unscaled(graph, made[0])
+        if op.name == "reduce_sum":
+            return _summed(graph, op, along)
+        if x is not None:
+            value, along = x, project(along, graph.shape(x))
+            if not moved:
+                return value, along
+        elif op.name in MOVES:
+            moved = True
+            pulled = rule_for(op.name).pull(Context(graph, op, lambda *_: False), 0, along)
+            if isinstance(pulled, Opaque):
+                return None
+            ((_, along),) = pulled.needs
+            value = op.inputs[0]
+        else:
+            return None
+    return None
+
+
+def _candidates(graph: Graph, sums: Iterable[Sum]) -> Iterable[Claim]:
+    """Inputs of sums that may be those of a LayerNorm: (value, axes summed over)."""
+    seen: dict[Claim, None] = {}
+    for _, claims in sums:
+        for x, along in claims:
+            made = graph.producer[x]
+            if not (along.trivial or (made and made[0].name in _CASTS)):
+                seen[x, along] = None
+    return seen
+
+
+def _unscaled(graph: Graph, op: Op) -> int | None:
+    """The operand of which `op` makes a constant multiple, if it does."""
+    if op.name in _CASTS or op.name == "neg":
+        return op.inputs[0]
+    for factor, other in ((1, 0), (0, 1)) if op.name == "mul" else ((1, 0),):
+        if op.name in ("mul", "div") and graph.scalar(op.inputs[factor]) is not None:
+            return op.inputs[other]
+    return None
+
+
+def _normalising_roots(
+    graph: Graph, tracker: Tracker, sums_of: SumsOf, known: set[int]
+) -> list[tuple[Op, bool]]:
+    """Roots of a variance by which a value without a mean (`known` ones included) is scaled.
+
+    With each, whether the variance takes a second pass: it is a mean of squares of that value.
+    """
+    centered = {c.value for c in tracker.cancelled if c.whole}
+    variances = {c.value for c in tracker.cancelled if c.quadratic}
+    squares: set[int] = set()
+    for c in tracker.cancelled:
+        if c.whole and c.centered:
+            squares |= _mean_squares(graph, sums_of, c.value, c.centered)
+    if not variances and not squares:
+        return []
+    second = {op.index for op in _uses_within(graph, _reach(graph, squares, stop=_ROOTS))}
+    numerators = _reach(graph, centered | known, through=_SCALING)
+    combined = [c for c in tracker.cancelled if c.factors]
+    roots = []
+    for op in _uses_within(graph, _reach(graph, variances | squares, stop=_ROOTS)):
+        if op.name not in _ROOTS:
+            continue
+        scales = _reach(graph, set(op.outputs), avoid=numerators)
+        tokens = {f"{sign}{v}" for v in scales for sign in "*/"}
+        if any(c.factors & tokens for c in combined) or any(
+            _joins(use, v, numerators, scales) for v in scales for use, _ in graph.uses[v]
+        ):
+            roots.append((op, op.index in second))
+    return roots
+
+
+def _joins(op: Op, scale: int, numerators: set[int], scales: set[int]) -> bool:
+    """Whether `op` multiplies or divides a centered value, not itself a scale, by `scale`."""
+    if op.name not in ("mul", "div"):
+        return False
+    other = op.inputs[1] if op.inputs[0] == scale else op.inputs[0]
+    return other in numerators and other not in scales
+
+
+def _mean_squares(graph: Graph, sums_of: SumsOf, centered: int, axes: frozenset[int]) -> set[int]:
+    """Sums over S of squares of a value centered along `axes`: the two-pass variance."""
+    squares = set()
+    for v in _reach(graph, {centered}, through=_CASTS):
+        for op, _ in graph.uses[v]:
+            if op.is_square:
+                squares.add(op.outputs[0])
+    return {
+        op.outputs[0]
+        for v in squares
+        for op, summed in sums_of.get(v, ())
+        if axes <= {*summed.axes}
+    }
+
+
+def _reach(
+    graph: Graph,
+    start: set[int],
+    through: frozenset[str] = _CARRIES,
+    stop: frozenset[str] = frozenset(),
+    avoid: Container[int] = (),
+) -> set[int]:
+    """Values computed from `start` by steps `through`, but not `stop` nor with what to `avoid`."""
+    reached, todo = set(start), list(start)
+    while todo:
+        for op, _ in graph.uses[todo.pop()]:
+            usable = op.name in through and op.name not in stop
+            if usable and not any(v in avoid for v in op.inputs):
+                fresh = [v for v in op.outputs if v not in reached]
+                reached.update(fresh)
+                todo.extend(fresh)
+    return reached
+
+
+def _uses_within(graph: Graph, values: set[int]) -> list[Op]:
+    ops: dict[int, Any] = {op.index: op for v in values for op, _ in graph.uses[v]}
+    return [ops[i] for i in sorted(ops)]
+
+
+def _size(graph: Graph, value: int) -> tuple[int, int]:
+    """Elements computed in one call, and in how many pieces."""
+    count = graph.trips[graph.home[value]]
+    return prod(n for n in graph.shape(value) if isinstance(n, int)) * count, count

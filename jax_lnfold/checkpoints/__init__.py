@@ -1,0 +1,1 @@
+"""Checkpoints on disk: their formats, and a plan followed leaf by leaf."""

@@ -1,0 +1,1 @@
+"""The command line: its commands, and the models it is told to look at."""

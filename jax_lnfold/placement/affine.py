@@ -1,0 +1,261 @@
+"""Scales and shifts that the linear layers behind them can take up (theory, section 6).
+
+``(x * g + c) W + b = x (g W) + (c W + b)``. With ``g`` then set to one and ``c`` to zero, both
+vanish from the program. A scale can be taken up when every reader of ``x * g + c`` is a linear
+layer whose kernel nobody else reads, a shift when these layers have a bias of their own, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from heapq import heappop, heappush
+
+from ..program.graph import Graph, Op
+from ..program.primitives import LINEAR
+from .layer_scale import CannotAbsorb, Places, candidates, carried, renumbered
+from .linear_readers import Reader, axes_of_product, kernel_axes, source_of, summed_axes, with_bias
+from .scaled_values import Scaled, moved
+
+Words = tuple[str | int, ...]
+"""A sentence without its stop, in parts: text, and leaves by position."""
+
+
+@dataclass(frozen=True, slots=True)
+class AffineMerge:
+    """Take the scale and the shift at these leaves (positions) up into the readers.
+
+    `one` is the number that is stored for a scale of one: 0 if the program adds 1 to the leaf.
+    """
+
+    scale: int
+    shift: int | None
+    readers: tuple[Reader, ...]
+    one: int = 1
+
+    @property
+    def parts(self) -> Iterator[int]:
+        """The leaf of each role; sound only if all are different (theory, section 9)."""
+        read = (leaf for r in self.readers for leaf in (r.kernel, r.bias))
+        return (leaf for leaf in (self.scale, self.shift, *read) if leaf is not None)
+
+
+def find_affine(graph: Graph) -> tuple[dict[int, AffineMerge], dict[int, Words]]:
+    """The scales that can be taken up, and why all others cannot, by leaf value.
+
+    No leaf has a part in two of them.
+    """
+    found: dict[int, AffineMerge] = {}
+    left: dict[int, Words] = {}
+    taken: set[int] = set()
+    for value in candidates(graph):
+        if not _scales_data(graph, value):
+            continue
+        try:
+            merge = merge_of(graph, value)
+            if shared := taken.intersection(merge.parts):
+                raise CannotAbsorb(min(shared), " takes up another scale")
+        except CannotAbsorb as why:
+            left[value] = why.args
+        else:
+            found[value] = merge
+            taken.update(merge.parts)
+    return found, left
+
+
+def merge_of(graph: Graph, scale: int) -> AffineMerge:
+    """How the leaf value `scale` is taken up; raises `CannotAbsorb` with the words for a report."""
+    return _Walk(graph, scale).run()
+
+
+def _scales_data(graph: Graph, leaf: int) -> bool:
+    """Whether a leaf, moved, or with something added that depends on no data, multiplies data."""
+    todo, seen = [leaf], {leaf}
+    while todo:
+        for op, position in graph.uses[todo.pop()]:
+            others = [v for i, v in enumerate(op.inputs) if i != position]
+            free = all(graph.data_free[v] for v in others)
+            product = op.name == "mul" or (
+                op.name == "dot_general" and not summed_axes(op, position)
+            )
+            if product and not free:
+                return True
+            if carried(graph, op) is not None or (free and (product or op.name in ("add", "sub"))):
+                todo += {*op.outputs} - seen
+                seen.update(op.outputs)
+    return False
+
+
+class _Walk:
+    """Follows one scale forward to the linear layers that read what it scales."""
+
+    def __init__(self, graph: Graph, scale: int) -> None:
+        self.graph, self.scale = graph, scale
+        self.scaled: dict[int, Scaled] = {}
+        self.todo: list[int] = []  # operations that read them, as a heap: operands come first
+        self.one: int | None = None
+        self.shift: int | None = None  # leaf value
+        self.readers: dict[Reader, None] = {}
+        self.followed: set[tuple[int, int]] = set()  # uses of leaves
+
+    def run(self) -> AffineMerge:
+        """The merge; raises `CannotAbsorb`."""
+        graph, done = self.graph, -1
+        sizes = {d: n for d, n in enumerate(graph.shape(self.scale)) if n != 1}
+        first = Scaled((*sizes,), (*sizes.values(),), (0,) * len(sizes), raw=True)
+        self._reach(self.scale, first)
+        while self.todo:
+            if (index := heappop(self.todo)) != done:
+                self._step(graph.ops[index])
+            done = index
+        shift = None if self.shift is None else graph.leaves[self.shift]
+        one = 1 if self.one is None else self.one
+        merge = AffineMerge(graph.leaves[self.scale], shift, tuple(self.readers), one)
+        self._check(merge)
+        return merge
+
+    def _check(self, merge: AffineMerge) -> None:
+        """Every leaf has one role, and nothing but the readers reads it."""
+        graph, kernels = self.graph, [r.kernel for r in merge.readers]
+        for kernel in kernels:
+            if kernels.count(kernel) > 1:
+                raise CannotAbsorb(
+                    "its kernel ", kernel, " is read in two ways, or with two biases"
+                )
+        roles = [*merge.parts]
+        for leaf in roles:
+            if roles.count(leaf) > 1:
+                raise CannotAbsorb("the parameter ", leaf, " has two roles in it")
+        for reader in merge.readers:
+            if merge.shift is not None and reader.bias is None:  # plans have no words for it
+                words = "the kernel ", reader.kernel, " reads it without the shift ", merge.shift
+                raise CannotAbsorb(*words)
+        for value, leaf in graph.leaves.items():
+            if leaf not in roles or value == self.scale:
+                continue
+            for op, position in graph.uses[value]:
+                if (op.index, position) not in self.followed:
+                    raise CannotAbsorb(f"{op.place()} reads the parameter ", leaf, ", too")
+            if value in graph.outputs:
+                raise CannotAbsorb("the parameter ", leaf, " is returned")
+
+    def _reach(self, value: int, state: Scaled) -> None:
+        if value in self.graph.outputs:
+            raise CannotAbsorb("it is returned" if state.raw else "what it scales is returned")
+        self.scaled[value] = state
+        for op, _ in self.graph.uses[value]:
+            heappush(self.todo, op.index)
+
+    def _step(self, op: Op) -> None:
+        states = [self.scaled.get(v) for v in op.inputs]
+        hits = [i for i, state in enumerate(states) if state is not None]
+        if op.name in LINEAR:  # which may repeat an axis of size 1 that a part of it has
+            for value, state in zip(op.inputs, states, strict=True):
+                shapes = self.graph.shape(value), self.graph.shape(op.outputs[0])
+                if state is not None and not state.is_alike(*shapes):
+                    raise CannotAbsorb(f"{op.place()} repeats a part of it")
+        if op.name in ("add", "sub"):
+            self._reach(op.outputs[0], self._sum(op, hits))
+        elif (results := moved(self.graph, op, states)) is not None:
+            for value, state in zip(op.outputs, results, strict=True):
+                self._reach(value, state)
+        elif len(hits) > 1:
+            raise CannotAbsorb(f"{op.place()} reads what it scales twice")
+        elif op.name in ("mul", "neg") or (op.name == "div" and hits == [0]):
+            state = self.scaled[op.inputs[hits[0]]]
+            self._reach(op.outputs[0], self._times(op, state, state.places))
+        elif op.name == "dot_general":
+            self._product(op, hits[0], self.scaled[op.inputs[hits[0]]])
+        else:
+            raise CannotAbsorb(f"{op.place()} reads what it scales")
+
+    def _means(self, one: int) -> None:
+        """The scale is the leaf plus ``1 - one``, everywhere."""
+        if self.one not in (None, one):
+            raise CannotAbsorb("it is read as it is, and with 1 added")
+        self.one = one
+
+    def _times(self, op: Op, state: Scaled, places: Places) -> Scaled:
+        """Something that is linear in a value."""
+        if state.shifted:
+            raise CannotAbsorb(f"{op.place()} scales what is scaled and shifted")
+        if state.raw:
+            self._means(1)
+        return replace(state, places=places, raw=False)
+
+    def _sum(self, op: Op, hits: Sequence[int]) -> Scaled:
+        """A sum of two such values, or of one with a parameter, which is the shift."""
+        minus = op.name == "sub"
+        states = [self.scaled.get(v) for v in op.inputs]
+        if minus and states[1] is not None:  # so would be its shift
+            states[1] = self._times(op, states[1], states[1].places)
+        if len(hits) > 1:
+            return self._joint(op, *filter(None, states))
+        state, other = states[hits[0]], 1 - hits[0]
+        assert state is not None
+        number = self.graph.scalar(op.inputs[other])
+        if number is not None and number == 0:
+            return state
+        if number is not None and number == 1 and state.raw and not minus:
+            self._means(0)
+            return replace(state, raw=False)
+        if minus and other == 1:
+            raise CannotAbsorb(f"{op.place()} subtracts from what it scales")
+        if state.shifted:
+            raise CannotAbsorb(f"{op.place()} adds to what is scaled and shifted")
+        linear = self._times(op, state, state.places)
+        self._add_shift(op, other, linear)
+        return replace(linear, shifted=True)
+
+    def _joint(self, op: Op, one: Scaled, other: Scaled) -> Scaled:
+        if one.raw or other.raw:
+            raise CannotAbsorb(f"{op.place()} adds it to what it scales")
+        either = replace(one, shifted=one.shifted or other.shifted)
+        if (one.shifted and other.shifted) or either != replace(other, shifted=either.shifted):
+            words = f"{op.place()} adds other parts or axes of what it scales, or its shift twice"
+            raise CannotAbsorb(words)
+        return either
+
+    def _add_shift(self, op: Op, position: int, state: Scaled) -> None:
+        """The other term must be one leaf, along the axes of the scale."""
+        graph, found = self.graph, source_of(self.graph, op, position)
+        if found is None:
+            raise CannotAbsorb(f"{op.place()} adds to it what is no parameter as it is stored")
+        leaf, sizes = graph.leaves[found.leaf], graph.shape(found.leaf)
+        axes = [d for d, n in enumerate(sizes) if n != 1]
+        whole = state.is_whole(graph.shape(op.inputs[position]))
+        same = whole and tuple(sizes[d] for d in axes) == state.sizes
+        if not same or [*map(found.origins.get, state.places)] != axes:
+            raise CannotAbsorb("the parameter ", leaf, ", which is added to it, has other axes")
+        if self.shift not in (None, found.leaf):
+            raise CannotAbsorb(
+                "the parameters ", graph.leaves[self.shift], " and ", leaf, " shift it"
+            )
+        self.shift = found.leaf
+        self.followed.add(found.use)
+
+    def _product(self, op: Op, position: int, state: Scaled) -> None:
+        """A product that sums over the axes of the scale reads it; another one passes it on."""
+        graph, places = self.graph, state.places
+        if not {*summed_axes(op, position)}.intersection(places):
+            there = renumbered(places, axes_of_product(graph, op, position))
+            self._reach(op.outputs[0], self._times(op, state, there))
+            return
+        kernel = source_of(graph, op, 1 - position)
+        if not state.is_whole(graph.shape(op.inputs[position])):
+            raise CannotAbsorb(f"{op.place()} reads a part of what it scales")
+        if kernel is None:
+            raise CannotAbsorb(
+                f"{op.place()} multiplies it with what is no parameter as it is stored"
+            )
+        leaf, along = graph.leaves[kernel.leaf], kernel_axes(op, position, places, kernel)
+        if along is None:
+            raise CannotAbsorb("its axes are not all axes of the kernel ", leaf)
+        if state.raw:
+            self._means(1)
+        self.followed.add(kernel.use)
+        reader = Reader(leaf, along)
+        if state.shifted:
+            reader, use = with_bias(graph, op, 1 - position, kernel, reader)
+            self.followed.add(use)
+        self.readers[reader] = None

@@ -1,0 +1,283 @@
+"""Centering of one array: the operator C_S, and the edit of one parameter leaf (CBWC)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import gcd, prod
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._compat import is_tracer
+from ..axes.axis_set import ALL, FREE, AxisSet
+
+Shape = tuple[int, ...]
+
+
+def center_array(x: Any, along: AxisSet, part: Shape | None = None) -> Any:
+    """``x`` minus its mean over every group of `along` (theory: the operator C_S).
+
+    Computed in float64 for NumPy arrays; for JAX arrays in the dtype of ``x`` or float32, whichever
+    is wider, with a second pass that removes the rounding of the first. The result has the shape
+    and dtype of ``x``, rounded once. `part` is the shape of what one device holds (all of it).
+    """
+    return _edited(x, None, None, Recipe(sets=(along,)), part).astype(x.dtype, copy=False)
+
+
+class Factor(NamedTuple):
+    """A factor runs along `axes` of what it scales; it is a leaf plus the number `plus`."""
+
+    axes: tuple[int, ...]
+    plus: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What is done to one leaf, with the other leaves (`sources`) that it takes, in this order.
+
+    With `fill`, all elements become that number. Otherwise first, if there are `summed` axes, the
+    product of a shift and a kernel is added: the shift runs along `axes` of the kernel, `summed`
+    axes are summed over and the leaf's own axes run along the rest. Then the leaf is scaled along
+    each of `factors`, and at last centered along `sets`.
+    """
+
+    fill: float | None = None
+    axes: tuple[int, ...] = ()
+    summed: tuple[int, ...] = ()
+    factors: tuple[Factor, ...] = ()
+    sets: tuple[AxisSet, ...] = ()
+
+
+def edit_leaf(x: Any, sources: Sequence[Any], recipe: Recipe, donate: bool) -> tuple[Any, Any]:
+    """One leaf after its recipe.
+
+    Shape, dtype and sharding stay. With `donate` a JAX array gives up its memory. The second
+    result is whether finite numbers became too large for the dtype (a bool, maybe on a device);
+    with `donate` it is false, and to be asked before (see `overflows`).
+    """
+    if is_tracer(x) or any(map(is_tracer, sources)):
+        x = jnp.asarray(x)
+        return _edited(x, *_terms(x, sources, recipe), recipe).astype(x.dtype), False
+    if not isinstance(x, jax.Array):
+        x, noted = np.asarray(x), list[str]()
+        with np.errstate(over="call", call=lambda kind, _: noted.append(kind), invalid="ignore"):
+            new = _edited_in_blocks(x, *_terms(x, sources, recipe), recipe)
+        if not noted and not recipe.summed and x.dtype.isbuiltin == 1:
+            return new, False  # NumPy notes overflows of its own dtypes, other than in einsum
+        return new, not _finite(new) and all(_finite(np.asarray(v)) for v in (x, *sources))
+    return _compiled_edit(recipe, donate, _placed(x))(x, *sources)
+
+
+def overflows(x: Any, sources: Sequence[Any], recipe: Recipe) -> bool:
+    """Whether finite numbers would become too large for the dtype in `edit_leaf`."""
+    if not isinstance(x, jax.Array):
+        return bool(edit_leaf(x, sources, recipe, donate=False)[1])
+    if _compiled_bound(recipe)(x, *sources):
+        return False
+    return bool(_compiled_check(recipe, _placed(x))(x, *sources))
+
+
+def _placed(x: jax.Array) -> Any:
+    return x.sharding if x.committed else None
+
+
+def _finite(x: Any) -> Any:
+    return (np if isinstance(x, np.ndarray) else jnp).isfinite(x).all()
+
+
+def _terms(x: Any, sources: Sequence[Any], recipe: Recipe) -> tuple[Any, Any]:
+    """What to add to `x` and by what to scale it, in the dtype of the arithmetic.
+
+    That is the dtype of `x` for a mere product with one of the same: it is rounded once anyway.
+    """
+    xp, wide = np if isinstance(x, np.ndarray) else jnp, _wide_type(x)
+    added, factor, rest = None, None, list(sources)
+    if recipe.summed:
+        shift, kernel, *rest = rest
+        if xp is np:  # which would store all products
+            added = _summed(np.asarray(shift, wide).squeeze(), np.asarray(kernel), recipe)
+        else:
+            kernel = jnp.asarray(kernel, wide)
+            aligned = _aligned(jnp.asarray(shift, wide), recipe.axes, kernel.shape, jnp)
+            added = (aligned * kernel).sum(axis=recipe.summed)
+        added = added.reshape(x.shape)
+    elif not recipe.sets and [f.plus for f in recipe.factors] == [0] and rest[0].dtype == x.dtype:
+        wide = x.dtype
+    for source, (axes, plus) in zip(rest, recipe.factors, strict=True):
+        aligned = _aligned(xp.asarray(source, wide), axes, x.shape, xp)
+        aligned = aligned + plus if plus else aligned
+        factor = aligned if factor is None else factor * aligned
+    return added, factor
+
+
+def _aligned(source: Any, axes: tuple[int, ...], shape: tuple[int, ...], xp: Any) -> Any:
+    """The source with its axes where they are in an array of this shape."""
+    kept = [n if d in axes else 1 for d, n in enumerate(shape)]
+    return xp.squeeze(source).transpose(*np.argsort(axes)).reshape(kept)
+
+
+def _summed(shift: np.ndarray, kernel: np.ndarray, recipe: Recipe) -> Any:
+    """Their product in the dtype of `shift`, summed block by block."""
+    added, axis = np.zeros((), shift.dtype), recipe.summed[0]
+    kept = [d for d in range(kernel.ndim) if d not in recipe.summed]
+    for part in _blocks(kernel.shape, axis):
+        some = shift[tuple(part[axis] if d == axis else slice(None) for d in recipe.axes)]
+        block = kernel[part].astype(shift.dtype)
+        added = added + np.einsum(some, recipe.axes, block, range(kernel.ndim), kept)
+    return added
+
+
+def _edited(x: Any, added: Any, factor: Any, recipe: Recipe, part: Shape | None = None) -> Any:
+    """The leaf after its recipe, in the dtype of the arithmetic."""
+    xp = np if isinstance(x, np.ndarray) else jnp
+    if recipe.fill is not None:
+        return xp.full_like(x, recipe.fill)
+    wide = x.astype(_wide_type(x))  # a copy, so that NumPy may work in place
+    if added is not None:
+        wide += added
+    if factor is not None:
+        wide *= factor.astype(wide.dtype, copy=False)
+    for along in recipe.sets:
+        wide -= group_means(wide, along, xp, part)
+        if xp is jnp:
+            wide -= group_means(wide, along, xp, part)
+    return wide
+
+
+_BLOCK = 1 << 17
+"""About as many numbers of a NumPy array are held in double precision at a time."""
+
+
+def _blocks(shape: Shape, axis: int) -> Iterator[tuple[slice, ...]]:
+    """Parts of an array, as indices: some positions along one axis each."""
+    step = max(1, _BLOCK * shape[axis] // max(1, prod(shape)))
+    for start in range(0, shape[axis], step):
+        yield (*[slice(None)] * axis, slice(start, start + step))
+
+
+def _edited_in_blocks(x: np.ndarray, added: Any, factor: Any, recipe: Recipe) -> np.ndarray:
+    """`_edited` in blocks along the longest axis that no mean is taken over, if there is one."""
+    new = np.empty_like(x)
+    if factor is not None and factor.dtype == x.dtype and added is None and not recipe.sets:
+        return np.multiply(x, factor, out=new)
+    free = [d for d in range(x.ndim) if all(along.entries[d] == FREE for along in recipe.sets)]
+    axis = max(free, key=lambda d: x.shape[d], default=None)
+
+    def cut(terms: Any) -> Any:
+        return terms if terms is None or axis is None or terms.shape[axis] == 1 else terms[part]
+
+    for part in [(...,)] if axis is None else _blocks(x.shape, axis):
+        new[part] = _edited(x[part], cut(added), cut(factor), recipe)
+    return new
+
+
+@lru_cache(maxsize=256)
+def _compiled_edit(recipe: Recipe, donate: bool, sharding: Any) -> Callable[..., tuple[Any, Any]]:
+    """The edit under `jit`, so that a sharded leaf stays where it is."""
+
+    def edit(x: Any, *sources: Any) -> tuple[Any, Any]:
+        part = None if sharding is None else sharding.shard_shape(x.shape)
+        terms = _terms(x, sources, recipe)
+        new = _edited(x, *terms, recipe, part).astype(x.dtype)
+        if donate:  # a look at `x` afterwards would take a copy of it
+            return new, False
+
+        def look() -> Any:
+            return ~_finite(new) & jnp.stack([_finite(given) for given in (x, *sources)]).all()
+
+        return new, jax.lax.cond(_is_small(x, *terms, recipe), lambda: jnp.array(False), look)
+
+    donated = (0,) if donate else ()
+    shardings = (sharding, None)
+    return jax.jit(edit, donate_argnums=donated, out_shardings=shardings, keep_unused=True)
+
+
+def _is_small(x: Any, added: Any, factor: Any, recipe: Recipe) -> Any:
+    """Whether a bound on the largest number shows that no edit overflows.
+
+    The bound is the root of the sum of squares: compilers sum faster than they compare.
+    """
+    wide = _wide_type(x)
+    largest = jnp.sqrt(jnp.square(x.astype(wide)).sum())
+    if added is not None:
+        largest += jnp.max(jnp.abs(added), initial=0)
+    if factor is not None:
+        largest *= jnp.max(jnp.abs(factor), initial=0).astype(wide)
+    largest *= 2.0 ** (1 + len(recipe.sets))  # a mean is no larger; once more for rounding
+    sums = largest * float(x.size)
+    return (largest < float(jnp.finfo(x.dtype).max)) & (sums < float(jnp.finfo(wide).max))
+
+
+@lru_cache(maxsize=256)
+def _compiled_bound(recipe: Recipe) -> Callable[..., Any]:
+    """`_is_small` under `jit`: it takes next to no memory."""
+    return jax.jit(lambda x, *sources: _is_small(x, *_terms(x, sources, recipe), recipe))
+
+
+@lru_cache(maxsize=256)
+def _compiled_check(recipe: Recipe, sharding: Any) -> Callable[..., Any]:
+    """Whether `_compiled_edit` overflows, without the memory for its result."""
+    edit = _compiled_edit(recipe, False, sharding)
+    return jax.jit(lambda x, *sources: edit(x, *sources)[1])
+
+
+def _wide_type(x: Any) -> Any:
+    """The dtype in which means of `x` are taken."""
+    return np.dtype(np.float64) if isinstance(x, np.ndarray) else widened(x.dtype)
+
+
+def widened(*dtypes: Any) -> np.dtype[Any]:
+    """The first of float32 and float64, or of complex64 and complex128, that holds these numbers.
+
+    As `jax.numpy.promote_types` says it, which asks how a user wants to promote, though.
+    """
+    double = any(jnp.finfo(dtype).bits > 32 for dtype in dtypes)
+    if any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes):
+        return np.dtype(np.complex128 if double else np.complex64)
+    return np.dtype(np.float64 if double else np.float32)
+
+
+def group_means(x: Any, along: AxisSet, xp: Any, part: Shape | None = None) -> Any:
+    """The mean of every group, at each of its positions; zero outside the region."""
+    if all(isinstance(e, str) for e in along.entries):
+        return xp.mean(x, axis=along.axes, keepdims=True) if along.axes else x
+    means = x
+    for d, entry in enumerate(along.entries):
+        if entry == ALL:
+            means = xp.mean(means, axis=d, keepdims=True)
+        elif entry != FREE:
+            held = len(along.labels(d)) if part is None else part[d]
+            means = _label_means(means, along.labels(d), d, xp, held)
+    return means
+
+
+def _label_means(x: Any, labels: np.ndarray, axis: int, xp: Any, held: int) -> Any:
+    """The mean over equal labels along one axis, zero where the label is -1.
+
+    Runs of equal labels are summed up first. None reaches beyond the `held` positions of one
+    device, so that devices exchange these sums only.
+    """
+    size, count = len(labels), int(labels.max()) + 1
+    width = gcd(size, held, *(np.flatnonzero(np.diff(labels)) + 1).tolist())
+    runs = x.reshape(*x.shape[:axis], size // width, width, *x.shape[axis + 1 :])
+    sums = runs.sum(axis=axis + 1)
+    of = labels[::width].reshape(-1, *[1] * (x.ndim - axis - 1))
+
+    def add_group(group: Any, means: Any) -> Any:
+        member = of == group
+        total = xp.where(member, sums, xp.zeros((), x.dtype)).sum(axis=axis, keepdims=True)
+        return xp.where(member, total / (width * member.sum()).astype(x.dtype), means)
+
+    means = xp.zeros_like(sums)
+    if np.count_nonzero(of >= 0) == count:  # one run each
+        means = xp.where(of >= 0, sums / width, means)
+    elif xp is np or count <= 4:  # compilers fuse the few
+        for group in range(count):
+            means = add_group(group, means)
+    else:
+        means = jax.lax.fori_loop(0, count, add_group, means)
+    return xp.repeat(means, width, axis=axis)

@@ -1,0 +1,258 @@
+"""The plan of a fold as plain data: which leaves are scaled and centered, and how.
+
+A plan holds no arrays; it can be written to a file and applied to any tree of the same structure.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..axes.axis_set import AxisSet
+from ..errors import FoldError, PlanFormatError, TreeError
+from ..printable import printable
+from ..trees import FLOATS, check_leaves, committed_to, is_editable
+from .edits import AffineEdit, AffineReader, CenterEdit, LeafEdit, LeafSpec, ScaleEdit
+from .file import Parts, check_parts, parse
+from .leaf import Factor, Recipe, edit_leaf, overflows
+from .tree_fit import Fit, names_in
+
+
+@dataclass(frozen=True, slots=True)
+class FoldPlan:
+    """How to edit a parameter tree so that the folded program computes the original function.
+
+    `leaves` describes the tree that the plan fits; `affine` is applied before `scales`, and these
+    before `edits`. Where `from_json` would not read it back, it cannot be made: `PlanFormatError`.
+    """
+
+    leaves: tuple[LeafSpec, ...]
+    edits: tuple[CenterEdit, ...]
+    scales: tuple[ScaleEdit, ...] = ()
+    affine: tuple[AffineEdit, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check the parts against each other."""
+        try:
+            check_parts(Parts(self.leaves, self.edits, self.scales, self.affine))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise PlanFormatError(
+                f"plan: its parts do not fit together ({error}); make it with `fold` or `plan_fold`"
+            ) from error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Plans that are unpickled are checked like all others."""
+        return FoldPlan, (self.leaves, self.edits, self.scales, self.affine)
+
+    @property
+    def version(self) -> int:
+        """Of the plan file: 2, 3 if scales are taken up by what reads them, 4 if 1 is added."""
+        return 2 if not self.affine else 4 if any(m.one != 1 for m in self.affine) else 3
+
+    def center(self, params: Any, donate: bool = False) -> Any:
+        """The edited copy of `params`, a tree like that the plan was made for.
+
+        It need not have the leaves that are not edited, may have boxes around leaves (key paths
+        that end in ``/value``) or none, and other sizes along axes that no mean is taken over: two
+        of the ten members of an ensemble. `Folded.apply` proves that its edits are not noticed.
+
+        Traceable and differentiable. Leaves that the plan does not edit are returned as they are;
+        edited ones keep shape, dtype and sharding. With `donate`, edited JAX arrays give up their
+        memory and are deleted, unless they stand at several key paths; nothing else of the
+        caller's is ever changed. Everything is checked before the first edit: only if an edit
+        itself fails or is interrupted (no memory, Ctrl-C), arrays donated before it are lost.
+
+        Raises:
+            TreeError: key paths or shapes do not fit the plan's, a leaf is no array or a deleted
+                one, or a leaf to edit is no floating-point array or would overflow its dtype.
+            FoldError: `donate` is not a bool.
+        """
+        check_donate(donate)
+        plan = self.fitted(params)
+        leaves, treedef = jax.tree.flatten(params)
+        position = {leaf.key_path: i for i, leaf in enumerate(plan.leaves)}
+        jobs: dict[int, tuple[list[Any], Recipe]] = {}
+        for path, edit in plan.leaf_edits().items():
+            sources = [leaves[position[source]] for source in edit.sources]
+            jobs[i := position[path]] = (sources, edit.recipe)
+            if len({committed_to(x) for x in (leaves[i], *sources)} - {None}) > 1:
+                raise TreeError(
+                    f"params: leaf {path!r} is on other devices than what is to be merged into "
+                    "it; put them together with jax.device_put"
+                )
+        places = Counter(map(id, leaves))  # an array at two key paths keeps its memory
+        arrays = [i for i in jobs if isinstance(leaves[i], jax.Array)]
+        given = {i for i in arrays if donate and places[id(leaves[i])] == 1}
+        if given:  # what is donated is gone: look at all leaves first
+            plan._refuse({i: overflows(leaves[i], *job) for i, job in jobs.items()})
+        changed = dict(enumerate(leaves))
+        too_large = {}
+        for i, job in jobs.items():
+            changed[i], too_large[i] = edit_leaf(leaves[i], *job, i in given)
+        plan._refuse(jax.device_get(too_large))
+        return treedef.unflatten(changed.values())
+
+    def leaf_edits(self) -> dict[str, LeafEdit]:
+        """What is done to each leaf, by key path.
+
+        Every edit takes other leaves as they were before all edits. In this order an edit may
+        replace its leaf at once: nothing after it takes that.
+        """
+        sets: dict[str, tuple[AxisSet, ...]] = {}
+        for edit in self.edits:
+            sets[edit.key_path] = (*sets.get(edit.key_path, ()), edit.along)
+        factors: dict[str, list[tuple[str, Factor]]] = {}
+        shifted: dict[str, tuple[str, AffineReader]] = {}
+        fills: dict[str, float] = {}
+        for merge in self.affine:
+            fills[merge.key_path] = float(merge.one)
+            for reader in merge.readers:
+                factor = Factor(reader.axes, 1 - merge.one)
+                factors.setdefault(reader.kernel, []).append((merge.key_path, factor))
+                if merge.shift is not None and reader.bias is not None:
+                    shifted[reader.bias] = (merge.shift, reader)
+            if merge.shift is not None:
+                fills[merge.shift] = 0.0
+        for scale in self.scales:
+            fills[scale.key_path] = 1.0
+            for path, axes in scale.targets:
+                factors.setdefault(path, []).append((scale.key_path, Factor(axes)))
+        found: dict[str, LeafEdit] = {}
+        changed = {*sets, *factors, *shifted}
+        in_order = [leaf.key_path for leaf in self.leaves if leaf.key_path in changed]
+        for path in (*(p for p in in_order if p in shifted), *in_order):
+            sources, scaled = (
+                zip(*factors.get(path, ()), strict=True) if path in factors else ((), ())
+            )
+            recipe = Recipe(factors=scaled, sets=sets.get(path, ()))
+            if path in shifted:
+                shift, reader = shifted[path]
+                sources = (shift, reader.kernel, *sources)
+                recipe = replace(recipe, axes=reader.axes, summed=reader.summed)
+            found.setdefault(path, LeafEdit(sources, recipe))
+        return found | {path: LeafEdit((), Recipe(fill)) for path, fill in fills.items()}
+
+    def _refuse(self, too_large: dict[int, Any]) -> None:
+        for i, overflow in too_large.items():
+            if overflow:
+                raise overflow_error("params", self.leaves[i].key_path)
+
+    def fitted(self, params: Any, whole: bool = False) -> FoldPlan:
+        """The same edits with the key paths and shapes of `params`, a tree of arrays.
+
+        Key paths may end in ``/value``, as those of boxed leaves do, where the plan's do not, and
+        the other way round. Sizes may differ along axes that no mean is taken over; leaves that
+        are not edited may have any shape and, unless the tree has to be `whole`, be missing.
+
+        Raises:
+            TreeError: this is no such tree, or a leaf of it cannot be edited.
+        """
+        found = check_leaves(params, "params")
+        shapes = {path: np.shape(x) for path, x in found}
+        plan = self
+        if [*shapes.items()] != [(leaf.key_path, leaf.shape) for leaf in self.leaves]:
+            plan = self._refitted(shapes, whole)
+        edited = plan.leaf_edits().keys()
+        for path, x in found:
+            dtype = jax.typeof(x).dtype
+            if path in edited and not is_editable(dtype):
+                raise TreeError(
+                    f"params: leaf {path!r} has dtype {dtype} and cannot be edited; pass "
+                    f"floating-point arrays of {', '.join(FLOATS)}"
+                )
+        return plan
+
+    def _refitted(self, shapes: Mapping[str, tuple[int, ...]], whole: bool) -> FoldPlan:
+        own = [leaf.key_path for leaf in self.leaves]
+        names = names_in(shapes, own)
+        missing = {*(own if whole else self.leaf_edits())} - names.keys()
+        unknown = shapes.keys() - {*names.values()}
+        if missing or unknown:
+            raise TreeError(
+                f"params: not the tree that was folded (missing {_some(missing)}; unknown "
+                f"{_some(unknown)}); pass a tree of the same structure"
+            )
+        return self.refit("params", names, shapes)
+
+    def refit(
+        self, argument: str, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+    ) -> FoldPlan:
+        """The plan for a tree of these key paths and shapes, with its `names` by key path here.
+
+        Raises:
+            TreeError: an edited leaf of the `argument` has a size that does not fit its edit.
+        """
+        old = {leaf.key_path: leaf.shape for leaf in self.leaves}
+        fit = Fit(argument, names, old, {path: shapes[names[path]] for path in self.leaf_edits()})
+        return FoldPlan(
+            leaves=tuple(LeafSpec(path, shape) for path, shape in shapes.items()),
+            edits=tuple(map(fit.center, self.edits)),
+            scales=tuple(map(fit.scale, self.scales)),
+            affine=tuple(map(fit.affine, self.affine)),
+        )
+
+    def to_json(self) -> str:
+        """The plan as JSON text, readable by `from_json` of the same `version`.
+
+        An object with these keys (others are notes of yours, which `from_json` ignores; a change
+        of what they mean raises `version`):
+
+        - ``leaves``: ``key_path`` and ``shape`` of every leaf of the tree, in tree order.
+        - ``scales``: before anything is centered, every target (key path, axes) is multiplied by
+          the leaf at ``key_path``, whose axes of other sizes than 1 are those axes of the target;
+          then that leaf is set to one.
+        - ``edits``: subtract from the leaf at ``key_path`` its means over groups of positions.
+          ``along`` has its ``shape`` and one entry per axis: ``"all"`` positions are one group,
+          every position is a group of its own (``"free"``), or a list with the number of the group
+          that each position is in, -1 for those that are left as they are. Two positions of the
+          leaf are in one group if they are along every axis. All ``"free"`` sets the leaf to zero.
+        - ``affine`` (since version 3): before all that, the kernel of every reader is multiplied by
+          the leaf at ``key_path`` along ``axes``, as above, and that leaf is set to one. Unless
+          ``shift`` is null, the leaf at ``bias`` takes up the product of the leaf at ``shift`` with
+          the kernel as it was, summed over the axes ``summed``; then ``shift`` is set to zero.
+          With ``one`` 0 instead of 1 (version 4 only) the program adds 1 to the leaf at
+          ``key_path``: the kernels are multiplied by the leaf plus one, and it is set to zero.
+        - ``version``: 2; 3 if there is an ``affine``; 4 if in one of these ``one`` is 0.
+        """
+        data: dict[str, Any] = asdict(self) | {"version": self.version}
+        if not self.affine:
+            del data["affine"]
+        elif self.version == 3:
+            for merge in data["affine"]:
+                del merge["one"]
+        return json.dumps(data, indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> FoldPlan:
+        """Read a plan written by `to_json`.
+
+        Raises:
+            PlanFormatError: `text` is not such JSON, of another version, or its parts do not
+                fit together.
+        """
+        return FoldPlan(*parse(text))
+
+
+def check_donate(donate: Any) -> None:
+    """Raise a `FoldError` unless `donate` is a bool: what is donated by mistake is lost."""
+    if not isinstance(donate, (bool, np.bool_)):
+        raise FoldError(f"donate: {donate!r} is not a bool; pass True or False")
+
+
+def overflow_error(name: str, path: str) -> TreeError:
+    """What to raise if a leaf of the argument `name` would overflow."""
+    return TreeError(
+        f"{name}: leaf {path!r} would overflow its dtype when it is edited; convert it to a wider "
+        "one, or make its numbers smaller"
+    )
+
+
+def _some(paths: set[str]) -> str:
+    shown = ", ".join(map(printable, sorted(paths)[:3])) or "none"
+    return f"{shown} and {len(paths) - 3} more" if len(paths) > 3 else shown

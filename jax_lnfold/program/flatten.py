@@ -1,0 +1,283 @@
+"""From a jaxpr to the flat graph, with calls, loops and per-device programs walked into.
+
+Calls (`jit`, `checkpoint`, `custom_jvp_call`, ...) share jaxprs and variables between call sites,
+so a value is known by (call path, variable). An operand and the variable it binds inside the call
+are the same value: call boundaries vanish.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._compat import (
+    CUSTOM_RULES,
+    ClosedJaxpr,
+    Control,
+    Jaxpr,
+    JaxprEqn,
+    Literal,
+    Manual,
+    call_jaxpr,
+    consts_of,
+    control_flow,
+    has_effects,
+    is_stranger,
+    manual,
+    open_jaxpr,
+)
+from ..trees import is_editable
+from .devices import Lanes, collect, per_lane, spread, with_lanes
+from .dropout import dropped_operand, note_noise
+from .garbage import collector_paused
+from .graph import DROPOUT, NO_RULE, QUANTIZE, CallPath, Graph, Op
+
+
+@collector_paused()
+def flatten(closed: ClosedJaxpr, n_leaves: int, see_through_dropout: bool = False) -> Graph:
+    """The graph of `closed`, whose first `n_leaves` inputs are the parameter leaves."""
+    graph, jaxpr = Graph(), open_jaxpr(closed)
+    avals = (v.aval for v in jaxpr.invars)
+    inputs = [graph.new_value(aval, (), i < n_leaves, False) for i, aval in enumerate(avals)]
+    graph.leaves = {v: i for i, v in enumerate(inputs[:n_leaves])}
+    results = _Walker(graph, see_through_dropout).walk(jaxpr, consts_of(closed), inputs, _Frame())
+    graph.outputs = frozenset(results)
+    graph.link_uses()
+    return graph
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """Where a jaxpr stands: its path, the module and the calls around it, and its mesh axes."""
+
+    path: CallPath = ()
+    module: str = ""
+    calls: tuple[JaxprEqn, ...] = ()
+    lanes: Lanes = ()
+
+    def inside(self, eqn: JaxprEqn, *key: int) -> _Frame:
+        """The frame of a jaxpr that an equation of this one holds."""
+        return replace(self, path=(*self.path, *key), calls=(eqn, *self.calls))
+
+
+class _Walker:
+    def __init__(self, graph: Graph, see_through_dropout: bool) -> None:
+        self.graph, self.see_through_dropout = graph, see_through_dropout
+        self.hidden = 0  # programs without an equation of their own have negative numbers
+
+    def walk(
+        self, jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[int], frame: _Frame
+    ) -> list[int]:
+        """Add the operations of a jaxpr; the values of its outputs."""
+        graph, path = self.graph, frame.path
+        env = graph.env[path] = dict(zip(jaxpr.invars, inputs, strict=True))
+        graph.lanes[path] = frame.lanes
+        if path not in graph.trips:
+            graph.trips[path] = graph.trips[path[:-1]]
+
+        def constant(value: Any, aval: Any) -> int:
+            number = graph.new_constant(value, aval, path)
+            return self._spread(number, (), frame) if frame.lanes else number
+
+        def read(atom: Any) -> int:
+            return constant(atom.val, atom.aval) if isinstance(atom, Literal) else env[atom]
+
+        for var, const in zip(jaxpr.constvars, consts, strict=True):
+            env[var] = constant(const, var.aval)
+            graph.bound.add(env[var])
+        for index, eqn in enumerate(jaxpr.eqns):
+            names = "" if path in graph.stand_ins else str(eqn.source_info.name_stack)
+            here = replace(frame, module="/".join(p for p in (frame.module, names) if p))
+            if is_stranger(eqn):
+                results = self._operation(eqn, index, map(read, eqn.invars), here, NO_RULE)
+                env.update(zip(eqn.outvars, results, strict=True))
+                continue
+            inner, control, devices = call_jaxpr(eqn), control_flow(eqn), manual(eqn)
+            branching = control is not None and eqn.primitive.name != "scan"
+            if frame.lanes and (devices or branching):
+                # Devices may branch differently: a result need not be that of one branch.
+                results = self._operation(eqn, index, map(read, eqn.invars), here, NO_RULE)
+            elif control is not None:
+                results = self._control(eqn, index, control, [*map(read, eqn.invars)], here)
+            elif devices is not None:
+                results = self._devices(eqn, index, devices, [*map(read, eqn.invars)], here)
+            elif inner is not None:
+                operands = [read(a) for a in eqn.invars]
+                if eqn.primitive.name in CUSTOM_RULES:
+                    graph.sealed.add((*path, index))
+                    graph.captured.update(operands[: eqn.params.get("num_consts", 0)])
+                within, start = here.inside(eqn, index), len(graph.ops)
+                results = self.walk(open_jaxpr(inner), consts_of(inner), operands, within)
+                if within.path in graph.sealed:
+                    self._settle_unread(results, start, within.path, path)
+            elif frame.lanes and not has_effects(eqn) and (all_lanes := per_lane(eqn, frame.lanes)):
+                operands = [env[a] for a in eqn.invars if not isinstance(a, Literal)]
+                results = self._stand_in(all_lanes, operands, here.inside(eqn, index))
+                self._settle(results, (*path, index), path)
+            else:  # per device, a rule would be about other axes
+                role = NO_RULE if frame.lanes else ""
+                results = self._operation(eqn, index, map(read, eqn.invars), here, role)
+            env.update(zip(eqn.outvars, results, strict=True))
+        return [read(a) for a in jaxpr.outvars]
+
+    def _add(
+        self,
+        eqn: JaxprEqn,
+        frame: _Frame,
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        role: str = "",
+        carry: int | None = None,
+    ) -> Op:
+        op = Op(
+            index=len(self.graph.ops),
+            eqn=eqn,
+            path=frame.path,
+            module=frame.module,
+            inputs=tuple(inputs),
+            outputs=tuple(outputs),
+            calls=frame.calls,
+            role=role,
+            carry=carry,
+            stands_in=frame.path in self.graph.stand_ins,
+        )
+        self.graph.add(op)
+        return op
+
+    def _operation(
+        self, eqn: JaxprEqn, index: int, operands: Iterable[int], frame: _Frame, role: str
+    ) -> list[int]:
+        """An equation that is not walked into."""
+        graph, inputs = self.graph, [*operands]
+        free = not has_effects(eqn) and all(graph.data_free[v] for v in inputs)
+        fixed = free and all(graph.fixed[v] for v in inputs)
+        avals = (with_lanes(v.aval, frame.lanes) for v in eqn.outvars)
+        results = [graph.new_value(aval, frame.path, free, fixed) for aval in avals]
+        dropped = None if role else dropped_operand(graph, eqn.primitive.name, inputs)
+        role = DROPOUT if self.see_through_dropout and dropped is not None else role
+        role = role or (QUANTIZE if _is_coarse(eqn) else "")
+        op = self._add(eqn, frame, inputs, results, role)
+        graph.op_at[*frame.path, index] = op
+        if dropped is not None:
+            graph.dropouts[op.index] = dropped
+        elif not role:
+            note_noise(graph, eqn.primitive.name, inputs, results)
+        pairs = zip(inputs, eqn.invars, strict=True)
+        graph.literals.update(v for v, a in pairs if isinstance(a, Literal))
+        return results
+
+    def _stand_in(self, closed: ClosedJaxpr, operands: Sequence[int], frame: _Frame) -> list[int]:
+        """Walk into a program that says what an equation means for all lanes."""
+        self.graph.stand_ins[frame.path] = closed
+        self.graph.sealed.add(frame.path)
+        frame = replace(frame, lanes=())
+        return self.walk(open_jaxpr(closed), consts_of(closed), operands, frame)
+
+    def _hidden(self, frame: _Frame) -> _Frame:
+        """The frame of a stand-in that no equation of the jaxpr holds."""
+        self.hidden += 1
+        return replace(frame, path=(*frame.path, -self.hidden))
+
+    def _spread(self, value: int, spec: Sequence[Any], frame: _Frame) -> int:
+        """The shards of a whole array on the devices of a frame."""
+        cut = spread(self.graph.avals[value], spec, frame.lanes)
+        return self._stand_in(cut, [value], self._hidden(frame))[0]
+
+    def _settle(self, values: Sequence[int], stand_in: CallPath, path: CallPath) -> None:
+        """Results of a stand-in are bound to variables of the jaxpr at `path`."""
+        for value in values:
+            if self.graph.home[value] == stand_in:
+                self.graph.home[value] = path
+
+    def _settle_unread(
+        self, values: Sequence[int], start: int, inside: CallPath, path: CallPath
+    ) -> None:
+        """Results of a sealed call can be centered after it if nothing inside reads them."""
+        read = {v for op in self.graph.ops[start:] for v in op.inputs}
+        for value in values:
+            if self.graph.home[value][: len(inside)] == inside and value not in read:
+                self.graph.home[value] = path
+
+    def _devices(
+        self, eqn: JaxprEqn, index: int, devices: Manual, operands: Sequence[int], frame: _Frame
+    ) -> list[int]:
+        """Walk into a `shard_map`: the shards of all devices together, see `lanes`."""
+        graph, lanes = self.graph, devices.axes
+        within = replace(frame.inside(eqn, index), lanes=lanes)
+        graph.trips[within.path] = graph.trips[frame.path]
+        shards = []
+        for value, spec in zip(operands, devices.in_specs, strict=True):
+            shard = self._spread(value, spec, within)
+            if graph.home[shard] in graph.stand_ins:
+                graph.home[shard] = within.path
+            shards.append(shard)
+        body = call_jaxpr(eqn)
+        assert body is not None
+        results = []
+        ends = self.walk(open_jaxpr(body), consts_of(body), shards, within)
+        for value, spec in zip(ends, devices.out_specs, strict=True):
+            joined, rows = collect(graph.avals[value], spec, lanes)
+            outside = self._hidden(replace(within, path=frame.path))
+            (value,) = self._stand_in(joined, [value], outside)
+            for _ in range(rows):  # the same on all devices: any row will do
+                aval = graph.avals[value]
+                aval = jax.ShapeDtypeStruct(aval.shape[1:], aval.dtype)
+                free, fixed = graph.data_free[value], graph.fixed[value]
+                row = graph.new_value(aval, outside.path, free, fixed)
+                self._add(eqn, frame, (value,), (row,), "loop_slice")
+                value = row
+            self._settle([value], outside.path, frame.path)
+            results.append(value)
+        return results
+
+    def _control(
+        self, eqn: JaxprEqn, index: int, control: Control, operands: Sequence[int], frame: _Frame
+    ) -> list[int]:
+        """Walk into a loop or a conditional, with operations for what it does to its values."""
+        graph = self.graph
+        self._add(eqn, frame, [operands[i] for i in control.observed], (), "observe")
+        starts = [operands[i] for i in control.carries]
+        carried: list[tuple[int, int, _Frame]] = []  # carries inside the bodies, which one each is
+        ends: list[list[int]] = []
+        for number, body in enumerate(control.bodies):
+            jaxpr, within = open_jaxpr(body.jaxpr), frame.inside(eqn, index, number)
+            around = replace(within, calls=frame.calls)
+            # Symbolic sizes count once, here and in the sizes of values.
+            length = control.length if isinstance(control.length, int) else 1
+            graph.trips[within.path] = graph.trips[frame.path] * length
+            taken = [operands[i] for i in body.operands]
+            avals = (with_lanes(v.aval, frame.lanes) for v in jaxpr.invars[len(taken) :])
+            own = [graph.new_value(aval, within.path, False, False) for aval in avals]
+            carried += [(value, k, around) for k, value in enumerate(own[: len(starts)])]
+            for row, i in zip(own[len(starts) :], control.slices, strict=True):
+                graph.data_free[row] = graph.data_free[operands[i]]
+                self._add(eqn, around, (operands[i],), (row,), "loop_slice")
+            ends.append(self.walk(jaxpr, consts_of(body.jaxpr), [*taken, *own], within))
+        if control.is_loop:
+            tests = [value for end in ends[:-1] for value in end]
+            self._add(eqn, frame, tests, (), "observe")
+        avals = (with_lanes(v.aval, frame.lanes) for v in eqn.outvars)
+        results = [graph.new_value(aval, frame.path, False, False) for aval in avals]
+        for value, k, around in carried:
+            self._add(eqn, around, (starts[k], ends[-1][k]), (value,), "loop_carry", k)
+        for k, value in enumerate(results):
+            if not control.is_loop:
+                self._add(eqn, frame, [end[k] for end in ends], (value,), "branch_result")
+            elif k < len(starts):
+                self._add(eqn, frame, (starts[k], ends[-1][k]), (value,), "loop_result", k)
+            else:
+                self._add(eqn, frame, (ends[-1][k],), (value,), "loop_stack")
+        return results
+
+
+def _is_coarse(eqn: JaxprEqn) -> bool:
+    """Whether it rounds so much that what it is given is no longer its result: to float8, say."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "reduce_precision":
+        return params["exponent_bits"] < 5 or params["mantissa_bits"] < 7
+    new = params.get("new_dtype") if name == "convert_element_type" else None
+    return new is not None and jnp.issubdtype(new, jnp.floating) and not is_editable(new)

@@ -1,0 +1,238 @@
+"""The program as one flat graph: values by number, the operation that makes each, its readers."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._compat import (
+    ClosedJaxpr,
+    JaxprEqn,
+    Var,
+    has_effects,
+    is_tracer,
+    source_line,
+)
+from ..axes.axis_set import AxisSet
+from ..printable import printable
+from .devices import Lanes
+from .primitives import COMMUTATIVE, MOVES, PURE
+
+CallPath = tuple[int, ...]
+"""Equation indices of the calls around a jaxpr, outermost first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """An operation by its primitive, module path, source file and line (empty, 0 if unknown)."""
+
+    primitive: str
+    module: str
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        """``primitive (module path, file.py:line)``."""
+        where = printable(", ".join(part for part in (self.module, self.where) if part))
+        return f"`{self.primitive}` ({where})" if where else f"`{self.primitive}`"
+
+    @property
+    def where(self) -> str:
+        """``file.py:line``, or the line of a notebook's cell."""
+        *_, folder, name = ("", *self.file.split("/"))
+        name = "cell" if folder.startswith("ipykernel_") else name
+        return f"{name}:{self.line}" if self.file else ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Op:
+    """One equation at one call site; `inputs` and `outputs` are value numbers.
+
+    `calls` are the call equations around it, innermost first; if it `stands_in`, it is a part of
+    what the innermost one means. `role` names what a loop or a conditional does with one value
+    (see `JOINS` and `rules.control`), empty for other equations; `carry` is the number of the
+    carry that a loop joins.
+    """
+
+    index: int
+    eqn: JaxprEqn
+    path: CallPath
+    module: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    calls: tuple[JaxprEqn, ...]
+    role: str = ""
+    carry: int | None = None
+    stands_in: bool = False
+
+    @property
+    def name(self) -> str:
+        """The name of the primitive, or the role."""
+        return self.role or self.eqn.primitive.name
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The parameters of the equation."""
+        return self.eqn.params
+
+    @property
+    def is_square(self) -> bool:
+        """Whether it squares its operand."""
+        power = self.name == "integer_pow" and self.params["y"] == 2
+        return self.name == "square" or power or (self.name == "mul" and len({*self.inputs}) == 1)
+
+    def place(self) -> Place:
+        """What a person may look for."""
+        name = (self.calls[0] if self.stands_in else self.eqn).primitive.name
+        return Place(name, self.module, *source_line((self.eqn, *self.calls)))
+
+
+NO_RULE = "opaque"
+"""The role of an operation that means something else than its primitive does elsewhere."""
+DROPOUT = "dropout"
+"""The role of an operation that is taken for the identity on what it drops at random."""
+QUANTIZE = "quantize"
+"""The role of a conversion to fewer digits than those of any dtype whose numbers can be edited."""
+JOINS = frozenset({"loop_carry", "loop_result", "branch_result"})
+"""Roles whose output is one of the inputs: the first and the next value of a carry, branches."""
+
+
+class Graph:
+    """Values, the operation that makes each, and the operations that read it.
+
+    Loops are walked into once: a carry is made from its first and its next value. `uses` lists
+    live operations only: what cannot reach an output or an effect is dead code and notices nothing.
+    """
+
+    def __init__(self) -> None:
+        """Start without values; `flatten` fills the graph."""
+        self.avals: list[Any] = []
+        self.producer: list[tuple[Op, int] | None] = []
+        self.data_free: list[bool] = []  # computed from parameters and constants only
+        self.fixed: list[bool] = []  # computed from constants only
+        self.home: list[CallPath] = []  # the jaxpr that binds the value to a variable
+        self.leaves: dict[int, int] = {}  # parameter leaves, with their positions in the tree
+        self.same: list[int] = []  # the first value that an equal equation of the module makes
+        self.outputs: frozenset[int] = frozenset()
+        self.uses: list[list[tuple[Op, int]]] = []
+        self.constants: dict[int, Any] = {}
+        self.bound: set[int] = set()  # constants that the jaxpr binds to a variable
+        self.literals: set[int] = set()  # numbers that one equation reads
+        self.captured: set[int] = set()  # closed over by a function with a derivative rule
+        self.ops: list[Op] = []
+        self.op_at: dict[CallPath, Op] = {}
+        self.env: dict[CallPath, dict[Var, int]] = {}
+        self.trips: dict[CallPath, int] = {(): 1}  # how often a jaxpr runs in one call
+        self.lanes: dict[CallPath, Lanes] = {}  # mesh axes of the `shard_map` around a jaxpr
+        self.stand_ins: dict[CallPath, ClosedJaxpr] = {}  # programs analysed for an equation
+        self.sealed: set[CallPath] = set()  # jaxprs that no centering can be put into
+        self.noise: set[int] = set()  # computed from random bits and numbers only
+        self.masks: set[int] = set()  # noise that keeps or drops
+        self.dropouts: dict[int, int] = {}  # operations that drop an operand at random -> which
+        self._firsts: dict[Hashable, tuple[int, ...]] = {}
+
+    def shape(self, value: int) -> tuple[Any, ...]:
+        """The shape of a value."""
+        return tuple(self.avals[value].shape)
+
+    def is_sealed(self, value: int) -> bool:
+        """Whether the value is made where no centering can be put.
+
+        So it is in a call that has a derivative rule of its own, and in a stand-in.
+        """
+        path = self.home[value]
+        return any(path[: n + 1] in self.sealed for n in range(len(path)))
+
+    def lanes_of(self, value: int) -> Lanes:
+        """The mesh axes that the shape of a value ends in: those of the `shard_map` around it."""
+        return self.lanes[self.home[value]]
+
+    def on_one_device(self, value: int, along: AxisSet) -> AxisSet | None:
+        """The set on the shard that one device holds, None if the mean spans devices."""
+        lanes = self.lanes_of(value)
+        rank = len(along.shape) - len(lanes)
+        if any(d >= rank for d in along.axes) or (lanes and not rank):
+            return None
+        return AxisSet(along.shape[:rank], along.entries[:rank])
+
+    def is_editable_constant(self, value: int) -> bool:
+        """Whether a constant of the program can be replaced, and nobody else reads it.
+
+        A derivative rule reads the constants that its function closes over by itself.
+        """
+        hidden = value in self.captured or self.is_sealed(value)
+        return (value in self.bound or value in self.literals) and not hidden
+
+    def scalar(self, value: int) -> np.ndarray | None:
+        """The number that every element of a value has, if the program fixes it."""
+        while (made := self.producer[value]) is not None:
+            if made[0].name not in MOVES | {"convert_element_type", "pvary"}:
+                return None
+            value = made[0].inputs[0]
+        constant = self.constants.get(value)
+        return None if constant is None or np.ndim(constant) else np.asarray(constant)
+
+    def new_value(self, aval: Any, path: CallPath, data_free: bool, fixed: bool) -> int:
+        """Add a value that nothing makes yet."""
+        self.avals.append(aval)
+        self.producer.append(None)
+        self.data_free.append(data_free)
+        self.fixed.append(fixed)
+        self.home.append(path)
+        self.same.append(len(self.same))
+        return len(self.avals) - 1
+
+    def new_constant(self, value: Any, aval: Any, path: CallPath) -> int:
+        """Add a constant; what it is remains unknown for tracers and extended dtypes."""
+        number = self.new_value(aval, path, True, True)
+        if not is_tracer(value) and not jnp.issubdtype(aval.dtype, jax.dtypes.extended):
+            self.constants[number] = value
+            if np.ndim(value) == 0:
+                key = np.dtype(aval.dtype), np.asarray(value).tobytes()
+                self.same[number] = self._firsts.setdefault(key, (number,))[0]
+        return number
+
+    def add(self, op: Op) -> None:
+        """Add an operation, the maker of its outputs."""
+        self.ops.append(op)
+        for position, value in enumerate(op.outputs):
+            self.producer[value] = (op, position)
+        if op.name in PURE:
+            self._note_same(op)
+
+    def _note_same(self, op: Op) -> None:
+        """Find the first equation that computes the same in the same module."""
+        operands = [self.same[v] for v in op.inputs]
+        operands = sorted(operands) if op.name in COMMUTATIVE else operands
+        key = op.eqn.primitive, op.module, *operands, *sorted(op.params.items(), key=itemgetter(0))
+        try:
+            firsts = self._firsts.setdefault(key, op.outputs)
+        except TypeError:  # a parameter that cannot be compared
+            return
+        for value, first in zip(op.outputs, firsts, strict=True):
+            self.same[value] = first
+
+    def link_uses(self) -> None:
+        """Find the readers of every value, once all operations are there."""
+        self.uses = [[] for _ in self.avals]
+        live: set[int] = set()
+        todo = list(self.outputs)
+        for op in self.ops:
+            if op.name == "observe" or (has_effects(op.eqn) and op.role in ("", NO_RULE)):
+                live.add(op.index)
+                todo.extend(op.inputs)
+        while todo:
+            made = self.producer[todo.pop()]
+            if made is not None and made[0].index not in live:
+                live.add(made[0].index)
+                todo.extend(made[0].inputs)
+        for op in self.ops:
+            if op.index in live:
+                for position, value in enumerate(op.inputs):
+                    self.uses[value].append((op, position))

@@ -1,0 +1,84 @@
+"""Tracing: from a function, a tree and inputs to one jaxpr, with checks on what comes in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from .._compat import ClosedJaxpr, consts_of, is_tracer, trace_settings, varying_axes
+from ..errors import TraceError, TreeError
+from ..trees import first_line, is_numeric, rebuilt
+from .device_sums import taken_apart
+from .flatten import flatten
+from .graph import Graph
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The jaxpr of a function of (parameter leaves, input leaves), and the tree it returns."""
+
+    closed: ClosedJaxpr
+    out_tree: Any
+    n_leaves: int
+
+    def graph(self, see_through_dropout: bool = False) -> Graph:
+        """The flat graph of the program."""
+        return flatten(self.closed, self.n_leaves, see_through_dropout)
+
+    @property
+    def reusable(self) -> bool:
+        """Whether the jaxpr may outlive the trace around it: it closes over no tracer."""
+        return not any(is_tracer(c) for c in consts_of(self.closed))
+
+
+def trace(apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]) -> Traced:
+    """Trace ``apply_fn(params, *inputs)``.
+
+    Raises:
+        TraceError: the function fails, needs the value of something it is given, or returns
+            other things than arrays.
+        TreeError: a tree cannot be put together again from its leaves.
+    """
+    leaves, params_tree = jax.tree.flatten(params)
+    flat_inputs, inputs_tree = jax.tree.flatten(inputs)
+
+    def flat(leaves: list[Any], flat_inputs: list[Any]) -> Any:
+        given = rebuilt(inputs_tree, flat_inputs, "inputs")
+        result = apply_fn(rebuilt(params_tree, leaves, "params"), *given)
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(result)):
+            raise TypeError("it returns a ShapeDtypeStruct")
+        return result
+
+    try:
+        closed, shapes = jax.make_jaxpr(flat, return_shape=True)(leaves, flat_inputs)
+    except TreeError:
+        raise
+    except Exception as error:
+        raise TraceError(
+            f"apply_fn: cannot be traced ({type(error).__name__}: {first_line(error)}); it must "
+            "run under jax.jit as apply_fn(params, *inputs) with these inputs, and return arrays. "
+            "Bind Python flags and other static arguments first, as in "
+            "functools.partial(model.apply, train=False)"
+        ) from error
+    return Traced(taken_apart(closed), jax.tree.structure(shapes), len(leaves))
+
+
+def signature(params: Any, inputs: tuple[Any, ...]) -> Hashable:
+    """Two calls with the same signature have the same jaxpr."""
+    leaves, tree = jax.tree.flatten((params, inputs))
+    return tree, tuple(map(_type_of, leaves)), trace_settings()
+
+
+def _type_of(x: Any) -> Hashable:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return tuple(x.shape), np.dtype(x.dtype), bool(getattr(x, "weak_type", False)), None
+    if not is_numeric(x):
+        return type(x)  # no program is known for it: the checks will say what is wrong
+    aval = jax.typeof(x)
+    sharding = getattr(aval, "sharding", None)
+    explicit = sharding if sharding is not None and not sharding.mesh.empty else None
+    return aval.shape, aval.dtype, aval.weak_type, explicit, varying_axes(aval)

@@ -1,0 +1,134 @@
+"""Puts a placement into words: from what was decided to a report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from math import prod
+
+import jax.numpy as jnp
+import numpy as np
+
+from ..analysis.layer_norms import LayerNorm
+from ..placement.affine import Words
+from ..placement.place import Placement, Reason
+from ..plan.plan import FoldPlan
+from ..program.graph import Graph, Place
+from ..program.primitives import MOVES
+from ..rewrite.defer import Deferral
+from .advice import advice
+from .events import find_events
+from .report import Insertion, Norm, Programs, Report, ScaleLeft
+
+
+def make_report(
+    placement: Placement,
+    plan: FoldPlan,
+    deferred: tuple[Deferral, ...],
+    programs: Programs | None,
+) -> Report:
+    """Put a placement into words."""
+    graph, key_paths = placement.graph, [leaf.key_path for leaf in plan.leaves]
+    norms = tuple(
+        Norm(
+            path=norm.module or "(top level)",
+            axes=tuple(d for d in norm.along.axes if d < _local_rank(graph, norm.x)),
+            shape=graph.shape(norm.x)[: _local_rank(graph, norm.x)],
+            count=norm.count,
+            folded=folded,
+            reason=str(placement.left.get(i, "")),
+            mesh_axes=_mesh_axes(graph, norm),
+            two_pass=norm.two_pass,
+            blocker=_blocker(placement.left.get(i)),
+            advice=advice(placement, placement.left[i]) if i in placement.left else "",
+            approximate=i in placement.approximate,
+        )
+        for i, (norm, folded) in enumerate(zip(placement.norms, placement.folded, strict=True))
+    )
+    insertions = tuple(
+        Insertion(
+            _origin(placement, value),
+            graph.on_one_device(value, along) or along,
+            _why_inserted(placement.inserted[value]),
+            advice(placement, placement.inserted[value]),
+        )
+        for value, sets in sorted(placement.explicit.items())
+        for along in sets
+        if not along.trivial
+    )
+    facts = placement.facts
+    unknown = (facts.unknown[i] for i in sorted(facts.unknown))
+    opaque = Counter(op.eqn.primitive.name for op in unknown)
+    taken_up = {leaf for m in placement.affine for r in m.readers for leaf in (r.kernel, r.bias)}
+    edited = (v for v, i in graph.leaves.items() if v in placement.leaf_sets or i in taken_up)
+    widened = (v for v in edited if _is_widened(graph, v))
+    return Report(
+        norms=norms,
+        insertions=insertions,
+        edits=plan.edits,
+        scales=plan.scales,
+        affine=plan.affine,
+        affine_left=tuple(
+            ScaleLeft(key_paths[leaf], _in_words(why, key_paths))
+            for leaf, why in placement.affine_left.items()
+        ),
+        deferred=deferred,
+        opaque=dict(opaque),
+        visits=facts.visits,
+        rounded=tuple(key_paths[graph.leaves[v]] for v in widened),
+        dropouts=len(facts.dropouts),
+        edited_bytes=_edited_bytes(graph, plan, key_paths),
+        events=find_events(placement, key_paths),
+        n_operations=len(graph.ops),
+        programs=programs,
+    )
+
+
+def _in_words(words: Words, key_paths: Sequence[str]) -> str:
+    return "".join(f"`{key_paths[w]}`" if isinstance(w, int) else w for w in words)
+
+
+def _edited_bytes(graph: Graph, plan: FoldPlan, key_paths: list[str]) -> int:
+    edited = plan.leaf_edits()
+    avals = (graph.avals[v] for v, i in graph.leaves.items() if key_paths[i] in edited)
+    return sum(prod(aval.shape) * np.dtype(aval.dtype).itemsize for aval in avals)
+
+
+def _why_inserted(reason: Reason) -> str:
+    if reason.obstacle is None or reason.leaf is None:
+        return str(reason.obstacle or "")
+    return f"a parameter that feeds it cannot be centered, as {reason.obstacle}"
+
+
+def _is_widened(graph: Graph, leaf: int) -> bool:
+    """Whether a value, or a row of it, is converted to a dtype with more digits."""
+    digits, todo = jnp.finfo(graph.avals[leaf].dtype).nmant, [leaf]
+    while todo:
+        for op, _ in graph.uses[todo.pop()]:
+            if op.name == "convert_element_type":
+                wide = op.params["new_dtype"]
+                if jnp.issubdtype(wide, jnp.floating) and jnp.finfo(wide).nmant > digits:
+                    return True
+            elif op.name in MOVES or op.name == "loop_slice":
+                todo += op.outputs
+    return False
+
+
+def _blocker(reason: Reason | None) -> Place | None:
+    """What stands in the way: of centering the input, or else of the centering it needs."""
+    found = (reason.obstacle, reason.noticed) if reason else ()
+    return next((b.op.place() for b in found if b is not None and b.op is not None), None)
+
+
+def _local_rank(graph: Graph, value: int) -> int:
+    return len(graph.shape(value)) - len(graph.lanes_of(value))
+
+
+def _mesh_axes(graph: Graph, norm: LayerNorm) -> tuple[str, ...]:
+    start = _local_rank(graph, norm.x)
+    return tuple(graph.lanes_of(norm.x)[d - start][0] for d in norm.along.axes if d >= start)
+
+
+def _origin(placement: Placement, value: int) -> str:
+    made = placement.graph.producer[value]
+    return str(made[0].place()) if made else "an input of the function"

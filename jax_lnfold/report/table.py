@@ -1,0 +1,172 @@
+"""Tables of LayerNorms, in a terminal and as HTML: repeated blocks share one row."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from html import escape
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from ..printable import printable
+
+NARROWEST, WIDEST = 60, 200
+_NUMBER = re.compile(r"\d+")
+TITLES = ("LayerNorm", "input", "axes", "variance", "outcome")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One LayerNorm, or several that differ in the numbers of their module paths only.
+
+    `count` is how many there are, `runs` how often each runs in one call, `place` is the source
+    line of what blocks it, and `words` are the reason and what could be changed, maybe empty.
+    """
+
+    path: str
+    shape: str
+    axes: str
+    variance: str
+    folded: bool
+    words: tuple[str, str]
+    place: tuple[str, int] | None = None
+    runs: int = 1
+    count: int = 1
+    approximate: bool = False
+
+    @property
+    def outcome(self) -> str:
+        """``folded`` or ``left``, with what else there is to say of it."""
+        return "folded approximately" if self.approximate else "folded" if self.folded else "left"
+
+    @property
+    def name(self) -> str:
+        """The path, with how many there are and how often each runs."""
+        count = f" x{self.count}" if self.count > 1 else ""
+        return self.path + count + (f" (runs {self.runs} times)" if self.runs > 1 else "")
+
+
+def grouped(rows: Iterable[Row]) -> list[Row]:
+    """Rows that are alike up to the numbers in paths as one, in the order of the first of each."""
+    alike: dict[Row, list[Row]] = {}
+    for row in rows:
+        words = (template(row.words[0]), template(row.words[1]))
+        key = replace(row, path=template(row.path), words=words)
+        alike.setdefault(key, []).append(row)
+    return [_together(group) for group in alike.values()]
+
+
+def _together(group: Sequence[Row]) -> Row:
+    reason, advice = (merged(texts) for texts in zip(*(row.words for row in group), strict=True))
+    path = merged([row.path for row in group])
+    return replace(group[0], path=path, words=(reason, advice), count=len(group))
+
+
+def template(text: str) -> str:
+    """The text without its numbers: those with the same one can be `merged`."""
+    return _NUMBER.sub("#", text)
+
+
+def counted(n: int, noun: str, plural: str = "") -> str:
+    """``1 leaf``, ``2 leaves``; the plural is that with an s unless given."""
+    return f"{n} {noun}" if n == 1 else f"{n} {plural or noun + 's'}"
+
+
+def merged(texts: Sequence[str]) -> str:
+    """Texts that differ in numbers only as one: ``block_{0-11}/norm``."""
+    words = _NUMBER.split(texts[0])
+    columns = zip(*(_NUMBER.findall(text) for text in texts), strict=True)
+    numbers = (_range(list(dict.fromkeys(column))) for column in columns)
+    return words[0] + "".join(n + w for n, w in zip(numbers, words[1:], strict=True))
+
+
+def _range(numbers: list[str]) -> str:
+    if len(numbers) == 1:
+        return numbers[0]
+    values = sorted(map(int, numbers))
+    gapless = values == list(range(values[0], values[-1] + 1))
+    return f"{{{values[0]}-{values[-1]}}}" if gapless else f"{{{','.join(map(str, values))}}}"
+
+
+def notes(rows: Iterable[Row]) -> dict[tuple[str, str], int]:
+    """Reasons for what is left, numbered from 1; the same reason has the same number."""
+    words = dict.fromkeys(row.words for row in rows if not row.folded)
+    return {word: number for number, word in enumerate(words, 1)}
+
+
+def to_rich(rows: Sequence[Row], lines: Iterable[str]) -> Group:
+    """The table, the reasons and some lines below it, for a rich console."""
+    numbers = notes(rows)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in TITLES:
+        table.add_column(title, overflow="fold")
+    for row in rows:
+        left = Text(f"left ({numbers.get(row.words)})", "yellow")
+        outcome = Text(row.outcome, "green") if row.folded else left
+        table.add_row(*map(_text, (row.name, row.shape, row.axes, row.variance)), outcome)
+    reasons = Table.grid(padding=(0, 1))
+    for (reason, advice), number in numbers.items():
+        text = _text(_sentence(reason)) + _text(f" {_sentence(advice)}" if advice else "", "cyan")
+        reasons.add_row(Text(f"({number})", "yellow"), text)
+    return Group(*[table] * bool(rows), *[reasons] * bool(numbers), *map(_text, lines))
+
+
+def _text(words: str, style: str = "") -> Text:
+    return Text(printable(words), style)
+
+
+def to_text(rows: Sequence[Row], lines: Iterable[str], width: int) -> str:
+    """The same as plain text; no line is longer than `width` columns (60 to 200)."""
+    file = io.StringIO()
+    width = min(max(width, NARROWEST), WIDEST)
+    console = Console(file=file, width=width, color_system=None, legacy_windows=False)
+    console.print(to_rich(rows, lines))
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+
+
+def to_html(rows: Sequence[Row], lines: Iterable[str]) -> str:
+    """The same as HTML that needs nothing else, in the colours of the page around it.
+
+    The outcome stands next to the name: a narrow screen shows these two.
+    """
+    numbers = notes(rows)
+    head = "".join(f"<th>{title}</th>" for title in (TITLES[0], TITLES[-1], *TITLES[1:-1]))
+    body = ""
+    for row in rows:
+        name, *cells = map(_html, (row.name, row.shape, row.axes, row.variance))
+        kind, outcome = "folded", row.outcome
+        if not row.folded:
+            kind, outcome = "left", f"left ({numbers[row.words]})"
+        plain = "".join(f"<td>{cell}</td>" for cell in cells)
+        body += f'<tr><td>{name}</td><td class="{kind}">{outcome}</td>{plain}</tr>'
+    table = f"<table><tr>{head}</tr>{body}</table>" if body else ""
+    items = (f"<li>{_html(_sentence(r))} <em>{_html(_sentence(a))}</em></li>" for r, a in numbers)
+    reasons = f"<ol>{''.join(items)}</ol>" if numbers else ""
+    below = "".join(f"<p>{_html(line)}</p>" for line in lines)
+    return f'<div class="lnfold"><style>{_STYLE}</style>{table}{reasons}{below}</div>'
+
+
+def _html(words: str) -> str:
+    return re.sub("`([^`]*)`", r"<code>\1</code>", escape(printable(words)))
+
+
+def _sentence(words: str) -> str:
+    return words[:1].upper() + words[1:] + "." if words else ""
+
+
+# The class is named three times to outrank what notebooks say of tables.
+_STYLE = """
+.lnfold table {border-collapse: collapse; font-size: 0.9em}
+.lnfold.lnfold.lnfold :is(th, td) {text-align: left; vertical-align: top;
+ padding: 0.2em 1em 0.2em 0; border-bottom: 1px solid color-mix(in srgb, currentColor 25%,
+ transparent); white-space: nowrap; color: inherit; background: none}
+.lnfold.lnfold.lnfold td:first-child {white-space: normal; min-width: 9em}
+.lnfold td:first-child, .lnfold li, .lnfold p {overflow-wrap: anywhere}
+.lnfold.lnfold.lnfold td:is(.folded, .left) {padding-left: 0.6em}
+.lnfold .folded {border-left: 0.3em solid #2e9e5b}
+.lnfold .left {border-left: 0.3em solid #d9822b}
+"""

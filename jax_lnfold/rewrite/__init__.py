@@ -1,0 +1,1 @@
+"""The folded program: means that vanish are removed, scales are deferred."""
