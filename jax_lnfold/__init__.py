@@ -1,6 +1,6 @@
 """Makes LayerNorms as cheap as RMSNorms, exactly, without touching the model's code."""
 
-from .api import Folded, analyze, fold, plan_fold
+from .api import analyze, fold, plan_fold
 from .errors import (
     FoldError,
     NotAnalysedError,
@@ -9,6 +9,7 @@ from .errors import (
     TraceError,
     TreeError,
 )
+from .folded import Folded
 from .plan.plan import FoldPlan
 from .report.report import Report
 from .training import CenterState, center_gradients, center_updates

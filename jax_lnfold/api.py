@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable
-from dataclasses import replace
+from collections.abc import Callable, Collection
 from typing import Any
 
-import jax
-import numpy as np
-
-from ._compat import ClosedJaxpr, is_tracer, jaxpr_as_fun
-from .errors import FoldError, NotAnalysedError
+from .errors import FoldError
+from .folded import Folded, placed, rewritten_program
 from .options import Options, check_options
-from .output_differences import float_outputs, largest, largest_difference
-from .placement.place import Placement, place
-from .placement.planning import make_plan, place_again, with_affine
+from .placement.place import Placement
+from .placement.planning import make_plan
 from .plan.plan import FoldPlan, check_donate
-from .program.tracing import Traced, signature, trace
-from .program_cache import ApplyFn, FreshLock, Programs
+from .program.tracing import Traced, trace
 from .report.build import make_report
 from .report.report import Report
-from .rewrite.defer import Deferral, defer_scales
-from .rewrite.fold import rewrite
-from .trees import check_devices, check_leaves
+from .trees import check_leaves
 
 
 def fold(
@@ -111,7 +103,7 @@ def analyze(
         explicit_cost, approximate, fold_affine, defer_scale, deferred_cost, optimize
     )
     traced, placement = _analysis(apply_fn, params, inputs, options)
-    rewritten, deferred = _rewritten(traced, placement, options)
+    rewritten, deferred = rewritten_program(traced, placement, options)
     programs = (lambda: (traced.closed, rewritten)) if traced.reusable else None
     return make_report(placement, make_plan(params, placement), deferred, programs)
 
@@ -141,149 +133,7 @@ def _analysis(
     check_leaves(params, "params", abstract=True)
     check_leaves(inputs, "inputs", abstract=True)
     traced = trace(apply_fn, params, inputs)
-    return traced, _placed(traced, options)
-
-
-class Folded:
-    """A folded model: a pure function `apply`, its `params`, the `plan` and the `report`."""
-
-    def __init__(
-        self, apply_fn: Callable[..., Any], params: Any, donate: bool, options: Options
-    ) -> None:
-        """Use `fold` instead."""
-        self._apply_fn = ApplyFn(apply_fn)
-        self._given: Any = params  # until the analysis has run
-        self._first_call = FreshLock()
-        self._donate = donate
-        self._options = options
-        self._params: Any = None
-        self._plan: FoldPlan | None = None
-        self._report: Report | None = None
-        self._programs = Programs()
-
-    @property
-    def params(self) -> Any:
-        """The edited tree: structure, shapes, dtypes and shardings of the original."""
-        self._require_analysis("params")
-        return self._params
-
-    @property
-    def plan(self) -> FoldPlan:
-        """The edits as plain data."""
-        self._require_analysis("plan")
-        assert self._plan is not None
-        return self._plan
-
-    @property
-    def report(self) -> Report:
-        """One entry per LayerNorm of the example trace."""
-        self._require_analysis("report")
-        assert self._report is not None
-        return self._report
-
-    def __call__(self, *inputs: Any) -> Any:
-        """Short for ``folded.apply(folded.params, *inputs)``."""
-        self._require_inputs(inputs)
-        return self.apply(self._params, *inputs)
-
-    def apply(self, params: Any, *inputs: Any) -> Any:
-        """The folded function: pure and traceable (jit, grad, vmap).
-
-        `params` must be `self.params`, or another tree edited with ``plan.center``: of unedited
-        parameters this is another function, which nothing tells from a right answer. Every new
-        combination of shapes and dtypes is traced once, and the facts that the plan relies on are
-        proved again for it. So `params` may have other sizes than those that were folded, along
-        axes that no mean is taken over: two of ten members of an ensemble, say.
-
-        Raises:
-            TreeError: `params` has not the leaves that were folded, their sizes along other axes
-                differ, or it or the inputs hold other things than arrays on the same devices.
-            TraceError: `apply_fn` cannot be traced with these inputs.
-            PlanMismatchError: the program for these inputs notices the edits of the plan.
-        """
-        self._require_inputs(inputs)
-        try:
-            key = signature(params, inputs)
-            run, out_tree = self._programs.get(key) or self._prepare(key, params, inputs)
-            results = run(*jax.tree.leaves((params, inputs)))
-        except FoldError:
-            raise
-        except Exception as error:  # what an argument may have to do with it is found out now
-            check_leaves(params, "params")
-            check_leaves(inputs, "inputs")
-            if isinstance(error, ValueError):
-                check_devices(params, inputs)
-            raise
-        return jax.tree.unflatten(out_tree, results)
-
-    def _prepare(
-        self, key: Hashable, params: Any, inputs: tuple[Any, ...]
-    ) -> tuple[Callable[..., Any], Any]:
-        """The program for a new signature: later calls with the same one need no checks."""
-        assert self._plan is not None
-        plan = self._plan.fitted(params, whole=True)
-        check_leaves(inputs, "inputs")
-        traced = trace(self._apply_fn.function, params, inputs)
-        graph = traced.graph(self._options.see_through_dropout)
-        placement = place_again(plan, params, graph, self._options.explicit_cost)
-        rewritten, _ = _rewritten(traced, placement, self._options)
-        program = jaxpr_as_fun(rewritten), traced.out_tree
-        if traced.reusable:
-            self._programs.put(key, program)
-        return program
-
-    def _require_inputs(self, inputs: tuple[Any, ...]) -> None:
-        """Analyse on the first call, in one thread while others wait."""
-        if self._plan is None:
-            with self._first_call.lock:
-                if self._plan is None:
-                    check_leaves(inputs, "inputs")
-                    self._analyse(inputs)
-
-    def _analyse(self, inputs: tuple[Any, ...]) -> None:
-        params = self._given
-        traced = trace(self._apply_fn.function, params, inputs)
-        placement = _placed(traced, self._options)
-        plan = make_plan(params, placement)
-        rewritten, deferred = _rewritten(traced, placement, self._options)
-        program = jaxpr_as_fun(rewritten), traced.out_tree
-        programs = (lambda: (traced.closed, rewritten)) if traced.reusable else None
-        report = make_report(placement, plan, deferred, programs)
-        key = signature(params, inputs)
-        measured = report.dropouts > 0 and not any(map(_is_abstract, jax.tree.leaves(inputs)))
-        original = _run(traced.closed, params, inputs) if measured else []
-        with jax.ensure_compile_time_eval():  # a first call may be traced: the edit is not
-            self._params = plan.center(params, donate=self._donate)
-        if measured:
-            difference = largest_difference(original, _run(rewritten, self._params, inputs))
-            report = replace(report, deviation=difference / (largest(original) or 1.0))
-        if traced.reusable:
-            self._programs.put(key, program)
-        self._report = report
-        self._plan = plan  # other threads go ahead from now on
-        self._given = None
-
-    def _require_analysis(self, name: str) -> None:
-        if self._plan is None:
-            raise NotAnalysedError(
-                f"{name}: not known before the first call; fold was given no example inputs, so "
-                "call folded(*inputs) once, or pass inputs to fold"
-            )
-
-
-def _placed(traced: Traced, options: Options) -> Placement:
-    placement = place(traced.graph(options.see_through_dropout), options.explicit_cost)
-    return with_affine(placement) if options.fold_affine else placement
-
-
-def _rewritten(
-    traced: Traced, placement: Placement, options: Options
-) -> tuple[ClosedJaxpr, tuple[Deferral, ...]]:
-    """The folded program."""
-    rewritten = rewrite(traced.closed, placement)
-    if options.deferred_cost is None:
-        return rewritten, ()
-    return defer_scales(rewritten, options.deferred_cost)
+    return traced, placed(traced, options)
 
 
 def _check_callable(apply_fn: Any) -> None:
@@ -292,11 +142,3 @@ def _check_callable(apply_fn: Any) -> None:
             f"apply_fn: a {type(apply_fn).__name__} is not callable; pass a function of "
             "(params, *inputs), such as model.apply"
         )
-
-
-def _is_abstract(x: Any) -> bool:
-    return isinstance(x, jax.ShapeDtypeStruct) or is_tracer(x)
-
-
-def _run(program: ClosedJaxpr, params: Any, inputs: tuple[Any, ...]) -> list[np.ndarray]:
-    return float_outputs(jax.jit(jaxpr_as_fun(program))(*jax.tree.leaves((params, inputs))))

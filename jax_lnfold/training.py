@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._compat import is_tracer
+from .centering import group_means, widened
 from .errors import FoldError, TreeError
-from .plan.leaf import Recipe, group_means, widened
+from .plan.leaf import Recipe
 from .plan.plan import FoldPlan
 from .plan.tree_fit import names_in
 from .trees import FLOATS, is_editable, is_numeric, leaf_paths

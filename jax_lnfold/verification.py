@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .api import Folded
 from .errors import FoldError
+from .folded import Folded
 from .output_differences import float_outputs, largest, largest_difference
 from .program.tracing import trace
 from .trees import check_devices, check_leaves

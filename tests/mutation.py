@@ -40,7 +40,7 @@ from mutants import Mutant, mutants, path_of, tree
 from rich.progress import track
 
 ROOT = Path(__file__).parent.parent
-RULES = "contraction control elementwise joining reduction structural registry"
+RULES = "contraction control elementwise joining reduction moves lookups registry"
 OTHERS = """
 program/primitives axes/axis_set analysis/shift_algebra analysis/shift_rules analysis/shift_tracker
 analysis/facts analysis/layer_norms placement/zero_mean placement/layer_scale program/devices
@@ -63,14 +63,14 @@ EXCUSED: dict[tuple[str, str, str], str] = {
         "the operand has size 1 there, where `AxisSet.of` spells ALL as FREE"
     ),
     (
-        "rules/structural",
+        "rules/moves",
         "_pull_broadcast",
         "FREE  ->  ALL  in  along.entries[o] if along.shape[o] == n else FREE",
     ): "the operand has size 1 there, where `AxisSet.of` spells ALL as FREE",
     ("rules/elementwise", "_pull_mul", "0  ->  1  in  ctx.dtype(0)"): "both have one dtype",
     ("rules/elementwise", "_push_mul", "0  ->  1  in  ctx.dtype(0)"): "both have one dtype",
     ("axes/axis_set", "AxisSet.disjoint", "(a, b)  ->  (b, a)"): "symmetric",
-    ("axes", "AxisSet.embed", "n > _MAX_LABELS  ->  n >= _MAX_LABELS"): "a limit on memory only",
+    ("axes", "AxisSet.embed", "n > MAX_LABELS  ->  n >= MAX_LABELS"): "a limit on memory only",
 }
 """(module, function, change) -> why nobody can notice it."""
 

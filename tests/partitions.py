@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from jax_lnfold.axes.axis_set import ALL, FREE, AxisSet, Entry, canonical
+from jax_lnfold.axes.axis_set import AxisSet
+from jax_lnfold.axes.labels import ALL, FREE, Entry, canonical
 
 
 def axis_labels(entry: Entry, size: int) -> np.ndarray:

@@ -21,8 +21,10 @@ from partitions import (
     uniformed,
 )
 
-from jax_lnfold.axes.axis_set import ALL, FREE, AxisSet, Labels, canonical, intersect, labels_of
-from jax_lnfold.plan.leaf import center_array, group_means
+from jax_lnfold.axes.axis_set import AxisSet
+from jax_lnfold.axes.labels import ALL, FREE, Labels, canonical, intersect, labels_of
+from jax_lnfold.centering import group_means
+from jax_lnfold.plan.leaf import center_array
 
 SEEDS = range(6)
 ROUNDS = 60

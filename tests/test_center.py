@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import jax_lnfold.plan.leaf
-from jax_lnfold.axes.axis_set import ALL, FREE, AxisSet
+from jax_lnfold.axes.axis_set import AxisSet
+from jax_lnfold.axes.labels import ALL, FREE
 from jax_lnfold.plan.leaf import Factor, Recipe, center_array, edit_leaf
 
 ROWS, WIDTH = 5, 96

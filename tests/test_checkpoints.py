@@ -22,7 +22,8 @@ from flax import nnx
 import jax_lnfold
 from jax_lnfold import FoldError, FoldPlan, TreeError
 from jax_lnfold.api import plan_fold
-from jax_lnfold.axes.axis_set import ALL, FREE, AxisSet, Entry, Labels
+from jax_lnfold.axes.axis_set import AxisSet
+from jax_lnfold.axes.labels import ALL, FREE, Entry, Labels
 from jax_lnfold.checkpoints.center import center_checkpoint
 from jax_lnfold.plan.leaf import Factor, Recipe, edit_leaf
 from jax_lnfold.plan.plan import CenterEdit, LeafSpec

@@ -20,7 +20,8 @@ import safetensors
 import safetensors.numpy
 
 from jax_lnfold import FoldError, FoldPlan
-from jax_lnfold.axes.axis_set import AxisSet, Labels
+from jax_lnfold.axes.axis_set import AxisSet
+from jax_lnfold.axes.labels import Labels
 from jax_lnfold.checkpoints.center import center_checkpoint
 from jax_lnfold.checkpoints.safetensors_header import read_header
 from jax_lnfold.cli.commands import main

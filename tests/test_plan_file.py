@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jax_lnfold import FoldPlan, PlanFormatError
-from jax_lnfold.axes.axis_set import ALL, FREE, Labels
+from jax_lnfold.axes.labels import ALL, FREE, Labels
 
 TEXT = (Path(__file__).parent / "data" / "plan_v2.json").read_text()
 

@@ -27,7 +27,8 @@ from partitions import (
 from rule_examples import EXAMPLES, PRIMITIVES, Example, Program
 
 from jax_lnfold.analysis.facts import Facts
-from jax_lnfold.axes.axis_set import ALL, FREE, AxisSet, Labels, canonical
+from jax_lnfold.axes.axis_set import AxisSet
+from jax_lnfold.axes.labels import ALL, FREE, Labels, canonical
 from jax_lnfold.program.flatten import flatten
 from jax_lnfold.program.graph import Op
 from jax_lnfold.rules import RULES, Context, Opaque, Rule

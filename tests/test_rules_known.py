@@ -23,7 +23,8 @@ from test_rules import check_pull, check_push, find
 
 from jax_lnfold._compat import WALKED
 from jax_lnfold.analysis.facts import Facts
-from jax_lnfold.axes.axis_set import ALL, FREE, AxisSet, Labels
+from jax_lnfold.axes.axis_set import AxisSet
+from jax_lnfold.axes.labels import ALL, FREE, Labels
 from jax_lnfold.program.flatten import flatten
 from jax_lnfold.program.primitives import EXCHANGES, OPAQUE, UNSEEN
 from jax_lnfold.rules import RULES, Opaque, Rule, register

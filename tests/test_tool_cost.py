@@ -24,7 +24,8 @@ from bench.models import Config
 from bench.programs import random_arrays
 from bench.registry import MODELS
 from bench.tpu import collectives
-from jax_lnfold.axes.axis_set import ALL, FREE, AxisSet, Labels
+from jax_lnfold.axes.axis_set import AxisSet
+from jax_lnfold.axes.labels import ALL, FREE, Labels
 from jax_lnfold.placement.place import Placement, place
 from jax_lnfold.plan.leaf import (
     Factor,

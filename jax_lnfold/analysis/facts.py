@@ -13,7 +13,8 @@ from functools import partial
 
 import numpy as np
 
-from ..axes.axis_set import FREE, AxisSet
+from ..axes.axis_set import AxisSet
+from ..axes.labels import FREE
 from ..program.graph import DROPOUT, Graph, Op
 from ..program.primitives import OPAQUE
 from ..rules import RULES, Context, Opaque, rule_for

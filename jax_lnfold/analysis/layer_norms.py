@@ -16,11 +16,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ..axes.axis_set import ALL, AxisSet
+from ..axes.axis_set import AxisSet
+from ..axes.broadcast import project
+from ..axes.labels import ALL
 from ..program.graph import Graph, Op
 from ..program.primitives import MOVES
 from ..rules import Context, Opaque, rule_for
-from ..rules.elementwise import project
 from .facts import Claim, Facts
 from .shift_tracker import Tracker
 

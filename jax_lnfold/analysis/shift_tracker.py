@@ -17,7 +17,8 @@ from math import prod
 
 import jax.numpy as jnp
 
-from ..axes.axis_set import ALL, FREE, AxisSet
+from ..axes.axis_set import AxisSet
+from ..axes.labels import ALL, FREE
 from ..program.graph import JOINS, Graph, Op
 from ..program.primitives import IDENTITIES, IDENTITIES_OF_EACH, MOVES, STOP
 from ..rules import Context, Opaque, rule_for

@@ -10,77 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 from typing import Any
 
 import numpy as np
 
-FREE = "free"
-"""Every position of the axis is a group of its own: the axis is not averaged over."""
-ALL = "all"
-"""All positions of the axis form one group."""
-
-
-class Labels(tuple[int, ...]):
-    """One group label per position, -1 outside the region; knows its hash and array."""
-
-    @cached_property
-    def _hash(self) -> int:
-        return super().__hash__()
-
-    def __hash__(self) -> int:
-        """The hash of the tuple, computed once."""
-        return self._hash
-
-    @cached_property
-    def array(self) -> np.ndarray:
-        """The labels as an array."""
-        return np.asarray(tuple(self), int)
-
-    @cached_property
-    def partial(self) -> bool:
-        """Whether some positions lie outside the region."""
-        return bool(np.any(self.array < 0))
-
-    @cached_property
-    def singles(self) -> bool:
-        """Whether no two positions inside the region share a group."""
-        inside = self.array[self.array >= 0]
-        return len(np.unique(inside)) == len(inside)
-
-
-Entry = str | Labels
-"""`FREE`, `ALL`, or `Labels`."""
-
-# Merging axes with different entries spells out one label per position: stop at this many.
-_MAX_LABELS = 1 << 22
-
-
-def canonical(labels: np.ndarray) -> Entry:
-    """The unique entry for a 1-D array of group labels (-1 = outside the region)."""
-    inside = labels >= 0
-    _, first, inverse = np.unique(labels[inside], return_index=True, return_inverse=True)
-    count = len(first)
-    if count == len(labels):
-        return FREE
-    if inside.all() and count == 1:
-        return ALL
-    rank = np.empty(count, int)
-    rank[np.argsort(first)] = np.arange(count)
-    numbered = np.full(len(labels), -1)
-    numbered[inside] = rank[inverse]
-    return Labels(numbered.tolist())
-
-
-def labels_of(entry: Entry, size: int) -> np.ndarray:
-    """One group label per position of an axis with `size` positions."""
-    if entry == FREE:
-        return np.arange(size)
-    if entry == ALL:
-        return np.zeros(size, int)
-    assert isinstance(entry, Labels)
-    return entry.array
+from .labels import ALL, FREE, MAX_LABELS, Entry, Labels, canonical, labels_of
+from .reshape import regrouped, runs_of_axes
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +130,7 @@ class AxisSet:
             if s == slice(0, n, 1):
                 entries.append(self.entries[d])
                 continue
-            if not isinstance(n, int) or n > _MAX_LABELS:
+            if not isinstance(n, int) or n > MAX_LABELS:
                 return None
             labels = np.full(n, -1)
             labels[s] = self.labels(d)
@@ -210,8 +146,8 @@ class AxisSet:
         old = [d for d, n in enumerate(self.shape) if n != 1]
         new = [d for d, n in enumerate(shape) if n != 1]
         entries: list[Entry] = [FREE] * len(shape)
-        for olds, news in _blocks(old, new, self.shape, shape):
-            block = _regroup(
+        for olds, news in runs_of_axes(old, new, self.shape, shape):
+            block = regrouped(
                 [(self.entries[d], self.shape[d]) for d in olds], [shape[d] for d in news]
             )
             if block is None:
@@ -219,13 +155,6 @@ class AxisSet:
             for d, e in zip(news, block, strict=True):
                 entries[d] = e
         return AxisSet.of(tuple(shape), entries)
-
-
-def intersect(entry: Entry, other: Entry, size: int) -> Entry:
-    """The groups that two entries have in common, within both of their regions."""
-    if FREE in (entry, other) or entry == other:
-        return FREE if FREE in (entry, other) else entry
-    return canonical(_pair(labels_of(entry, size), labels_of(other, size)))
 
 
 def _length(s: slice, size: Any) -> Any:
@@ -246,69 +175,3 @@ def _entry_refines(fine: Entry, coarse: Entry, size: Any) -> bool:
     touched = np.unique(f[c >= 0])
     pairs = np.stack([f, c])[:, np.isin(f, touched)]
     return np.unique(pairs, axis=1).shape[1] == len(touched)
-
-
-def _pair(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    paired = a * (b.max(initial=0) + 1) + b
-    return np.where((a < 0) | (b < 0), -1, paired)
-
-
-def _blocks(
-    old: list[int], new: list[int], old_shape: Sequence[Any], new_shape: Sequence[Any]
-) -> Iterable[tuple[list[int], list[int]]]:
-    """Pairs of runs of axes with equal products, as short as possible."""
-    tail: list[tuple[list[int], list[int]]] = []
-    while old and new and old_shape[old[-1]] == new_shape[new[-1]]:
-        tail.append(([old[-1]], [new[-1]]))
-        old, new = old[:-1], new[:-1]
-    yield from tail
-    i = j = 0
-    while i < len(old) or j < len(new):
-        olds, news = old[i : i + 1], new[j : j + 1]
-        p, q = prod(old_shape[d] for d in olds), prod(new_shape[d] for d in news)
-        while p != q:
-            if not (isinstance(p, int) and isinstance(q, int)):
-                olds, news = old[i:], new[j:]  # symbolic sizes: one block of all that remains
-                break
-            if p < q:
-                olds = old[i : i + len(olds) + 1]
-                p = prod(old_shape[d] for d in olds)
-            else:
-                news = new[j : j + len(news) + 1]
-                q = prod(new_shape[d] for d in news)
-        i, j = i + len(olds), j + len(news)
-        yield olds, news
-
-
-def _regroup(old: list[tuple[Entry, Any]], new: list[Any]) -> list[Entry] | None:
-    if len(old) == len(new) == 1:
-        return [old[0][0]]
-    if all(e == FREE for e, _ in old) or all(e == ALL for e, _ in old):
-        return [old[0][0]] * len(new)
-    total = prod(n for _, n in old)
-    if not isinstance(total, int) or total > _MAX_LABELS:
-        return None
-    merged = _merge([labels_of(e, n) for e, n in old])
-    return _split(merged, new)
-
-
-def _merge(parts: list[np.ndarray]) -> np.ndarray:
-    merged = parts[0]
-    for labels in parts[1:]:
-        merged = _pair(merged[:, None], labels[None, :]).reshape(-1)
-    return merged
-
-
-def _split(merged: np.ndarray, sizes: list[int]) -> list[Entry] | None:
-    """Entries per axis whose product is the partition `merged`, or None if there are none."""
-    if len(sizes) == 1:
-        return [canonical(merged)]
-    block = merged.reshape(sizes)
-    parts = []
-    for d, n in enumerate(sizes):
-        rows = np.moveaxis(block, d, 0).reshape(n, -1)
-        _, labels = np.unique(rows, axis=0, return_inverse=True)
-        parts.append(np.where((rows >= 0).any(axis=1), labels.reshape(-1), -1))
-    if canonical(_merge(parts)) != canonical(merged):
-        return None
-    return [canonical(p) for p in parts]

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
+from ..axes.broadcast import output_axes
 from ..program.graph import CallPath, Graph, Op
 from ..program.primitives import IDENTITIES, MOVES
-from ..rules.contraction import output_axes
 from ..trees import is_editable
 
 Place = int | CallPath

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ..axes.broadcast import output_axes
 from ..program.graph import Graph, Op
-from ..rules.contraction import output_axes
 from ..trees import is_editable
 from .layer_scale import CannotAbsorb, Place, Places, carried
 

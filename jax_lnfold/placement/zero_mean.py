@@ -17,7 +17,8 @@ import numpy as np
 
 from ..analysis.facts import Blocker, Claim, Facts
 from ..analysis.layer_norms import Norms
-from ..axes.axis_set import AxisSet, Labels
+from ..axes.axis_set import AxisSet
+from ..axes.labels import Labels
 from ..rules import Opaque, rule_for
 from ..trees import is_editable
 

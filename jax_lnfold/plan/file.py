@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from ..axes.axis_set import ALL, FREE, AxisSet, Labels
+from ..axes.axis_set import AxisSet
+from ..axes.labels import ALL, FREE, Labels
 from ..errors import PlanFormatError
 from .edits import AffineEdit, AffineReader, CenterEdit, LeafSpec, ScaleEdit
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from ..axes.axis_set import FREE, AxisSet
+from ..axes.axis_set import AxisSet
+from ..axes.labels import FREE
 from ..errors import TreeError
 from ..trees import alike_paths
 from .edits import AffineEdit, AffineReader, CenterEdit, ScaleEdit

@@ -33,16 +33,15 @@ from .._compat import (
 )
 from ..analysis.facts import Facts
 from ..axes.axis_set import AxisSet
-from ..plan.leaf import widened
+from ..axes.broadcast import output_axes, project
+from ..centering import widened
 from ..program.flatten import flatten
 from ..program.graph import JOINS, CallPath, Op
 from ..program.primitives import MOVES
 from ..rules import Opaque, rule_for
-from ..rules.contraction import output_axes
-from ..rules.elementwise import project
 from ..trees import is_editable
-from .fold import live, same
 from .inline import inlined
+from .jaxprs import live, same
 
 _CONVERT = "convert_element_type"
 _AROUND = frozenset({"dot_general", "integer_pow", "rsqrt", "sqrt", "square"})

@@ -32,9 +32,11 @@ from .._compat import (
     with_call_jaxpr,
 )
 from ..axes.axis_set import AxisSet
+from ..centering import group_means, widened
 from ..placement.place import Placement
-from ..plan.leaf import center_array, group_means, widened
+from ..plan.leaf import center_array
 from ..program.graph import CallPath
+from .jaxprs import live, reading, same
 
 _KEEPS_NUMBERS = frozenset(
     "broadcast_in_dim reshape squeeze transpose convert_element_type copy stop_gradient "
@@ -145,11 +147,11 @@ class _Rewriter:
                 if (number := self._number(eqn, site, numbers)) is not None:
                     (result,) = eqn.outvars
                     known[result] = number
-                    eqns += _constant(result, number) or [_reading(eqn, invars)]
+                    eqns += _constant(result, number) or [reading(eqn, invars)]
                 elif (keep := self._survivor(eqn, site, invars, numbers)) is not None:
                     renamed[eqn.outvars[0]] = keep
                 else:
-                    eqns.append(_reading(eqn, invars))
+                    eqns.append(reading(eqn, invars))
             elif (control := control_flow(eqn)) is not None:
                 eqns.append(self._control(eqn, control, site, invars, known))
             else:
@@ -171,7 +173,7 @@ class _Rewriter:
         assert inner is not None
         body, results = self.closed(inner, site, _by_position(invars, known))
         if body is inner:
-            return _reading(eqn, invars), results
+            return reading(eqn, invars), results
         return eqn.replace(params=with_call_jaxpr(eqn, body), invars=invars), results
 
     def _control(
@@ -186,7 +188,7 @@ class _Rewriter:
             if new is not body.jaxpr:
                 bodies[body.key] = new
         if not bodies:
-            return _reading(eqn, invars)
+            return reading(eqn, invars)
         return eqn.replace(params=with_bodies(eqn, bodies), invars=invars)
 
     def _number(self, eqn: JaxprEqn, site: CallPath, numbers: Numbers) -> float | None:
@@ -245,16 +247,6 @@ def _by_position(atoms: Sequence[Any], known: Known) -> dict[int, float]:
     return {i: known[a] for i, a in enumerate(atoms) if isinstance(a, Var) and a in known}
 
 
-def same(new: Sequence[Any], old: Sequence[Any]) -> bool:
-    """Whether these are the very same objects."""
-    return len(new) == len(old) and all(a is b for a, b in zip(new, old, strict=True))
-
-
-def _reading(eqn: JaxprEqn, invars: list[Any]) -> JaxprEqn:
-    """The equation with other operands, itself if they are its own."""
-    return eqn if same(invars, eqn.invars) else eqn.replace(invars=invars)
-
-
 def _centering(var: Var, along: AxisSet, result: Var) -> JaxprEqn:
     """``result = C_S var``: a call to a function of its own name.
 
@@ -280,14 +272,3 @@ def _constant(var: Var, number: float) -> list[JaxprEqn]:
     scalar = jax.jit(lambda: jnp.full((), number, aval.dtype))
     (*before, last) = open_jaxpr(jax.make_jaxpr(scalar)()).eqns
     return [*before, last.replace(outvars=[var])]
-
-
-def live(eqns: list[JaxprEqn], outvars: list[Any]) -> list[JaxprEqn]:
-    """The equations that an output or an effect needs."""
-    needed = {a for a in outvars if isinstance(a, Var)}
-    kept = []
-    for eqn in reversed(eqns):
-        if eqn.effects or any(v in needed for v in eqn.outvars):
-            needed.update(a for a in eqn.invars if isinstance(a, Var))
-            kept.append(eqn)
-    return kept[::-1]

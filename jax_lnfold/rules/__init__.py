@@ -1,6 +1,6 @@
 """Rules for primitives, by family; importing this package fills the registry."""
 
-from . import contraction, control, elementwise, joining, reduction, structural
+from . import contraction, control, elementwise, joining, lookups, moves, reduction
 from .registry import RULES, Context, Opaque, Pull, Push, Rule, register, rule_for
 
 __all__ = [
@@ -14,8 +14,9 @@ __all__ = [
     "control",
     "elementwise",
     "joining",
+    "lookups",
+    "moves",
     "reduction",
     "register",
     "rule_for",
-    "structural",
 ]

@@ -5,18 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ..axes.axis_set import FREE, AxisSet, Entry, Labels, intersect
+from ..axes.axis_set import AxisSet
+from ..axes.broadcast import output_axes
+from ..axes.labels import FREE, Entry, Labels, intersect
 from .registry import Context, Opaque, Pull, Push, Rule, register
-
-
-def output_axes(numbers: Any, ranks: Sequence[int], operand: int) -> dict[int, int]:
-    """Free axis of an operand -> axis of the output, for the dimension numbers of a product."""
-    (contract, batch) = numbers
-    free = [
-        [d for d in range(ranks[i]) if d not in contract[i] and d not in batch[i]] for i in (0, 1)
-    ]
-    offset = len(batch[operand]) + (len(free[0]) if operand else 0)
-    return {d: offset + k for k, d in enumerate(free[operand])}
 
 
 def _axes_of_output(ctx: Context, operand: int) -> dict[int, int]:

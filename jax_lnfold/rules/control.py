@@ -7,7 +7,8 @@ induction over the iterations.
 
 from __future__ import annotations
 
-from ..axes.axis_set import FREE, AxisSet
+from ..axes.axis_set import AxisSet
+from ..axes.labels import FREE
 from ..program.graph import JOINS
 from .registry import Context, Opaque, Pull, Push, Rule, register
 

@@ -6,31 +6,13 @@ uniform along those axes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import jax.numpy as jnp
 
-from ..axes.axis_set import ALL, FREE, AxisSet
+from ..axes.axis_set import AxisSet
+from ..axes.broadcast import lift, project
 from ..program.graph import DROPOUT
 from ..program.primitives import COMPLEX, IDENTITIES, IDENTITIES_OF_EACH, NONLINEAR, STOP
 from .registry import Context, Opaque, Pull, Push, Rule, register
-
-
-def project(along: AxisSet, shape: Sequence[Any]) -> AxisSet:
-    """The set of the output as an operand of `shape` sees it: broadcast axes drop out."""
-    if not shape:
-        return AxisSet((), ())
-    pairs = zip(along.entries, along.shape, shape, strict=True)
-    return AxisSet.of(shape, (e if n == m else FREE for e, n, m in pairs))
-
-
-def lift(along: AxisSet, shape: Sequence[Any]) -> AxisSet:
-    """The set of an operand on an output of `shape`: it is uniform along broadcast axes."""
-    if not along.shape:
-        return AxisSet.of(shape, (ALL for _ in shape))
-    pairs = zip(along.entries, along.shape, shape, strict=True)
-    return AxisSet.of(shape, (e if n == m else ALL for e, n, m in pairs))
 
 
 def _pull_sum(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:

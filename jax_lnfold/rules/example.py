@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..axes.axis_set import FREE, AxisSet, Labels, canonical
+from ..axes.axis_set import AxisSet
+from ..axes.labels import FREE, Labels, canonical
 from ..program.flatten import flatten
 from ..program.graph import DROPOUT
 from .registry import Context, Opaque, Pull, Push, rule_for

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
-from ..axes.axis_set import FREE, AxisSet
+from ..axes.axis_set import AxisSet
+from ..axes.broadcast import embed_or_free
+from ..axes.labels import FREE
 from .registry import Context, Opaque, Pull, Push, Rule, register
-from .structural import embed_or_free
 
 
 def _parts(ctx: Context, axis: int, sizes: Sequence[int]) -> list[list[slice]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..axes.axis_set import FREE, AxisSet
+from ..axes.axis_set import AxisSet
+from ..axes.labels import FREE
 from ..program.primitives import POOLS
 from .registry import Context, Opaque, Pull, Push, Rule, register
 
