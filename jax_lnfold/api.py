@@ -105,7 +105,7 @@ def analyze(
     traced, placement = _analysis(apply_fn, params, inputs, options)
     rewritten, deferred = rewritten_program(traced, placement, options)
     programs = (lambda: (traced.closed, rewritten)) if traced.reusable else None
-    return make_report(placement, make_plan(params, placement), deferred, programs)
+    return make_report(placement, make_plan(placement), deferred, programs)
 
 
 def plan_fold(
@@ -123,7 +123,7 @@ def plan_fold(
         FoldError: as for `fold`, or the inputs that `apply_fn` needs are missing.
     """
     options = check_options(explicit_cost, approximate, fold_affine, optimize=optimize)
-    return make_plan(params, _analysis(apply_fn, params, inputs, options)[1])
+    return make_plan(_analysis(apply_fn, params, inputs, options)[1])
 
 
 def _analysis(

@@ -106,7 +106,7 @@ class Folded:
         check_leaves(inputs, "inputs")
         traced = trace(self._apply_fn.function, params, inputs)
         graph = traced.graph(self._options.see_through_dropout)
-        placement = place_again(plan, params, graph, self._options.explicit_cost)
+        placement = place_again(plan, graph, self._options.explicit_cost)
         rewritten, _ = rewritten_program(traced, placement, self._options)
         program = jaxpr_as_fun(rewritten), traced.out_tree
         if traced.reusable:
@@ -125,7 +125,7 @@ class Folded:
         params = self._given
         traced = trace(self._apply_fn.function, params, inputs)
         placement = placed(traced, self._options)
-        plan = make_plan(params, placement)
+        plan = make_plan(placement)
         rewritten, deferred = rewritten_program(traced, placement, self._options)
         program = jaxpr_as_fun(rewritten), traced.out_tree
         programs = (lambda: (traced.closed, rewritten)) if traced.reusable else None

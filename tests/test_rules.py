@@ -69,7 +69,7 @@ def evaluate(op: Op, operands: Sequence[Any]) -> list[np.ndarray]:
 
 def find(name: str, program: Program, n_leaves: int) -> list[OneOp]:
     """The equations of `name`; the first `n_leaves` operands count as parameters."""
-    graph = flatten(jax.make_jaxpr(program.fn)(*program.operands), n_leaves)
+    graph = flatten(jax.make_jaxpr(program.fn)(*program.operands), [*map(str, range(n_leaves))])
     facts = Facts(graph)
     values = {i: np.asarray(x) for i, x in enumerate(program.operands)}
     values |= {v: np.asarray(x) for v, x in graph.constants.items()}

@@ -833,7 +833,7 @@ def opaque_things(x: Any, key: Any) -> Any:
 
 def test_opaque_primitives_are_known_and_have_no_rule() -> None:
     operands = jax.ShapeDtypeStruct((5,), float), jax.ShapeDtypeStruct((2,), jnp.uint32)
-    graph = flatten(jax.make_jaxpr(opaque_things)(*operands), 0)
+    graph = flatten(jax.make_jaxpr(opaque_things)(*operands))
     facts = Facts(graph)
     for op in graph.ops:
         facts.context(op)
@@ -879,7 +879,7 @@ def test_what_is_not_looked_into_is_counted() -> None:
     def fn(x: Any) -> Any:
         return jax.pure_callback(np.sin, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
 
-    graph = flatten(jax.make_jaxpr(fn)(jnp.ones(3)), 0)
+    graph = flatten(jax.make_jaxpr(fn)(jnp.ones(3)))
     facts = Facts(graph)
     assert not facts.uniform(graph.ops[0].outputs[0], AxisSet.over((3,), (0,)))
     assert [op.name for op in facts.unknown.values()] == ["pure_callback"]
@@ -948,6 +948,6 @@ MAPS: list[Callable[[Any], Any]] = [
 def test_uniform_through_elementwise_operations(number: int) -> None:
     for fn, expected in ((lambda v: MAPS[number](repeated(v)), True), (MAPS[number], False)):
         operand = jax.ShapeDtypeStruct((2,) if expected else (2, 6), float)
-        graph = flatten(jax.make_jaxpr(fn)(operand), 0)
+        graph = flatten(jax.make_jaxpr(fn)(operand))
         (out,) = graph.outputs
         assert Facts(graph).uniform(out, AxisSet.over((2, 6), (1,))) == expected

@@ -99,7 +99,7 @@ def test_an_analysis_collects_nothing() -> None:
     try:
         for function in (flatten, flatten.__wrapped__):
             start = len(collections)
-            function(traced.closed, traced.n_leaves)
+            function(traced.closed, traced.leaves)
             found.append(len(collections) - start)
     finally:
         gc.set_threshold(*before)

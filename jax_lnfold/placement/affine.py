@@ -7,63 +7,43 @@ layer whose kernel nobody else reads, a shift when these layers have a bias of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from heapq import heappop, heappush
 
+from ..plan.edits import AffineEdit, AffineReader
 from ..program.graph import Graph, Op
 from ..program.primitives import LINEAR
 from .layer_scale import CannotAbsorb, Places, candidates, carried, renumbered
-from .linear_readers import Reader, axes_of_product, kernel_axes, source_of, summed_axes, with_bias
+from .linear_readers import axes_of_product, kernel_axes, source_of, summed_axes, with_bias
 from .scaled_values import Scaled, moved
 
-Words = tuple[str | int, ...]
-"""A sentence without its stop, in parts: text, and leaves by position."""
 
-
-@dataclass(frozen=True, slots=True)
-class AffineMerge:
-    """Take the scale and the shift at these leaves (positions) up into the readers.
-
-    `one` is the number that is stored for a scale of one: 0 if the program adds 1 to the leaf.
-    """
-
-    scale: int
-    shift: int | None
-    readers: tuple[Reader, ...]
-    one: int = 1
-
-    @property
-    def parts(self) -> Iterator[int]:
-        """The leaf of each role; sound only if all are different (theory, section 9)."""
-        read = (leaf for r in self.readers for leaf in (r.kernel, r.bias))
-        return (leaf for leaf in (self.scale, self.shift, *read) if leaf is not None)
-
-
-def find_affine(graph: Graph) -> tuple[dict[int, AffineMerge], dict[int, Words]]:
+def find_affine(graph: Graph) -> tuple[dict[int, AffineEdit], dict[int, str]]:
     """The scales that can be taken up, and why all others cannot, by leaf value.
 
     No leaf has a part in two of them.
     """
-    found: dict[int, AffineMerge] = {}
-    left: dict[int, Words] = {}
-    taken: set[int] = set()
+    found: dict[int, AffineEdit] = {}
+    left: dict[int, str] = {}
+    taken: set[str] = set()
+    order = [*graph.leaves.values()]
     for value in candidates(graph):
         if not _scales_data(graph, value):
             continue
         try:
             merge = merge_of(graph, value)
             if shared := taken.intersection(merge.parts):
-                raise CannotAbsorb(min(shared), " takes up another scale")
+                raise CannotAbsorb(f"`{min(shared, key=order.index)}` takes up another scale")
         except CannotAbsorb as why:
-            left[value] = why.args
+            left[value] = str(why)
         else:
             found[value] = merge
             taken.update(merge.parts)
     return found, left
 
 
-def merge_of(graph: Graph, scale: int) -> AffineMerge:
+def merge_of(graph: Graph, scale: int) -> AffineEdit:
     """How the leaf value `scale` is taken up; raises `CannotAbsorb` with the words for a report."""
     return _Walk(graph, scale).run()
 
@@ -95,10 +75,10 @@ class _Walk:
         self.todo: list[int] = []  # operations that read them, as a heap: operands come first
         self.one: int | None = None
         self.shift: int | None = None  # leaf value
-        self.readers: dict[Reader, None] = {}
+        self.readers: dict[AffineReader, None] = {}
         self.followed: set[tuple[int, int]] = set()  # uses of leaves
 
-    def run(self) -> AffineMerge:
+    def run(self) -> AffineEdit:
         """The merge; raises `CannotAbsorb`."""
         graph, done = self.graph, -1
         sizes = {d: n for d, n in enumerate(graph.shape(self.scale)) if n != 1}
@@ -110,34 +90,32 @@ class _Walk:
             done = index
         shift = None if self.shift is None else graph.leaves[self.shift]
         one = 1 if self.one is None else self.one
-        merge = AffineMerge(graph.leaves[self.scale], shift, tuple(self.readers), one)
+        merge = AffineEdit(graph.leaves[self.scale], shift, tuple(self.readers), one)
         self._check(merge)
         return merge
 
-    def _check(self, merge: AffineMerge) -> None:
+    def _check(self, merge: AffineEdit) -> None:
         """Every leaf has one role, and nothing but the readers reads it."""
         graph, kernels = self.graph, [r.kernel for r in merge.readers]
         for kernel in kernels:
             if kernels.count(kernel) > 1:
-                raise CannotAbsorb(
-                    "its kernel ", kernel, " is read in two ways, or with two biases"
-                )
+                raise CannotAbsorb(f"its kernel `{kernel}` is read in two ways, or with two biases")
         roles = [*merge.parts]
         for leaf in roles:
             if roles.count(leaf) > 1:
-                raise CannotAbsorb("the parameter ", leaf, " has two roles in it")
+                raise CannotAbsorb(f"the parameter `{leaf}` has two roles in it")
         for reader in merge.readers:
             if merge.shift is not None and reader.bias is None:  # plans have no words for it
-                words = "the kernel ", reader.kernel, " reads it without the shift ", merge.shift
-                raise CannotAbsorb(*words)
+                words = f"the kernel `{reader.kernel}` reads it without the shift `{merge.shift}`"
+                raise CannotAbsorb(words)
         for value, leaf in graph.leaves.items():
             if leaf not in roles or value == self.scale:
                 continue
             for op, position in graph.uses[value]:
                 if (op.index, position) not in self.followed:
-                    raise CannotAbsorb(f"{op.place()} reads the parameter ", leaf, ", too")
+                    raise CannotAbsorb(f"{op.place()} reads the parameter `{leaf}`, too")
             if value in graph.outputs:
-                raise CannotAbsorb("the parameter ", leaf, " is returned")
+                raise CannotAbsorb(f"the parameter `{leaf}` is returned")
 
     def _reach(self, value: int, state: Scaled) -> None:
         if value in self.graph.outputs:
@@ -226,11 +204,10 @@ class _Walk:
         whole = state.is_whole(graph.shape(op.inputs[position]))
         same = whole and tuple(sizes[d] for d in axes) == state.sizes
         if not same or [*map(found.origins.get, state.places)] != axes:
-            raise CannotAbsorb("the parameter ", leaf, ", which is added to it, has other axes")
+            raise CannotAbsorb(f"the parameter `{leaf}`, which is added to it, has other axes")
         if self.shift not in (None, found.leaf):
-            raise CannotAbsorb(
-                "the parameters ", graph.leaves[self.shift], " and ", leaf, " shift it"
-            )
+            known = graph.leaves[self.shift]
+            raise CannotAbsorb(f"the parameters `{known}` and `{leaf}` shift it")
         self.shift = found.leaf
         self.followed.add(found.use)
 
@@ -250,11 +227,11 @@ class _Walk:
             )
         leaf, along = graph.leaves[kernel.leaf], kernel_axes(op, position, places, kernel)
         if along is None:
-            raise CannotAbsorb("its axes are not all axes of the kernel ", leaf)
+            raise CannotAbsorb(f"its axes are not all axes of the kernel `{leaf}`")
         if state.raw:
             self._means(1)
         self.followed.add(kernel.use)
-        reader = Reader(leaf, along)
+        reader = AffineReader(leaf, along)
         if state.shifted:
             reader, use = with_bias(graph, op, 1 - position, kernel, reader)
             self.followed.add(use)

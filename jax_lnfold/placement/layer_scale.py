@@ -9,10 +9,10 @@ into parameters stacked in the same way.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 
 from ..axes.broadcast import output_axes
+from ..plan.edits import ScaleEdit
 from ..program.graph import CallPath, Graph, Op
 from ..program.primitives import IDENTITIES, MOVES
 from ..trees import is_editable
@@ -23,19 +23,8 @@ Places = tuple[Place, ...]
 """Where the axes of a scale are in a value."""
 
 
-@dataclass(frozen=True, slots=True)
-class ScaleMerge:
-    """Multiply `targets` by the scale, then set the scale to one. Leaves are given by position.
-
-    Each target is (leaf, axes): the axes of the scale with more than one element run along those.
-    """
-
-    scale: int
-    targets: tuple[tuple[int, tuple[int, ...]], ...]
-
-
 class CannotAbsorb(Exception):
-    """A parameter has a use that rules out the merge: why in words, with leaves by position."""
+    """A parameter has a use that rules out the merge: why, in words."""
 
 
 def candidates(graph: Graph) -> list[int]:
@@ -44,21 +33,20 @@ def candidates(graph: Graph) -> list[int]:
     return [v for v, a in avals if is_editable(a.dtype) and {*a.shape} - {1}]
 
 
-def find_merges(graph: Graph) -> dict[int, ScaleMerge]:
+def find_merges(graph: Graph) -> dict[int, ScaleEdit]:
     """All scales that can be merged, by leaf value."""
-    merges: dict[int, ScaleMerge] = {}
+    merges: dict[int, ScaleEdit] = {}
     taken: set[int] = set()
     for value in candidates(graph):
-        leaf = graph.leaves[value]
         try:
             absorbed = _Absorber(graph, value).run()
         except CannotAbsorb:
             continue
-        targets = tuple(sorted((graph.leaves[v], axes) for v, axes in absorbed.items()))
-        if targets and not any(t in taken or t == leaf for t, _ in targets) and leaf not in taken:
-            merges[value] = ScaleMerge(leaf, targets)
-            taken.update(t for t, _ in targets)
-            taken.add(leaf)
+        parts = {value, *absorbed}
+        if absorbed and value not in absorbed and not parts & taken:
+            targets = tuple((graph.leaves[v], absorbed[v]) for v in sorted(absorbed))
+            merges[value] = ScaleEdit(graph.leaves[value], targets)
+            taken |= parts
     return merges
 
 

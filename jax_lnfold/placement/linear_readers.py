@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..axes.broadcast import output_axes
+from ..plan.edits import AffineReader
 from ..program.graph import Graph, Op
 from ..trees import is_editable
 from .layer_scale import CannotAbsorb, Place, Places, carried
@@ -15,20 +16,6 @@ Origins = Mapping[Place, int]
 
 Use = tuple[int, int]
 """An operation by its index, and which operand of it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reader:
-    """A linear layer, by the positions of its leaves in the tree.
-
-    The axes of the scale with more than one element run along `axes` of the kernel. The layer sums
-    over the `summed` axes; the rest are those of the bias, in their order.
-    """
-
-    kernel: int
-    axes: tuple[int, ...]
-    bias: int | None = None
-    summed: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,15 +81,15 @@ def kernel_axes(op: Op, position: int, places: Places, kernel: Source) -> tuple[
 
 
 def with_bias(
-    graph: Graph, op: Op, operand: int, kernel: Source, reader: Reader
-) -> tuple[Reader, Use]:
+    graph: Graph, op: Op, operand: int, kernel: Source, reader: AffineReader
+) -> tuple[AffineReader, Use]:
     """The reader with the leaf that is added to its product, and the use of that leaf.
 
     The leaf runs along all axes of the kernel that are not summed over, in their order.
     """
     sums, sizes = summed_axes(op, operand), graph.shape(op.inputs[operand])
     if any(sizes[d] != 1 and d not in kernel.origins for d in sums):
-        raise CannotAbsorb("the kernel ", reader.kernel, " is repeated along an axis of the sum")
+        raise CannotAbsorb(f"the kernel `{reader.kernel}` is repeated along an axis of the sum")
     summed = tuple(sorted(kernel.origins[d] for d in sums if d in kernel.origins))
     axes = axes_of_product(graph, op, operand)
     made_of = _moved(kernel.origins, axes)
@@ -112,11 +99,11 @@ def with_bias(
     own = (d for d, n in enumerate(graph.shape(bias.leaf)) if n != 1)
     leaf = graph.leaves[bias.leaf]
     if [along.get(d) for d in own] != [*rest]:
-        raise CannotAbsorb("the parameter ", leaf, " is no bias of the kernel ", reader.kernel)
-    return Reader(reader.kernel, reader.axes, leaf, summed), bias.use
+        raise CannotAbsorb(f"the parameter `{leaf}` is no bias of the kernel `{reader.kernel}`")
+    return replace(reader, bias=leaf, summed=summed), bias.use
 
 
-def _added(graph: Graph, value: int, made_of: Origins, kernel: int) -> tuple[Source, Origins]:
+def _added(graph: Graph, value: int, made_of: Origins, kernel: str) -> tuple[Source, Origins]:
     """What is added to a product, and what the axes of the product are made of by then."""
     while len(graph.uses[value]) == 1 and value not in graph.outputs:
         ((op, position),) = graph.uses[value]
@@ -127,5 +114,5 @@ def _added(graph: Graph, value: int, made_of: Origins, kernel: int) -> tuple[Sou
         made_of = _moved(made_of, axes)
         value = op.outputs[0]
     raise CannotAbsorb(
-        "only a bias could take up its shift, and none is added right behind the kernel ", kernel
+        f"only a bias could take up its shift, and none is added right behind the kernel `{kernel}`"
     )

@@ -14,10 +14,10 @@ from fractions import Fraction
 from ..analysis.facts import Blocker, Claim, Facts, solve
 from ..analysis.layer_norms import LayerNorm, find_norms
 from ..axes.axis_set import AxisSet
+from ..plan.edits import AffineEdit, ScaleEdit
 from ..program.garbage import collector_paused
 from ..program.graph import Graph, Op
-from .affine import AffineMerge, Words
-from .layer_scale import ScaleMerge, find_merges
+from .layer_scale import find_merges
 from .min_cut import MinCut
 from .zero_mean import UNIT, ZeroMeanGraph
 
@@ -59,8 +59,8 @@ class Placement:
     `norms` to reasons, `inserted` says why what feeds a value of `explicit` was not centered
     instead, `zero` lists what is zero-mean at run time once the centerings are made. The positions
     in `approximate` are of folded norms that rest on a dropout taken for the identity. What is in
-    `affine` is taken up by the linear layers behind it; `affine_left` says of other scales, by the
-    position of the leaf, why not.
+    `affine` is taken up by the linear layers behind it; `affine_left` says of other scales, by key
+    path, why not.
     """
 
     search: ZeroMeanGraph
@@ -68,14 +68,14 @@ class Placement:
     folded: tuple[bool, ...]
     left: dict[int, Reason]
     leaf_sets: dict[int, tuple[AxisSet, ...]]
-    merges: tuple[ScaleMerge, ...]
+    merges: tuple[ScaleEdit, ...]
     explicit: dict[int, tuple[AxisSet, ...]]
     inserted: dict[int, Reason]
     constants: dict[int, tuple[AxisSet, ...]]
     zero: tuple[Claim, ...]
     approximate: frozenset[int] = frozenset()
-    affine: tuple[AffineMerge, ...] = ()
-    affine_left: dict[int, Words] = field(default_factory=dict)
+    affine: tuple[AffineEdit, ...] = ()
+    affine_left: dict[str, str] = field(default_factory=dict)
 
     @property
     def facts(self) -> Facts:
@@ -99,15 +99,15 @@ def place(graph: Graph, explicit_cost: float = 2.0) -> Placement:
     return fewer if fewer.folded == placement.folded else placement
 
 
-def _is_needed(merge: ScaleMerge, placement: Placement) -> bool:
+def _is_needed(merge: ScaleEdit, placement: Placement) -> bool:
     edited = {placement.graph.leaves[v] for v in placement.leaf_sets}
-    return any(leaf in edited for leaf, _ in merge.targets)
+    return any(path in edited for path, _ in merge.targets)
 
 
 @collector_paused()
 def place_within(
     facts: Facts,
-    merges: Mapping[int, ScaleMerge],
+    merges: Mapping[int, ScaleEdit],
     explicit_cost: float,
     fixed: Mapping[int, tuple[AxisSet, ...]] | None = None,
 ) -> Placement:

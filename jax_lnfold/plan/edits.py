@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..axes.axis_set import AxisSet
@@ -41,6 +42,12 @@ class ScaleEdit:
     key_path: str
     targets: tuple[tuple[str, tuple[int, ...]], ...]
 
+    @property
+    def parts(self) -> Iterator[str]:
+        """The leaf of each role; sound only if all are different."""
+        yield self.key_path
+        yield from (path for path, _ in self.targets)
+
 
 @dataclass(frozen=True, slots=True)
 class AffineReader:
@@ -69,6 +76,12 @@ class AffineEdit:
     shift: str | None
     readers: tuple[AffineReader, ...]
     one: int = 1
+
+    @property
+    def parts(self) -> Iterator[str]:
+        """The leaf of each role; sound only if all are different (theory, section 9)."""
+        read = (leaf for r in self.readers for leaf in (r.kernel, r.bias))
+        return (leaf for leaf in (self.key_path, self.shift, *read) if leaf is not None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,12 +38,14 @@ from .graph import DROPOUT, NO_RULE, QUANTIZE, CallPath, Graph, Op
 
 
 @collector_paused()
-def flatten(closed: ClosedJaxpr, n_leaves: int, see_through_dropout: bool = False) -> Graph:
-    """The graph of `closed`, whose first `n_leaves` inputs are the parameter leaves."""
+def flatten(
+    closed: ClosedJaxpr, leaves: Sequence[str] = (), see_through_dropout: bool = False
+) -> Graph:
+    """The graph of `closed`, whose first inputs are the parameter leaves with these key paths."""
     graph, jaxpr = Graph(), open_jaxpr(closed)
     avals = (v.aval for v in jaxpr.invars)
-    inputs = [graph.new_value(aval, (), i < n_leaves, False) for i, aval in enumerate(avals)]
-    graph.leaves = {v: i for i, v in enumerate(inputs[:n_leaves])}
+    inputs = [graph.new_value(aval, (), i < len(leaves), False) for i, aval in enumerate(avals)]
+    graph.leaves = dict(zip(inputs, leaves, strict=False))
     results = _Walker(graph, see_through_dropout).walk(jaxpr, consts_of(closed), inputs, _Frame())
     graph.outputs = frozenset(results)
     graph.link_uses()

@@ -117,7 +117,7 @@ class Graph:
         self.data_free: list[bool] = []  # computed from parameters and constants only
         self.fixed: list[bool] = []  # computed from constants only
         self.home: list[CallPath] = []  # the jaxpr that binds the value to a variable
-        self.leaves: dict[int, int] = {}  # parameter leaves, with their positions in the tree
+        self.leaves: dict[int, str] = {}  # parameter leaves in tree order, with their key paths
         self.same: list[int] = []  # the first value that an equal equation of the module makes
         self.outputs: frozenset[int] = frozenset()
         self.uses: list[list[tuple[Op, int]]] = []

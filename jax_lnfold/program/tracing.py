@@ -11,7 +11,7 @@ import numpy as np
 
 from .._compat import ClosedJaxpr, consts_of, is_tracer, trace_settings, varying_axes
 from ..errors import TraceError, TreeError
-from ..trees import first_line, is_numeric, rebuilt
+from ..trees import first_line, is_numeric, leaf_paths, rebuilt
 from .device_sums import taken_apart
 from .flatten import flatten
 from .graph import Graph
@@ -19,15 +19,18 @@ from .graph import Graph
 
 @dataclass(frozen=True)
 class Traced:
-    """The jaxpr of a function of (parameter leaves, input leaves), and the tree it returns."""
+    """The jaxpr of a function of (parameter leaves, input leaves), and the tree it returns.
+
+    `leaves` are the key paths of the parameters.
+    """
 
     closed: ClosedJaxpr
     out_tree: Any
-    n_leaves: int
+    leaves: tuple[str, ...]
 
     def graph(self, see_through_dropout: bool = False) -> Graph:
         """The flat graph of the program."""
-        return flatten(self.closed, self.n_leaves, see_through_dropout)
+        return flatten(self.closed, self.leaves, see_through_dropout)
 
     @property
     def reusable(self) -> bool:
@@ -64,7 +67,8 @@ def trace(apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]) ->
             "Bind Python flags and other static arguments first, as in "
             "functools.partial(model.apply, train=False)"
         ) from error
-    return Traced(taken_apart(closed), jax.tree.structure(shapes), len(leaves))
+    paths = tuple(path for path, _ in leaf_paths(params))
+    return Traced(taken_apart(closed), jax.tree.structure(shapes), paths)
 
 
 def signature(params: Any, inputs: tuple[Any, ...]) -> Hashable:

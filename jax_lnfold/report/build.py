@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from math import prod
 
 import jax.numpy as jnp
 import numpy as np
 
 from ..analysis.layer_norms import LayerNorm
-from ..placement.affine import Words
 from ..placement.place import Placement, Reason
 from ..plan.plan import FoldPlan
 from ..program.graph import Graph, Place
@@ -28,7 +26,7 @@ def make_report(
     programs: Programs | None,
 ) -> Report:
     """Put a placement into words."""
-    graph, key_paths = placement.graph, [leaf.key_path for leaf in plan.leaves]
+    graph = placement.graph
     norms = tuple(
         Norm(
             path=norm.module or "(top level)",
@@ -60,7 +58,7 @@ def make_report(
     unknown = (facts.unknown[i] for i in sorted(facts.unknown))
     opaque = Counter(op.eqn.primitive.name for op in unknown)
     taken_up = {leaf for m in placement.affine for r in m.readers for leaf in (r.kernel, r.bias)}
-    edited = (v for v, i in graph.leaves.items() if v in placement.leaf_sets or i in taken_up)
+    edited = (v for v, p in graph.leaves.items() if v in placement.leaf_sets or p in taken_up)
     widened = (v for v in edited if _is_widened(graph, v))
     return Report(
         norms=norms,
@@ -68,29 +66,22 @@ def make_report(
         edits=plan.edits,
         scales=plan.scales,
         affine=plan.affine,
-        affine_left=tuple(
-            ScaleLeft(key_paths[leaf], _in_words(why, key_paths))
-            for leaf, why in placement.affine_left.items()
-        ),
+        affine_left=tuple(ScaleLeft(path, why) for path, why in placement.affine_left.items()),
         deferred=deferred,
         opaque=dict(opaque),
         visits=facts.visits,
-        rounded=tuple(key_paths[graph.leaves[v]] for v in widened),
+        rounded=tuple(graph.leaves[v] for v in widened),
         dropouts=len(facts.dropouts),
-        edited_bytes=_edited_bytes(graph, plan, key_paths),
-        events=find_events(placement, key_paths),
+        edited_bytes=_edited_bytes(graph, plan),
+        events=find_events(placement),
         n_operations=len(graph.ops),
         programs=programs,
     )
 
 
-def _in_words(words: Words, key_paths: Sequence[str]) -> str:
-    return "".join(f"`{key_paths[w]}`" if isinstance(w, int) else w for w in words)
-
-
-def _edited_bytes(graph: Graph, plan: FoldPlan, key_paths: list[str]) -> int:
+def _edited_bytes(graph: Graph, plan: FoldPlan) -> int:
     edited = plan.leaf_edits()
-    avals = (graph.avals[v] for v, i in graph.leaves.items() if key_paths[i] in edited)
+    avals = (graph.avals[v] for v, path in graph.leaves.items() if path in edited)
     return sum(prod(aval.shape) * np.dtype(aval.dtype).itemsize for aval in avals)
 
 

@@ -6,7 +6,7 @@ the output of one projection. What happens to the streams is a list of events in
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from networkx.utils import UnionFind
@@ -53,14 +53,13 @@ class _Found:
     path: CallPath
 
 
-def find_events(placement: Placement, key_paths: Sequence[str]) -> tuple[Event, ...]:
-    """What happens to the streams, in program order; `key_paths` of the leaves by position."""
+def find_events(placement: Placement) -> tuple[Event, ...]:
+    """What happens to the streams, in program order."""
     streams = UnionFind()
     norms = list(_norms(placement))
     roots = {found.claim for found in norms}
-    top = _root(key_paths)
-    key_paths = [path.removeprefix(top) for path in key_paths]
-    writers = list(_writers(placement, roots, streams, key_paths))
+    top = _root([*placement.graph.leaves.values()])
+    writers = list(_writers(placement, roots, streams, top))
     found = (*_blockers(placement), *writers, *_insertions(placement), *norms)
     ordered = sorted(dict.fromkeys(found), key=lambda f: (f.index, KINDS.index(f.kind)))
     numbers: dict[Claim, int] = {}
@@ -142,7 +141,7 @@ def _insertions(placement: Placement) -> Iterator[_Found]:
 
 
 def _writers(
-    placement: Placement, roots: set[Claim], streams: UnionFind, key_paths: Sequence[str]
+    placement: Placement, roots: set[Claim], streams: UnionFind, top: str
 ) -> Iterator[_Found]:
     """Where parameters enter the streams; on the way, unites what belongs to one stream."""
     graph, search = placement.graph, placement.search
@@ -167,7 +166,7 @@ def _writers(
                 continue
             made = graph.producer[value]
             for leaf in leaves_of(needed):
-                above, _, name = key_paths[graph.leaves[leaf]].rpartition("/")
+                above, _, name = graph.leaves[leaf].removeprefix(top).rpartition("/")
                 kind = EDITED if leaf in placement.leaf_sets else WRITTEN
                 index = made[0].index if made else -1
                 yield _Found(index, claim, kind, above, name, "", graph.home[value])

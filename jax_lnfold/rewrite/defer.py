@@ -100,7 +100,7 @@ def defer_scales(closed: ClosedJaxpr, cost: float) -> tuple[ClosedJaxpr, tuple[D
 
 class _Deferrer:
     def __init__(self, program: ClosedJaxpr, cost: float) -> None:
-        self.graph, self.cost = flatten(program, 0), cost
+        self.graph, self.cost = flatten(program), cost
         self.facts = Facts(self.graph)
         self.deferred: list[Deferral] = []
 

@@ -71,8 +71,8 @@ class _Rewriter:
             if folded
             for op in norm.sums
         }
-        value = {i: v for v, i in self.graph.leaves.items()}
-        self.filled = {value[m.scale]: float(m.one) for m in placement.affine}
+        value = {path: v for v, path in self.graph.leaves.items()}
+        self.filled = {value[m.key_path]: float(m.one) for m in placement.affine}
         self.filled |= {value[m.shift]: 0.0 for m in placement.affine if m.shift is not None}
 
     def closed(

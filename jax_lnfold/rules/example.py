@@ -51,7 +51,7 @@ def equation(
         jax.ShapeDtypeStruct(x, jnp.result_type(float)) if isinstance(x, tuple) else x
         for x in operands
     )
-    graph = flatten(jax.make_jaxpr(fn)(*avals), 0, see_through_dropout=primitive == DROPOUT)
+    graph = flatten(jax.make_jaxpr(fn)(*avals), see_through_dropout=primitive == DROPOUT)
     op = [op for op in graph.ops if primitive in (None, op.name)][-1]
     known = {op.inputs[i] for i in uniform}
     return Context(graph, op, lambda v, along: v in known or along.widened().trivial)
