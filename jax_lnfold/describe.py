@@ -54,7 +54,7 @@ def make_report(
         )
         for value, sets in sorted(placement.explicit.items())
         for along in sets
-        if not along.trivial
+        if not along.trivial and not graph.fixed[value]
     )
     facts = placement.facts
     unknown = (facts.unknown[i] for i in sorted(facts.unknown))
@@ -77,6 +77,7 @@ def make_report(
         visits=facts.visits,
         rounded=tuple(key_paths[graph.leaves[v]] for v in widened),
         dropouts=len(facts.dropouts),
+        constants=len(placement.constants) + sum(graph.fixed[v] for v in placement.explicit),
         edited_bytes=_edited_bytes(graph, plan, key_paths),
         events=find_events(placement, key_paths),
         n_operations=len(graph.ops),

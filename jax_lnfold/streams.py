@@ -134,7 +134,7 @@ def _insertions(placement: Placement) -> Iterator[_Found]:
         made = graph.producer[value]
         why = str(placement.inserted[value].obstacle or "")
         for along in sets:
-            if not along.trivial:
+            if not along.trivial and not graph.fixed[value]:
                 claim = placement.search.resolve((value, along))
                 index = made[0].index if made else -1
                 where = f"after {_brief(made[0].place())}" if made else "of an input"
