@@ -119,7 +119,7 @@ def _blocker(graph: Graph, claim: Claim, kind: str, blocker: Blocker) -> _Found:
     op, why = blocker.op, str(blocker)
     if blocker.is_output:
         name = "returned as an output"
-        return _Found(float("inf"), claim, kind, name, _brief(op.place()), why, op.path)
+        return _Found(float("inf"), claim, NOTICED, name, _brief(op.place()), why, op.path)
     return _Found(op.index, claim, kind, _brief(op.place()), op.place().module, why, op.path)
 
 
