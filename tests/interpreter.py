@@ -31,21 +31,34 @@ Change = Callable[[int, Any], Any]
 class Interpreter:
     """Runs programs without compiling them, loops iteration by iteration.
 
-    With a graph, every value goes through `change` before anything reads it.
+    With a graph, every value goes through `change` before an equation reads it; what the program
+    returns does not.
     """
 
     def __init__(self, graph: Graph | None = None, change: Change = lambda _, x: x) -> None:
         self.graph, self.change = graph, change
+        self._returned: dict[int, Any] = {}  # before the change
 
     def run(self, closed: ClosedJaxpr, params: Any, inputs: Any) -> list[Any]:
         """The results of a function of (params, *inputs) that was traced to `closed`."""
         operands = jax.tree.leaves((params, inputs))
-        invars = open_jaxpr(closed).invars
-        return self._walk(closed, [*map(self._made, [()] * len(invars), invars, operands)], ())
+        jaxpr = open_jaxpr(closed)
+        entering = [self._made((), v, x) for v, x in zip(jaxpr.invars, operands, strict=True)]
+        results = self._walk(closed, entering, ())
+        numbers = self.graph.env[()] if self.graph else {}
+        pairs = zip(jaxpr.outvars, results, strict=True)
+        return [
+            x if isinstance(v, Literal) else self._returned.get(numbers.get(v, -1), x)
+            for v, x in pairs
+        ]
 
     def _made(self, path: CallPath, var: Any, x: Any) -> Any:
         number = self.graph.env[path].get(var) if self.graph else None
-        return x if number is None else self.change(number, x)
+        if self.graph is None or number is None:
+            return x
+        if number in self.graph.outputs:
+            self._returned[number] = x
+        return self.change(number, x)
 
     def _walk(self, closed: Any, operands: Sequence[Any], path: CallPath) -> list[Any]:
         """The results of a jaxpr whose operands have been changed already."""

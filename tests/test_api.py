@@ -320,18 +320,35 @@ def test_report_reads_well(tower: Any) -> None:
     assert "No LayerNorm found" in str(jax_lnfold.analyze(lambda p, x: x @ p, normal(7, 3), x))
 
 
-def test_positions_computed_from_constants_are_centered_for_little() -> None:
-    """Sinusoids that the program computes cost less than the mean of one small LayerNorm."""
+@pytest.mark.parametrize("numbers", [np, jnp], ids=["numpy", "computed"])
+def test_constant_positions_are_centered_for_nothing(numbers: Any) -> None:
+    """Sinusoids cost less than the mean of one small LayerNorm, also if the program makes them."""
 
     def apply(params: Any, x: jax.Array) -> jax.Array:
-        angles = jnp.arange(40)[:, None] / 10.0 ** jnp.arange(12)
-        stream = (x @ params["w"] + jnp.sin(angles))[:, :2]
+        angles = numbers.arange(40)[:, None] / 10.0 ** numbers.arange(12)
+        stream = (x @ params["w"] + numbers.sin(angles))[:, :2]
         return nn.standardize(stream) @ params["v"]
 
     report = fold_checked(apply, {"w": normal(7, 12), "v": normal(12, 2)}, normal(1, 40, 7)).report
-    assert (report.n_folded, report.n_inserted) == (1, 1)
-    assert "test_api.py" in report.insertions[0].after
-    assert report.insertions[0].along.shape[-2:] == (40, 12)
+    assert (report.n_folded, report.n_inserted, report.constants) == (1, 0, 1)
+    summary = str(report)
+    assert "1 constant centered, 0 explicit centerings inserted." in summary
+    assert "To do without" not in summary
+    assert "inserted" not in {event.kind for event in report.events}
+
+
+@pytest.mark.parametrize("given", ["parameter", "key"])
+def test_what_a_call_computes_is_no_constant(given: str) -> None:
+    """Positions from a parameter, or from a key that is an input, are centered in every call."""
+
+    def apply(params: Any, x: jax.Array, key: jax.Array) -> jax.Array:
+        positions = jnp.sin(params["f"]) if given == "parameter" else jax.random.normal(key, (4, 6))
+        return nn.standardize(x @ params["w"] + positions) @ params["v"]
+
+    params = {"w": normal(7, 6), "v": normal(6, 2), "f": normal(4, 6)}
+    report = fold_checked(apply, params, normal(3, 4, 7), jax.random.key(0)).report
+    assert (report.n_folded, report.n_inserted, report.constants) == (1, 1, 0)
+    assert "1 explicit centering inserted" in str(report)
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint], ids=["", "jit", "remat"])
@@ -347,7 +364,30 @@ def test_constants_of_the_program_are_centered(wrap: Callable[..., Any]) -> None
     params = {"w": normal(7, 12), "v": normal(12, 2)}
     report = fold_checked(wrap(body), params, normal(2, 5, 7)).report
     assert (report.n_folded, report.n_inserted, len(report.edits)) == (1, 0, 1)
+    assert report.constants == 1
     assert np.array_equal(table, before)
+
+
+def over_all_tokens(params: Any, x: jax.Array) -> jax.Array:
+    return nn.standardize(x @ params["w"], axis=(1, 2)) @ params["v"]
+
+
+def over_features(params: Any, x: jax.Array) -> jax.Array:
+    return nn.standardize(x @ params["w"] + params["p"][: x.shape[1]]) @ params["v"]
+
+
+@pytest.mark.parametrize("apply", [over_all_tokens, over_features])
+def test_a_plan_made_at_length_one_is_proved_at_others(apply: Callable[..., Any]) -> None:
+    """One token's mean is that of all tokens: only where it is not, other lengths are refused."""
+    params = {"w": normal(7, 12), "v": normal(12, 2), "p": normal(9, 12)}
+    folded = fold_checked(apply, params, normal(2, 1, 7))
+    assert folded.report.n_folded == 1
+    longer = normal(3, 5, 7)
+    if apply is over_all_tokens:
+        with pytest.raises(jax_lnfold.PlanMismatchError, match=r"'w' would be noticed"):
+            folded(longer)
+    else:
+        assert relative_difference(folded(longer), apply(params, longer)) < 1e-12
 
 
 def with_jvp_rule(f: Callable[..., Any]) -> Callable[..., Any]:

@@ -56,14 +56,16 @@ class Choices:
             return []
         if not jnp.issubdtype(graph.avals[value].dtype, jnp.floating):
             return None
-        tolerant = self.facts.intolerant(value, along) is None
+        tolerant = self.facts.readers_notice(value, along) is None
         if value in graph.leaves or value in graph.constants:
+            tolerant = self.facts.intolerant(value, along) is None
             if not np.any(graph.constants.get(value, True)):
                 self.given.add((value, along))
             elif tolerant and (value in graph.leaves or graph.is_editable_constant(value)):
                 self.edits.setdefault(value, []).append(along)
             return None
-        if tolerant and not graph.is_sealed(value) and graph.on_one_device(value, along):
+        reachable = not graph.is_sealed(value) and graph.centered_at(value) is not None
+        if tolerant and reachable and graph.on_one_device(value, along):
             free = Fraction(1, 1000) if graph.fixed[value] else 1
             self.insertions[value, along] = size(along) * graph.trips[graph.home[value]] * free
         if made is None:

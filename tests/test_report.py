@@ -214,6 +214,18 @@ def test_large_programs_are_not_compiled_unasked(monkeypatch: pytest.MonkeyPatch
     assert "3 of 6 reductions" in str(report)
 
 
+def test_nothing_is_compiled_for_a_line_that_is_not_shown() -> None:
+    report = jax_lnfold.analyze(
+        lambda w, x: nn.standardize(jnp.tanh(x @ w)), jnp.ones((7, 12)), jnp.ones((2, 7))
+    )
+    for text in (str(report), report._repr_html_(), report.to_svg()):
+        assert "XLA" not in text
+    assert "cost" not in vars(report)
+    folded = tower_report(2)
+    assert "XLA" in str(folded)
+    assert "cost" in vars(folded)
+
+
 def test_a_report_without_its_programs() -> None:
     report = tower_report(2)
     bare = pickle.loads(pickle.dumps(report))

@@ -91,6 +91,7 @@ class Facts:
         self._uniform: dict[Claim, Blocker | None] = {}
         self._by_inputs: dict[Claim, Blocker | None] = {}
         self._tolerant: dict[Claim, Blocker | None] = {}
+        self._quiet: dict[Claim, Blocker | None] = {}  # of values that the function returns
         self._named: dict[Claim, Blocker | None] = {}  # of parameters and what they shift
 
     def uniform(self, value: int, along: AxisSet) -> bool:
@@ -123,6 +124,20 @@ class Facts:
             return blocker
         return solve((value, along), partial(self._why_tolerant, named=True), self._named)
 
+    def readers_notice(self, value: int, along: AxisSet) -> Blocker | None:
+        """None if no output notices a shift of `value` that equations alone see.
+
+        Where the function returns the value, it is as it was: the equations read a shifted copy.
+        """
+        if value not in self.graph.outputs:
+            return self.intolerant(value, along)
+        if (claim := (value, along)) not in self._quiet:
+            found = self._why_read(claim)
+            if not isinstance(found, Blocker):
+                found = next(filter(None, (self.intolerant(*needed) for needed in found)), None)
+            self._quiet[claim] = found
+        return self._quiet[claim]
+
     @property
     def proved_uniform(self) -> list[Claim]:
         """Every claim that was asked about so far, and found, to be uniform."""
@@ -130,9 +145,13 @@ class Facts:
 
     @property
     def proved_tolerant(self) -> list[Claim]:
-        """Every claim whose shift, it was found so far, no output notices."""
+        """Every claim whose shift, it was found so far, no output notices.
+
+        Of a value that the function returns, it is a shift of what the equations read.
+        """
         named = {c: b for c, b in self._named.items() if c[0] in self.graph.leaves}
-        return [claim for claim, b in {**self._tolerant, **named}.items() if b is None]
+        found = {**self._tolerant, **named, **self._quiet}
+        return [claim for claim, b in found.items() if b is None]
 
     def context(self, op: Op) -> Context:
         """The view that a rule gets of an operation."""
@@ -172,11 +191,16 @@ class Facts:
 
     def _why_tolerant(self, claim: Claim, named: bool = False) -> Blocker | Iterable[Claim]:
         value, along = claim
-        if along.empty:
-            return ()
-        if value in self.graph.outputs:
+        if value in self.graph.outputs and not along.empty:
             made = self.graph.producer[value]
             return Blocker(made[0] if made else None, RETURNED)
+        return self._why_read(claim, named)
+
+    def _why_read(self, claim: Claim, named: bool = False) -> Blocker | Iterable[Claim]:
+        """The same of a value that is read by equations only."""
+        value, along = claim
+        if along.empty:
+            return ()
         tracker = Tracker(self.graph, value, along, self.context, named=named)
         tracker.run()
         if tracker.refusal is not None:

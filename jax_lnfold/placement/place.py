@@ -270,7 +270,10 @@ def _reason(search: ZeroMeanGraph, chain: Sequence[Claim], obstacle: Blocker) ->
     carries = (op for op in makers if op.carry is not None)
     leaf, noticed = chain[0][0], search.nodes[chain[-1]].intolerant
     if leaf not in graph.leaves:
-        return Reason(obstacle, noticed, next(carries, None))
+        # Without this obstacle, what the function returns would be in the way of every edit.
+        returned = (search.facts.intolerant(*c) for c in reversed(chain) if c[0] in graph.outputs)
+        nearest = next(returned, None) if noticed is None else None
+        return Reason(nearest or obstacle, noticed, next(carries, None))
     # A parameter's shift may pass what a token's own does not: the stream's reason is the nearer.
     known = noticed if search.nodes[chain[0]].intolerant else None
     return Reason(known or obstacle, noticed, next(carries, None), leaf)

@@ -87,7 +87,7 @@ class ZeroMeanGraph:
         value, along = claim
         for d in range(len(along.shape)):
             wide = along.widened([d])
-            if wide != along and self.facts.intolerant(value, wide) is None:
+            if wide != along and self._noticed(value, wide) is None:
                 along = wide
         for other in self.by_value.get(value, ()):
             if other.refines(along) and self.nodes[value, other].intolerant is None:
@@ -99,7 +99,7 @@ class ZeroMeanGraph:
         graph = self.facts.graph
         if along.empty or self._is_zero(value, along):
             return Node(is_zero=True)
-        intolerant = self.facts.intolerant(value, along)
+        intolerant = self._noticed(value, along)
         node = Node(intolerant=intolerant)
         dtype = graph.avals[value].dtype
         carries = jnp.issubdtype(dtype, jnp.complexfloating) and value not in graph.leaves
@@ -138,6 +138,14 @@ class ZeroMeanGraph:
             node.needs = [(op.inputs[i], s) for i, s in pulled.needs]
             node.approximate = pulled.approximate
         return node
+
+    def _noticed(self, value: int, along: AxisSet) -> Blocker | None:
+        """What notices a centering: of the value itself, or of a copy that equations read."""
+        graph = self.facts.graph
+        edited = value in graph.leaves or value in graph.constants
+        if edited or graph.centered_at(value) is None:
+            return self.facts.intolerant(value, along)
+        return self.facts.readers_notice(value, along)
 
     def _is_zero(self, value: int, along: AxisSet) -> bool:
         centered = self.norms.centered.get(value)

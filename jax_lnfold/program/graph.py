@@ -149,6 +149,18 @@ class Graph:
         path = self.home[value]
         return any(path[: n + 1] in self.sealed for n in range(len(path)))
 
+    def centered_at(self, value: int) -> CallPath | None:
+        """The jaxpr in which a centering of a value can be put, for all equations that read it.
+
+        The value itself leaves every call on its way to an output of the function, so all its
+        readers must be in reach of a copy that one of these jaxprs makes; None if they are not.
+        """
+        home = self.home[value]
+        if value not in self.outputs:
+            return home
+        levels = {_shared(op.path, home) for op, _ in self.uses[value]}
+        return levels.pop() if len(levels) == 1 else None
+
     def lanes_of(self, value: int) -> Lanes:
         """The mesh axes that the shape of a value ends in: those of the `shard_map` around it."""
         return self.lanes[self.home[value]]
@@ -236,3 +248,8 @@ class Graph:
             if op.index in live:
                 for position, value in enumerate(op.inputs):
                     self.uses[value].append((op, position))
+
+
+def _shared(path: CallPath, other: CallPath) -> CallPath:
+    """The innermost of the jaxprs around both."""
+    return next(path[:n] for n in range(len(other), -1, -1) if path[:n] == other[:n])

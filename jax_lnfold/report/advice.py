@@ -20,6 +20,8 @@ def advice(placement: Placement, reason: Reason) -> str:
         return _to_keep_quiet(graph, reason.obstacle, reason.leaf)
     if reason.noticed is not None:
         return _to_keep_quiet(graph, reason.noticed)
+    if reason.obstacle is not None and reason.obstacle.is_output:
+        return _to_keep_quiet(graph, reason.obstacle)
     if reason.obstacle is None or reason.obstacle.op is None:
         return ""
     op = reason.obstacle.op

@@ -52,7 +52,7 @@ def make_report(
         )
         for value, sets in sorted(placement.explicit.items())
         for along in sets
-        if not along.trivial
+        if not along.trivial and not graph.fixed[value]
     )
     facts = placement.facts
     unknown = (facts.unknown[i] for i in sorted(facts.unknown))
@@ -72,6 +72,7 @@ def make_report(
         visits=facts.visits,
         rounded=tuple(graph.leaves[v] for v in widened),
         dropouts=len(facts.dropouts),
+        constants=len(placement.constants) + sum(graph.fixed[v] for v in placement.explicit),
         edited_bytes=_edited_bytes(graph, plan),
         events=find_events(placement),
         n_operations=len(graph.ops),

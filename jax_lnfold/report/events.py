@@ -118,7 +118,7 @@ def _blocker(graph: Graph, claim: Claim, kind: str, blocker: Blocker) -> _Found:
     op, why = blocker.op, str(blocker)
     if blocker.is_output:
         name = "returned as an output"
-        return _Found(float("inf"), claim, kind, name, _brief(op.place()), why, op.path)
+        return _Found(float("inf"), claim, NOTICED, name, _brief(op.place()), why, op.path)
     return _Found(op.index, claim, kind, _brief(op.place()), op.place().module, why, op.path)
 
 
@@ -133,7 +133,7 @@ def _insertions(placement: Placement) -> Iterator[_Found]:
         made = graph.producer[value]
         why = str(placement.inserted[value].obstacle or "")
         for along in sets:
-            if not along.trivial:
+            if not along.trivial and not graph.fixed[value]:
                 claim = placement.search.resolve((value, along))
                 index = made[0].index if made else -1
                 where = f"after {_brief(made[0].place())}" if made else "of an input"

@@ -86,6 +86,8 @@ class Report:
     """The outcome of a fold; `print` shows it as a table.
 
     `edited_bytes` is the size of the edited parameters, `events` is what the pictures show.
+    `constants` counts what is centered though it is no parameter, for nothing: it depends on no
+    input and no parameter, so that the compiler does it.
     `opaque` counts, by primitive, the operations met of which nothing is known; LayerNorms before
     or behind them stay as they are. `visits` is how often the analysis looked at an equation.
     `rounded` are key paths of edited leaves whose dtype has fewer digits than the arithmetic they
@@ -107,6 +109,7 @@ class Report:
     rounded: tuple[str, ...] = ()
     dropouts: int = 0
     deviation: float | None = None
+    constants: int = 0
     edited_bytes: int = 0
     events: tuple[Event, ...] = ()
     n_operations: int = 0
@@ -204,6 +207,8 @@ def summary(report: Report) -> list[str]:
         edited += f", {counted(taken_up, 'scale or shift', 'scales and shifts')} taken up"
     if report.edited_bytes:
         edited += f" ({si(report.edited_bytes)}B)"
+    if report.constants:
+        edited += f", {counted(report.constants, 'constant')} centered"
     inserted = counted(report.n_inserted, "explicit centering")
     lines = [f"{headline(report)}, {edited}, {inserted} inserted."]
     lines += map(str, report.insertions)
@@ -253,7 +258,9 @@ def _alike(
 
 def _lines(report: Report) -> list[str]:
     """All that stands below the table."""
-    return [*summary(report), *[cost_line(report)] * bool(report.n_folded)]
+    if not report.n_folded:
+        return summary(report)  # nothing was saved: do not compile for it
+    return [*summary(report), cost_line(report)]
 
 
 def cost_line(report: Report) -> str:

@@ -106,6 +106,7 @@ class _Rewriter:
     ) -> tuple[Jaxpr, dict[int, float]]:
         env = self.graph.env[path]
         renamed: dict[Var, Any] = {}
+        returned: dict[int, Any] = {}  # values that outputs see as they were
         known: Known = {jaxpr.invars[i]: number for i, number in inputs.items()}
         eqns: list[JaxprEqn] = []
 
@@ -115,10 +116,12 @@ class _Rewriter:
             return atom
 
         def center(var: Var) -> None:
-            """Center a value right where it appears, for all its readers."""
+            """Center a value right where it appears, for all equations that read it."""
             value = env.get(var)
-            if value is None or self.graph.home[value] != path or value in self.centered:
+            if value is None or value in self.centered or self.graph.centered_at(value) != path:
                 return
+            if value in self.graph.outputs:
+                returned[value] = read(var)
             for spread in self.placement.explicit.get(value, ()):
                 self.centered.add(value)
                 along = self.graph.on_one_device(value, spread)
@@ -160,7 +163,9 @@ class _Rewriter:
                 known |= {eqn.outvars[i]: number for i, number in results.items()}
             for var in eqn.outvars:
                 center(var)
-        outvars = [read(a) for a in jaxpr.outvars]
+        values = (env.get(a) if isinstance(a, Var) else None for a in jaxpr.outvars)
+        pairs = zip(values, jaxpr.outvars, strict=True)
+        outvars = [returned[v] if v in returned else read(a) for v, a in pairs]
         results = _by_position(outvars, known)
         if same(eqns, jaxpr.eqns) and same(outvars, jaxpr.outvars):
             return jaxpr, results
