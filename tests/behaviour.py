@@ -1,4 +1,4 @@
-"""Shows what a change of the library's code changes in what it does: nothing, if it only moves code.
+"""Shows what a change of the library's code changes in what it does: a mere move changes nothing.
 
     python tests/behaviour.py --write before.json      # in the old checkout
     python tests/behaviour.py --against before.json    # in the new one

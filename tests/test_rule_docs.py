@@ -38,10 +38,10 @@ def documented(answer: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(sys.modules[answer.__module__], answer.__qualname__.split(".")[0])
 
 
-PULLS_AND_PUSHES = {
+ANSWERS = {
     f"{fn.__module__}.{fn.__name__}": fn
     for rule in RULES.values()
-    for answer in (rule.pull, rule.push, rule.uniform)
+    for answer in (rule.pull, rule.push, rule.uniform, rule.axes)
     if answer is not None
     for fn in [documented(answer)]
 }
@@ -50,11 +50,11 @@ RESPONSES = {
     for fn in vars(arithmetic.Arithmetic).values()
     if "Tracked" in getattr(fn, "__annotations__", {}).get("return", "")
 }
-DOCUMENTED = PULLS_AND_PUSHES | RESPONSES
+DOCUMENTED = ANSWERS | RESPONSES
 
 
 def test_rules_are_found() -> None:
-    assert len(PULLS_AND_PUSHES) > 45
+    assert len(ANSWERS) > 50
     assert len(RESPONSES) > 4
 
 
@@ -93,5 +93,5 @@ def test_examples_are_true_and_read_the_parameters_named(
     told = READS.search(EXAMPLES[name].docstring or "")
     named = set(re.findall(r"`(\w+)`", told[1])) if told else set()
     assert named <= read
-    if name in PULLS_AND_PUSHES:  # around a response are other equations, with parameters
+    if name in ANSWERS:  # around a response are other equations, with parameters
         assert read <= named

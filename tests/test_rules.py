@@ -32,6 +32,7 @@ from jax_lnfold.axes.labels import ALL, FREE, Labels, canonical
 from jax_lnfold.program.flatten import flatten
 from jax_lnfold.program.graph import Op
 from jax_lnfold.rules import RULES, Context, Opaque, Rule
+from jax_lnfold.rules.registry import no_axes
 
 SEEDS = 4
 SETS = 30
@@ -162,6 +163,21 @@ def check_uniform(one: OneOp, out: int, along: AxisSet) -> None:
         assert is_uniform(one.evaluate(constant)[out], along, one.tolerance()), f"{along}"
 
 
+def check_axes(one: OneOp, operand: int) -> bool:
+    """Whether the output keeps axes of the operand; factors along them must pass the operation."""
+    x, before = one.operands[operand], one.evaluate(one.operands)[0]
+    kept = one.rule.axes(one.context, operand)
+    for axis, after in kept.items():
+        assert isinstance(after, int)
+        assert x.shape[axis] == before.shape[after]
+        factor = np.random.default_rng(0).integers(1, 4, x.shape[axis])
+        scaled = [*one.operands]
+        scaled[operand] = (x * factor.reshape(-1, *[1] * (x.ndim - axis - 1))).astype(x.dtype)
+        want = before * factor.reshape(-1, *[1] * (before.ndim - after - 1))
+        assert np.allclose(one.evaluate(scaled)[0], want, atol=10 * one.tolerance()), axis
+    return bool(kept)
+
+
 def cases() -> list[Any]:
     return [
         pytest.param(name, given, id=f"{name}-{i}")
@@ -197,3 +213,13 @@ def test_rule_against_numbers(name: str, given: Example) -> None:
     few = 3
     assert (answers["pull"] >= few) if given.pull else (answers["pull"] == 0)
     assert (answers["push"] >= few) if given.push else (answers["push"] == 0)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_factors_pass_along_axes_that_are_kept(name: str) -> None:
+    rng, keeps = np.random.default_rng(0), 0
+    for given in EXAMPLES[name]:
+        program = given.make(rng)
+        for one in find(name, program, len(program.operands)):
+            keeps += sum(check_axes(one, i) for i, x in enumerate(one.operands) if is_number(x))
+    assert bool(keeps) == (RULES[name].axes is not no_axes)

@@ -14,7 +14,7 @@ from heapq import heappop, heappush
 from ..plan.edits import AffineEdit, AffineReader
 from ..program.graph import Graph, Op
 from ..program.primitives import LINEAR
-from .layer_scale import CannotAbsorb, Places, candidates, carried, renumbered
+from .absorbing import AxisPlaces, CannotAbsorb, candidates, carried, moved_places
 from .linear_readers import axes_of_product, kernel_axes, source_of, summed_axes, with_bias
 from .scaled_values import Scaled, moved
 
@@ -153,7 +153,7 @@ class _Walk:
             raise CannotAbsorb("it is read as it is, and with 1 added")
         self.one = one
 
-    def _times(self, op: Op, state: Scaled, places: Places) -> Scaled:
+    def _times(self, op: Op, state: Scaled, places: AxisPlaces) -> Scaled:
         """Something that is linear in a value."""
         if state.shifted:
             raise CannotAbsorb(f"{op.place()} scales what is scaled and shifted")
@@ -215,7 +215,7 @@ class _Walk:
         """A product that sums over the axes of the scale reads it; another one passes it on."""
         graph, places = self.graph, state.places
         if not {*summed_axes(op, position)}.intersection(places):
-            there = renumbered(places, axes_of_product(graph, op, position))
+            there = moved_places(places, axes_of_product(graph, op, position))
             self._reach(op.outputs[0], self._times(op, state, there))
             return
         kernel = source_of(graph, op, 1 - position)

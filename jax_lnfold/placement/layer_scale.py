@@ -8,29 +8,12 @@ into parameters stacked in the same way.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from math import prod
-
-from ..axes.broadcast import output_axes
 from ..plan.edits import ScaleEdit
-from ..program.graph import CallPath, Graph, Op
-from ..program.primitives import IDENTITIES, MOVES
+from ..program.graph import Graph, Op
+from ..program.primitives import IDENTITIES
+from ..rules import axis_map
 from ..trees import is_editable
-
-Place = int | CallPath
-"""An axis of a value, or the loop that takes it row by row."""
-Places = tuple[Place, ...]
-"""Where the axes of a scale are in a value."""
-
-
-class CannotAbsorb(Exception):
-    """A parameter has a use that rules out the merge: why, in words."""
-
-
-def candidates(graph: Graph) -> list[int]:
-    """Leaf values that may be scales: numbers that can be edited, more than one."""
-    avals = ((value, graph.avals[value]) for value in graph.leaves)
-    return [v for v, a in avals if is_editable(a.dtype) and {*a.shape} - {1}]
+from .absorbing import AxisPlaces, CannotAbsorb, candidates, carried, moved_places
 
 
 def find_merges(graph: Graph) -> dict[int, ScaleEdit]:
@@ -67,13 +50,13 @@ class _Absorber:
                 raise CannotAbsorb  # something else reads the unscaled parameter
         return self.absorbed
 
-    def _fits(self, value: int, places: Places) -> bool:
+    def _fits(self, value: int, places: AxisPlaces) -> bool:
         """Whether the value has the axes of the scale, at least one of them outside of loops."""
         shape, sizes = self.graph.shape(value), self.graph.shape(self.scale)
         axes = [(p, sizes[d]) for p, d in zip(places, self.axes, strict=True) if isinstance(p, int)]
         return bool(axes) and all(p < len(shape) and shape[p] == n for p, n in axes)
 
-    def _follow(self, value: int, places: Places) -> None:
+    def _follow(self, value: int, places: AxisPlaces) -> None:
         """Find the products of the scale, through reshapes, casts and rows of it."""
         if value in self.graph.outputs:
             raise CannotAbsorb
@@ -89,11 +72,11 @@ class _Absorber:
                     raise CannotAbsorb
                 self._absorb(op, 1 - position, places)
             elif (axes := carried(self.graph, op)) is not None:
-                self._follow(result, renumbered(places, axes))
+                self._follow(result, moved_places(places, axes))
             else:
                 raise CannotAbsorb
 
-    def _absorb(self, user: Op, position: int, places: Places) -> None:
+    def _absorb(self, user: Op, position: int, places: AxisPlaces) -> None:
         """Scale operand `position` of `user`, by scaling what it is made of."""
         graph, value = self.graph, user.inputs[position]
         number = graph.scalar(value)
@@ -117,7 +100,7 @@ class _Absorber:
         for operand, before in self._sources(made[0], places):
             self._absorb(made[0], operand, before)
 
-    def _sources(self, op: Op, places: Places) -> list[tuple[int, Places]]:
+    def _sources(self, op: Op, places: AxisPlaces) -> list[tuple[int, AxisPlaces]]:
         """Operands of `op`, with places, that scaling its output comes down to."""
         if op.name == "neg" or op.name in IDENTITIES:
             return [(0, places)]
@@ -127,78 +110,9 @@ class _Absorber:
         if op.name in ("mul", "div"):
             free = [self.graph.data_free[v] for v in op.inputs]
             return [(1 if op.name == "mul" and free[0] and not free[1] else 0, places)]
-        if op.name == "loop_slice":
-            rows = (0 if p == op.path else p + 1 if isinstance(p, int) else p for p in places)
-            return [(0, tuple(rows))]
-        found = [self._source(op, p) for p in places if isinstance(p, int)]
-        (operand, _), *rest = found
-        if any(other != operand for other, _ in rest):
-            raise CannotAbsorb
-        axes = iter(axis for _, axis in found)
-        return [(operand, tuple(next(axes) if isinstance(p, int) else p for p in places))]
-
-    def _source(self, op: Op, axis: int) -> tuple[int, int]:
-        """The operand of `op`, with its axis, that axis `axis` of the output stems from."""
-        shape, params = self.graph.shape, op.params
-        if op.name == "dot_general":
-            ranks = [len(shape(v)) for v in op.inputs]
-            for operand in (0, 1):
-                axes = output_axes(params["dimension_numbers"], ranks, operand)
-                for d, o in axes.items():
-                    if o == axis:
-                        return operand, d
-        if op.name == "conv_general_dilated":
-            numbers = params["dimension_numbers"]
-            if axis == numbers.out_spec[1] and params["batch_group_count"] == 1:
-                return 1, numbers.rhs_spec[0]
-        if op.name == "reduce_sum":
-            kept = [d for d in range(len(shape(op.inputs[0]))) if d not in params["axes"]]
-            return 0, kept[axis]
-        if op.name == "transpose":
-            return 0, params["permutation"][axis]
-        if op.name == "broadcast_in_dim" and axis in params["broadcast_dimensions"]:
-            return 0, params["broadcast_dimensions"].index(axis)
-        if op.name in ("reshape", "squeeze"):
-            back = kept_axes(shape(op.outputs[0]), shape(op.inputs[0]))
-            if axis in back:
-                return 0, back[axis]
+        for operand in range(len(op.inputs)):
+            axes = axis_map(self.graph, op, operand)
+            if {p for p in places if isinstance(p, int)} <= {*axes.values()}:
+                before = {o: d for d, o in axes.items()}
+                return [(operand, tuple(before.get(p, p) for p in places))]
         raise CannotAbsorb
-
-
-def kept_axes(before: Sequence[int], after: Sequence[int]) -> dict[int, int]:
-    """Axis before -> axis after a reshape, for those that keep their size and their stride."""
-    old, new = (
-        {(prod(shape[d + 1 :]), n): d for d, n in enumerate(shape) if 0 not in shape[d + 1 :]}
-        for shape in (before, after)
-    )
-    return {old[key]: new[key] for key in old if key in new and key[1] != 1}
-
-
-def carried(graph: Graph, op: Op) -> Mapping[int, Place] | None:
-    """Where the axes of the operand are in the result, if all `op` does is move and convert it.
-
-    An axis that is taken row by row is in the loop. What is cut, repeated, merged or split is
-    nowhere.
-    """
-    if op.name not in MOVES | IDENTITIES | {"slice", "loop_slice"}:
-        return None
-    before, after = graph.shape(op.inputs[0]), graph.shape(op.outputs[0])
-    if op.name == "broadcast_in_dim":
-        axes = enumerate(map(int, op.params["broadcast_dimensions"]))  # they may be NumPy's
-        return {d: o for d, o in axes if before[d] == after[o]}
-    if op.name == "transpose":
-        return {int(p): d for d, p in enumerate(op.params["permutation"])}
-    if op.name == "loop_slice":
-        return {0: op.path} | {d + 1: d for d in range(len(after))}
-    if op.name in ("reshape", "squeeze"):
-        return kept_axes(before, after)
-    if not is_editable(graph.avals[op.outputs[0]].dtype):
-        return None
-    return {d: d for d, (n, m) in enumerate(zip(before, after, strict=True)) if n == m}
-
-
-def renumbered(places: Places, axes: Mapping[int, Place]) -> Places:
-    """Where the axes are after a value was moved; those in loops stay."""
-    if any(isinstance(p, int) and p not in axes for p in places):
-        raise CannotAbsorb("its axes are cut, repeated, merged or split")
-    return tuple(axes[p] if isinstance(p, int) else p for p in places)

@@ -9,9 +9,9 @@ from ..axes.broadcast import output_axes
 from ..plan.edits import AffineReader
 from ..program.graph import Graph, Op
 from ..trees import is_editable
-from .layer_scale import CannotAbsorb, Place, Places, carried
+from .absorbing import AxisPlace, AxisPlaces, CannotAbsorb, carried
 
-Origins = Mapping[Place, int]
+Origins = Mapping[AxisPlace, int]
 """Axis of a value, or loop that takes it row by row -> axis of a leaf."""
 
 Use = tuple[int, int]
@@ -30,7 +30,7 @@ class Source:
     use: Use
 
 
-def _moved(origins: Origins, axes: Mapping[int, Place]) -> Origins:
+def _moved(origins: Origins, axes: Mapping[int, AxisPlace]) -> Origins:
     """The same for another value, whose axes these axes are."""
     kept = ((a, d) for a, d in origins.items() if a in axes or not isinstance(a, int))
     return {axes[a] if isinstance(a, int) else a: d for a, d in kept}
@@ -39,7 +39,7 @@ def _moved(origins: Origins, axes: Mapping[int, Place]) -> Origins:
 def source_of(graph: Graph, op: Op, position: int) -> Source | None:
     """The source of an operand, if it is a leaf and what is made of the leaf has no other use."""
     value, use = op.inputs[position], (op.index, position)
-    origins: dict[Place, int] = {d: d for d in range(len(graph.shape(value)))}
+    origins: dict[AxisPlace, int] = {d: d for d in range(len(graph.shape(value)))}
     while value not in graph.leaves:
         made = graph.producer[value]
         if made is None or len(graph.uses[value]) != 1 or value in graph.outputs:
@@ -69,7 +69,9 @@ def axes_of_product(graph: Graph, op: Op, operand: int) -> dict[int, int]:
     return batch | output_axes(numbers, [len(graph.shape(v)) for v in op.inputs], operand)
 
 
-def kernel_axes(op: Op, position: int, places: Places, kernel: Source) -> tuple[int, ...] | None:
+def kernel_axes(
+    op: Op, position: int, places: AxisPlaces, kernel: Source
+) -> tuple[int, ...] | None:
     """The axes of the kernel that those of operand `position` at `places` run along."""
     contracted, batch = op.params["dimension_numbers"]
     pairs: dict[int, int] = {}

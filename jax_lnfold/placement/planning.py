@@ -11,8 +11,9 @@ from ..errors import PlanFormatError, PlanMismatchError
 from ..plan.edits import AffineEdit, CenterEdit, LeafSpec, ScaleEdit
 from ..plan.plan import FoldPlan
 from ..program.graph import Graph
+from .absorbing import CannotAbsorb
 from .affine import find_affine, merge_of
-from .layer_scale import CannotAbsorb, find_merges
+from .layer_scale import find_merges
 from .place import Placement, place_within
 
 TRAINING = (

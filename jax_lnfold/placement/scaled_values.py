@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from ..program.graph import Graph, Op
-from .layer_scale import CannotAbsorb, Places, carried, renumbered
+from .absorbing import AxisPlaces, CannotAbsorb, carried, moved_places
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class Scaled:
     the scale only, which begins at `starts`. `raw` is the leaf itself, moved and converted.
     """
 
-    places: Places
+    places: AxisPlaces
     sizes: tuple[int, ...]
     starts: tuple[int, ...]
     raw: bool = False
@@ -62,7 +62,7 @@ def moved(graph: Graph, op: Op, states: Sequence[Scaled | None]) -> list[Scaled]
         return None
     if op.name == "loop_slice" and not state.is_whole(graph.shape(op.inputs[0])):
         raise CannotAbsorb(f"{op.place()} takes a part of it row by row")
-    return [replace(state, places=renumbered(state.places, axes))]
+    return [replace(state, places=moved_places(state.places, axes))]
 
 
 def _joined(graph: Graph, op: Op, states: Sequence[Scaled | None]) -> Scaled:

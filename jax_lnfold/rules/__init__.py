@@ -1,15 +1,28 @@
 """Rules for primitives, by family; importing this package fills the registry."""
 
 from . import contraction, control, elementwise, joining, lookups, moves, reduction
-from .registry import RULES, Context, Opaque, Pull, Push, Rule, register, rule_for
+from .registry import (
+    RULES,
+    AxisMap,
+    Context,
+    Opaque,
+    Pull,
+    Push,
+    Rule,
+    axis_map,
+    register,
+    rule_for,
+)
 
 __all__ = [
     "RULES",
+    "AxisMap",
     "Context",
     "Opaque",
     "Pull",
     "Push",
     "Rule",
+    "axis_map",
     "contraction",
     "control",
     "elementwise",

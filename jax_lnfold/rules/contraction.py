@@ -8,12 +8,25 @@ from typing import Any
 from ..axes.axis_set import AxisSet
 from ..axes.broadcast import output_axes
 from ..axes.labels import FREE, Entry, Labels, intersect
-from .registry import Context, Opaque, Pull, Push, Rule, register
+from .registry import AxisMap, Context, Opaque, Pull, Push, Rule, register
 
 
 def _axes_of_output(ctx: Context, operand: int) -> dict[int, int]:
     ranks = [len(ctx.in_shape(i)) for i in (0, 1)]
     return output_axes(ctx.params["dimension_numbers"], ranks, operand)
+
+
+def _axes_of_dot(ctx: Context, operand: int) -> AxisMap:
+    """The free axes of the operand.
+
+    ``(x g) W = (x W) g``. Reads `dimension_numbers`.
+
+    >>> axes(jnp.matmul, (2, 3), (3, 4))
+    {0: 0}
+    >>> axes(jnp.matmul, (2, 3), (3, 4), operand=1)
+    {1: 1}
+    """
+    return _axes_of_output(ctx, operand)
 
 
 def _repeated_batches(ctx: Context, operand: int, entries: Sequence[Entry]) -> dict[int, int]:
@@ -294,12 +307,28 @@ def _uniform_conv(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
     return Pull(((0, data), (1, _only(ctx.in_shape(1), kernel, entry))))
 
 
+def _axes_of_conv(ctx: Context, operand: int) -> AxisMap:
+    """The output features of the kernel.
+
+    ``conv(x, k g) = conv(x, k) g``. Reads `dimension_numbers` and `batch_group_count`.
+
+    >>> axes(lambda x, k: jax.lax.conv(x, k, (1,), "SAME"), (2, 4, 9), (6, 4, 3), operand=1)
+    {0: 1}
+    >>> axes(lambda x, k: jax.lax.conv(x, k, (1,), "SAME"), (2, 4, 9), (6, 4, 3))
+    {}
+    """
+    if operand != 1 or ctx.params["batch_group_count"] != 1:
+        return {}
+    kernel, result, _ = _conv_features(ctx)
+    return {kernel: result}
+
+
 def _only(shape: Iterable[Any], axis: int, entry: Entry) -> AxisSet:
     shape = tuple(shape)
     return AxisSet.of(shape, (entry if d == axis else FREE for d in range(len(shape))))
 
 
-register("dot_general", Rule(_pull_dot, _push_dot, _uniform_dot))
+register("dot_general", Rule(_pull_dot, _push_dot, _uniform_dot, _axes_of_dot))
 register("triangular_solve", Rule(_pull_solve, _push_solve))
 register("ragged_dot_general", Rule(_pull_ragged, _push_ragged))
-register("conv_general_dilated", Rule(_pull_conv, _push_conv, _uniform_conv))
+register("conv_general_dilated", Rule(_pull_conv, _push_conv, _uniform_conv, _axes_of_conv))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from ..axes.axis_set import AxisSet
 from ..axes.labels import FREE
 from ..program.graph import JOINS
-from .registry import Context, Opaque, Pull, Push, Rule, register
+from .registry import AxisMap, Context, Opaque, Pull, Push, Rule, register
 
 
 def _pull_join(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
@@ -62,6 +62,17 @@ def _push_slice(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
     return ((0, AxisSet.of(ctx.out_shape(), along.entries[1:])),)
 
 
+def _axes_of_row(ctx: Context, operand: int) -> AxisMap:
+    """The first axis is in the loop, by its path; the others stay.
+
+    ``(x g)[i] = x[i] g[i]``. Reads no parameters.
+
+    >>> axes(lambda x: jax.lax.map(jnp.tanh, x), (5, 3), primitive="loop_slice")
+    {0: (0, 0), 1: 0}
+    """
+    return {0: ctx.op.path} | {d + 1: d for d in range(len(ctx.out_shape()))}
+
+
 def _pull_stack(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
     """The row of every iteration, for S on its axes.
 
@@ -93,5 +104,5 @@ def _push_stack(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
 
 
 register(JOINS, Rule(_pull_join, _push_join))
-register("loop_slice", Rule(_pull_slice, _push_slice))
+register("loop_slice", Rule(_pull_slice, _push_slice, axes=_axes_of_row))
 register("loop_stack", Rule(_pull_stack, _push_stack))

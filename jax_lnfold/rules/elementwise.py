@@ -12,7 +12,7 @@ from ..axes.axis_set import AxisSet
 from ..axes.broadcast import lift, project
 from ..program.graph import DROPOUT
 from ..program.primitives import COMPLEX, IDENTITIES, IDENTITIES_OF_EACH, NONLINEAR, STOP
-from .registry import Context, Opaque, Pull, Push, Rule, register
+from .registry import AxisMap, Context, Opaque, Pull, Push, Rule, register
 
 
 def _pull_sum(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
@@ -42,6 +42,17 @@ def _push_sum(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
     output 0 along axis 1
     """
     return ((0, lift(along, ctx.out_shape())),)
+
+
+def _axes_of_identity(ctx: Context, operand: int) -> AxisMap:
+    """All axes stay where they are.
+
+    ``f(x g) = f(x) g``, up to rounding. Reads no parameters.
+
+    >>> axes(jnp.copy, (2, 3))
+    {0: 0, 1: 1}
+    """
+    return {d: d for d in range(len(ctx.in_shape(0)))}
 
 
 def _pull_convert(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
@@ -78,6 +89,19 @@ def _is_linear(ctx: Context) -> bool:
     """Whether no whole numbers are made, which are rounded, or read, which cannot be centered."""
     new = ctx.params["new_dtype"]
     return jnp.issubdtype(ctx.dtype(0), jnp.inexact) and jnp.issubdtype(new, jnp.inexact)
+
+
+def _axes_of_convert(ctx: Context, operand: int) -> AxisMap:
+    """All axes, between real or complex types.
+
+    ``float32(x g) = float32(x) g``, up to rounding. Reads `new_dtype`.
+
+    >>> axes(lambda x: x.astype(jnp.float16), (2, 3))
+    {0: 0, 1: 1}
+    >>> axes(lambda x: x.astype(int), (2, 3))
+    {}
+    """
+    return _axes_of_identity(ctx, operand) if _is_linear(ctx) else {}
 
 
 def _pull_each(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
@@ -234,8 +258,9 @@ def _push_dropout(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
 
 register("add sub neg add_any", Rule(_pull_sum, _push_sum))
 register(COMPLEX, Rule(_pull_sum, _push_sum))  # C_S is real, so it passes real and imaginary parts
-register(IDENTITIES - {"convert_element_type"} | {STOP}, Rule(_pull_sum, _push_sum))
-register("convert_element_type", Rule(_pull_convert, _push_convert, _pull_sum))
+register(IDENTITIES - {"convert_element_type"}, Rule(_pull_sum, _push_sum, axes=_axes_of_identity))
+register(STOP, Rule(_pull_sum, _push_sum))
+register("convert_element_type", Rule(_pull_convert, _push_convert, _pull_sum, _axes_of_convert))
 register(IDENTITIES_OF_EACH, Rule(_pull_each, _push_each))
 register("mul div", Rule(_pull_mul, _push_mul, _pull_sum))
 register("select_n", Rule(_pull_select, _push_select))

@@ -104,6 +104,17 @@ def uniform_if(
     return _words((rule.uniform or rule.pull)(ctx, out, axis_set(ctx.out_shape(out), along)))
 
 
+def axes(
+    fn: Callable[..., Any],
+    *operands: tuple[Any, ...] | jax.Array,
+    operand: int = 0,
+    primitive: str | None = None,
+) -> Words:
+    """The axes of an operand that the first output keeps, and where they are."""
+    ctx = equation(fn, *operands, primitive=primitive)
+    return Words(dict(rule_for(ctx.op.name).axes(ctx, operand)))
+
+
 def _words(answer: Pull | Push | Opaque) -> Words:
     if isinstance(answer, Opaque):
         return Words(f"opaque: {answer.why}")

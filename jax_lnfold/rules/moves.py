@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 from ..axes.axis_set import AxisSet
 from ..axes.broadcast import embed_or_free
 from ..axes.labels import ALL, FREE, Entry, Labels, canonical
-from .registry import Context, Opaque, Pull, Push, Rule, register
+from .registry import AxisMap, Context, Opaque, Pull, Push, Rule, register
 
 
 def _pull_transpose(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
@@ -34,6 +35,17 @@ def _push_transpose(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque
     """
     entries = tuple(along.entries[d] for d in ctx.params["permutation"])
     return ((0, AxisSet(ctx.out_shape(), entries)),)
+
+
+def _axes_of_transpose(ctx: Context, operand: int) -> AxisMap:
+    """All axes are there, in another order.
+
+    ``transpose(x g) = transpose(x) g``. Reads `permutation`.
+
+    >>> axes(lambda x: x.T, (2, 3))
+    {1: 0, 0: 1}
+    """
+    return {int(d): o for o, d in enumerate(ctx.params["permutation"])}
 
 
 def _pull_reshape(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
@@ -64,6 +76,21 @@ def _push_reshape(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
     """
     after, _ = _reshaped(along, ctx.out_shape())
     return Opaque("reshapes across the mean") if after is None else ((0, after),)
+
+
+def _axes_of_reshape(ctx: Context, operand: int) -> AxisMap:
+    """Axes that keep their size and what lies behind them, so the order of their elements.
+
+    ``reshape(x g) = reshape(x) g``. Reads no parameters.
+
+    >>> axes(lambda x: x.reshape(2, 1, 12), (2, 3, 4))
+    {0: 0}
+    """
+    old, new = (
+        {(prod(shape[d + 1 :]), n): d for d, n in enumerate(shape) if 0 not in shape[d + 1 :]}
+        for shape in (ctx.in_shape(0), ctx.out_shape())
+    )
+    return {d: new[key] for key, d in old.items() if key in new and key[1] != 1}
 
 
 def _reshaped(along: AxisSet, shape: Sequence[Any]) -> tuple[AxisSet | None, bool]:
@@ -107,6 +134,18 @@ def _push_broadcast(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque
         if ctx.in_shape(0)[d] == ctx.out_shape()[o]:
             entries[o] = along.entries[d]
     return ((0, AxisSet.of(ctx.out_shape(), entries)),)
+
+
+def _axes_of_broadcast(ctx: Context, operand: int) -> AxisMap:
+    """Axes that are not repeated.
+
+    ``broadcast(x g) = broadcast(x) g``. Reads `broadcast_dimensions`.
+
+    >>> axes(lambda x: jnp.broadcast_to(x, (2, 5, 3)), (2, 1, 3))
+    {0: 0, 2: 2}
+    """
+    pairs = enumerate(map(int, ctx.params["broadcast_dimensions"]))  # they may be NumPy's
+    return {d: o for d, o in pairs if ctx.in_shape(0)[d] == ctx.out_shape()[o]}
 
 
 def _pull_tile(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
@@ -209,6 +248,17 @@ def _push_slice(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
     return ((0, along.select(_slices(ctx))),)
 
 
+def _axes_of_slice(ctx: Context, operand: int) -> AxisMap:
+    """Axes that are not cut.
+
+    ``slice(x g) = slice(x) g``. Reads no parameters.
+
+    >>> axes(lambda x: x[1:], (2, 3))
+    {1: 1}
+    """
+    return {d: d for d, n in enumerate(ctx.in_shape(0)) if n == ctx.out_shape()[d]}
+
+
 def _padding(ctx: Context) -> tuple[list[slice], bool]:
     """Where the operand lands in the output, and whether it lands there whole."""
     positions, whole = [], True
@@ -255,10 +305,10 @@ def _push_pad(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
     return Opaque("pads along the mean") if after is None else ((0, after),)
 
 
-register("transpose", Rule(_pull_transpose, _push_transpose))
-register("reshape squeeze", Rule(_pull_reshape, _push_reshape))
-register("broadcast_in_dim", Rule(_pull_broadcast, _push_broadcast))
+register("transpose", Rule(_pull_transpose, _push_transpose, axes=_axes_of_transpose))
+register("reshape squeeze", Rule(_pull_reshape, _push_reshape, axes=_axes_of_reshape))
+register("broadcast_in_dim", Rule(_pull_broadcast, _push_broadcast, axes=_axes_of_broadcast))
 register("tile", Rule(_pull_tile, _push_tile))
 register("rev", Rule(_pull_rev, _push_rev))
-register("slice", Rule(_pull_slice, _push_slice))
+register("slice", Rule(_pull_slice, _push_slice, axes=_axes_of_slice))
 register("pad", Rule(_pull_pad, _push_pad))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ..axes.axis_set import AxisSet
 from ..axes.labels import FREE
 from ..program.primitives import POOLS
-from .registry import Context, Opaque, Pull, Push, Rule, register
+from .registry import AxisMap, Context, Opaque, Pull, Push, Rule, register
 
 
 def _pull_sum(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
@@ -40,6 +40,18 @@ def _push_sum(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
     axes = set(ctx.params["axes"])
     entries = (e for d, e in enumerate(along.entries) if d not in axes)
     return ((0, AxisSet.of(ctx.out_shape(), entries)),)
+
+
+def _axes_of_sum(ctx: Context, operand: int) -> AxisMap:
+    """The axes that are not summed over.
+
+    ``sum(x g) = sum(x) g``. Reads `axes`.
+
+    >>> axes(lambda x: x.sum(1), (2, 3, 4))
+    {0: 0, 2: 1}
+    """
+    kept = (d for d in range(len(ctx.in_shape(0))) if d not in ctx.params["axes"])
+    return {d: o for o, d in enumerate(kept)}
 
 
 def _pull_cumsum(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
@@ -160,7 +172,7 @@ def _keep(along: AxisSet, mixed: Sequence[int]) -> Pull | Opaque:
     return Pull(((0, kept),), exact=kept == along)
 
 
-register("reduce_sum", Rule(_pull_sum, _push_sum))
+register("reduce_sum", Rule(_pull_sum, _push_sum, axes=_axes_of_sum))
 # Opaque to means and shifts, except where a `Tracker` says so, but the same numbers are reduced to
 # the same: the maximum in a softmax is uniform wherever its scores are.
 register(

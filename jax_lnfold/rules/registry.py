@@ -1,13 +1,16 @@
 """The registry of rules: how a centering moves back through a primitive, and a shift forward.
 
-For an equation ``y = op(x_0, x_1, ...)`` a rule says two things about axis sets:
+For an equation ``y = op(x_0, x_1, ...)`` a rule says two things about axis sets, and one about
+axes:
 
 - *pull* (transport): which operands have to be zero-mean, along which sets, so that ``y`` is
   zero-mean along a given set;
 - *push* (tolerance): if one operand is shifted by something uniform along a given set, along
   which set is the shift of ``y`` uniform?
+- *axes*: which axes of an operand does ``y`` keep, and where are they?
 
-Both may answer `Opaque`, and a primitive without a rule is opaque. Opaque is always sound.
+The first two may answer `Opaque`, and a primitive without a rule is opaque. Opaque is always sound,
+and so is an axis that is not named.
 
 The docstring of every rule gives its formula, in which ``C_S x = x - mean_S(x)`` centers along S, u
 is uniform along S, and S' is the set that S becomes on the other side of the equation. It has an
@@ -16,14 +19,14 @@ example that is run as a test (`example` has its words) and names the parameters
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..axes.axis_set import AxisSet
-from ..program.graph import Graph, Op
+from ..program.graph import CallPath, Graph, Op
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +94,9 @@ class Context:
 
 PullRule = Callable[[Context, int, AxisSet], Pull | Opaque]
 PushRule = Callable[[Context, int, AxisSet], Push | Opaque]
+AxisMap = Mapping[int, int | CallPath]
+"""Axis of an operand -> axis of the output, or the loop that takes it row by row."""
+AxesRule = Callable[[Context, int], AxisMap]
 
 
 def no_pull(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
@@ -115,9 +121,22 @@ def no_push(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
     return Opaque("notices a shift of its operand")
 
 
+def no_axes(ctx: Context, operand: int) -> AxisMap:
+    """Of a primitive that keeps no axis, or is not linear in the operand.
+
+    ``f(x g) != f(x) g`` for factors g along any axis of x.
+
+    >>> axes(jnp.tanh, (2, 3))
+    {}
+    """
+    return {}
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     """The answers for one primitive.
+
+    The output keeps an axis of an operand if ``op(x g) = op(x) g`` for all factors g along it.
 
     `uniform` is there where more is known of uniformity than an exact pull says, as nonlinear
     operations keep it, too: which operands, uniform along which sets, make the output uniform?
@@ -126,6 +145,7 @@ class Rule:
     pull: PullRule = no_pull
     push: PushRule = no_push
     uniform: PullRule | None = None
+    axes: AxesRule = no_axes
 
 
 OPAQUE = Rule()
@@ -143,3 +163,8 @@ def register(names: str | Iterable[str], rule: Rule) -> None:
 def rule_for(name: str) -> Rule:
     """The rule of a primitive; the opaque rule where there is none."""
     return RULES.get(name, OPAQUE)
+
+
+def axis_map(graph: Graph, op: Op, operand: int = 0) -> AxisMap:
+    """Which axes of an operand the output of `op` keeps, and where they are."""
+    return rule_for(op.name).axes(Context(graph, op, lambda value, along: False), operand)
