@@ -24,7 +24,8 @@ FLOORS = [
     {"rewrite"},
     {"report"},
     {"program_cache"},
-    {"api", "folded"},
+    {"folded"},
+    {"api"},
     {"cli", "verification"},
     {"__init__", "__main__"},
 ]

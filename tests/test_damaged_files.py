@@ -25,7 +25,9 @@ from jax_lnfold.axes.labels import Labels
 from jax_lnfold.checkpoints.center import center_checkpoint
 from jax_lnfold.checkpoints.safetensors_header import read_header
 from jax_lnfold.cli.commands import main
-from jax_lnfold.plan.edits import CenterEdit, LeafSpec, ScaleEdit
+from jax_lnfold.plan.edits.center import CenterEdit
+from jax_lnfold.plan.edits.scale import ScaleEdit
+from jax_lnfold.plan.file import LeafSpec
 
 Arrays = dict[str, np.ndarray]
 

@@ -19,7 +19,8 @@ import safetensors.numpy
 from jax_lnfold import FoldError, FoldPlan
 from jax_lnfold.axes.axis_set import AxisSet
 from jax_lnfold.checkpoints.center import center_checkpoint
-from jax_lnfold.plan.edits import CenterEdit, LeafSpec
+from jax_lnfold.plan.edits.center import CenterEdit
+from jax_lnfold.plan.file import LeafSpec
 
 TREE = {"params": {"head": {"kernel": np.arange(6.0, dtype=np.float32).reshape(2, 3)}}}
 PATH = "params/head/kernel"

@@ -17,7 +17,7 @@ from contracts import assert_identical, fold_checked, relative_difference, snaps
 
 import jax_lnfold
 from jax_lnfold import FoldPlan, PlanFormatError
-from jax_lnfold.plan.edits import ScaleEdit
+from jax_lnfold.plan.edits.scale import ScaleEdit
 
 Params = dict[str, jax.Array]
 D = 6

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import FoldError
-from ..plan.edits import LeafEdit
+from ..plan.edits.edit import LeafEdit
 from ..plan.leaf import edit_leaf
 from ..plan.plan import FoldPlan, overflow_error
 from .formats import open_store

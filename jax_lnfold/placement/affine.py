@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from heapq import heappop, heappush
 
-from ..plan.edits import AffineEdit, AffineReader
+from ..plan.edits.affine import AffineEdit, AffineReader
 from ..program.graph import Graph, Op
 from ..program.primitives import LINEAR
 from .absorbing import AxisPlaces, CannotAbsorb, candidates, carried, moved_places

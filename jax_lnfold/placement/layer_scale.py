@@ -8,7 +8,7 @@ into parameters stacked in the same way.
 
 from __future__ import annotations
 
-from ..plan.edits import ScaleEdit
+from ..plan.edits.scale import ScaleEdit
 from ..program.graph import Graph, Op
 from ..program.primitives import IDENTITIES
 from ..rules import axis_map

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..axes.broadcast import output_axes
-from ..plan.edits import AffineReader
+from ..plan.edits.affine import AffineReader
 from ..program.graph import Graph, Op
 from ..trees import is_editable
 from .absorbing import AxisPlace, AxisPlaces, CannotAbsorb, carried

@@ -14,7 +14,8 @@ from fractions import Fraction
 from ..analysis.facts import Blocker, Claim, Facts, solve
 from ..analysis.layer_norms import LayerNorm, find_norms
 from ..axes.axis_set import AxisSet
-from ..plan.edits import AffineEdit, ScaleEdit
+from ..plan.edits.affine import AffineEdit
+from ..plan.edits.scale import ScaleEdit
 from ..program.garbage import collector_paused
 from ..program.graph import Graph, Op
 from .layer_scale import find_merges

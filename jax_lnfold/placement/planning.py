@@ -8,7 +8,10 @@ from dataclasses import replace
 from ..analysis.facts import Facts
 from ..axes.axis_set import AxisSet
 from ..errors import PlanFormatError, PlanMismatchError
-from ..plan.edits import AffineEdit, CenterEdit, LeafSpec, ScaleEdit
+from ..plan.edits.affine import AffineEdit
+from ..plan.edits.center import CenterEdit
+from ..plan.edits.scale import ScaleEdit
+from ..plan.file import LeafSpec
 from ..plan.plan import FoldPlan
 from ..program.graph import Graph
 from .absorbing import CannotAbsorb

@@ -8,19 +8,21 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, get_args, get_type_hints
 
 import jax
 import numpy as np
 
-from ..axes.axis_set import AxisSet
 from ..errors import FoldError, PlanFormatError, TreeError
 from ..printable import printable
 from ..trees import FLOATS, check_leaves, committed_to, is_editable
-from .edits import AffineEdit, AffineReader, CenterEdit, LeafEdit, LeafSpec, ScaleEdit
-from .file import Parts, check_parts, parse
-from .leaf import Factor, Recipe, edit_leaf, overflows
+from .edits.affine import AffineEdit
+from .edits.center import CenterEdit
+from .edits.edit import Edit, LeafEdit
+from .edits.scale import ScaleEdit
+from .file import LeafSpec, check_plan, parse
+from .leaf import Recipe, edit_leaf, overflows
 from .tree_fit import Fit, names_in
 
 
@@ -40,7 +42,7 @@ class FoldPlan:
     def __post_init__(self) -> None:
         """Check the parts against each other."""
         try:
-            check_parts(Parts(self.leaves, self.edits, self.scales, self.affine))
+            check_plan(self.leaves, self.sections)
         except (AttributeError, TypeError, ValueError) as error:
             raise PlanFormatError(
                 f"plan: its parts do not fit together ({error}); make it with `fold` or `plan_fold`"
@@ -48,12 +50,17 @@ class FoldPlan:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Plans that are unpickled are checked like all others."""
-        return FoldPlan, (self.leaves, self.edits, self.scales, self.affine)
+        return FoldPlan, (self.leaves, *self.sections.values())
+
+    @property
+    def sections(self) -> dict[str, tuple[Edit, ...]]:
+        """The edits of each kind, by the field that holds them."""
+        return {name: getattr(self, name) for name in KINDS}
 
     @property
     def version(self) -> int:
         """Of the plan file: 2, 3 if scales are taken up by what reads them, 4 if 1 is added."""
-        return 2 if not self.affine else 4 if any(m.one != 1 for m in self.affine) else 3
+        return max((edit.version for edits in self.sections.values() for edit in edits), default=2)
 
     def center(self, params: Any, donate: bool = False) -> Any:
         """The edited copy of `params`, a tree like that the plan was made for.
@@ -104,39 +111,13 @@ class FoldPlan:
         Every edit takes other leaves as they were before all edits. In this order an edit may
         replace its leaf at once: nothing after it takes that.
         """
-        sets: dict[str, tuple[AxisSet, ...]] = {}
-        for edit in self.edits:
-            sets[edit.key_path] = (*sets.get(edit.key_path, ()), edit.along)
-        factors: dict[str, list[tuple[str, Factor]]] = {}
-        shifted: dict[str, tuple[str, AffineReader]] = {}
-        fills: dict[str, float] = {}
-        for merge in self.affine:
-            fills[merge.key_path] = float(merge.one)
-            for reader in merge.readers:
-                factor = Factor(reader.axes, 1 - merge.one)
-                factors.setdefault(reader.kernel, []).append((merge.key_path, factor))
-                if merge.shift is not None and reader.bias is not None:
-                    shifted[reader.bias] = (merge.shift, reader)
-            if merge.shift is not None:
-                fills[merge.shift] = 0.0
-        for scale in self.scales:
-            fills[scale.key_path] = 1.0
-            for path, axes in scale.targets:
-                factors.setdefault(path, []).append((scale.key_path, Factor(axes)))
         found: dict[str, LeafEdit] = {}
-        changed = {*sets, *factors, *shifted}
-        in_order = [leaf.key_path for leaf in self.leaves if leaf.key_path in changed]
-        for path in (*(p for p in in_order if p in shifted), *in_order):
-            sources, scaled = (
-                zip(*factors.get(path, ()), strict=True) if path in factors else ((), ())
-            )
-            recipe = Recipe(factors=scaled, sets=sets.get(path, ()))
-            if path in shifted:
-                shift, reader = shifted[path]
-                sources = (shift, reader.kernel, *sources)
-                recipe = replace(recipe, axes=reader.axes, summed=reader.summed)
-            found.setdefault(path, LeafEdit(sources, recipe))
-        return found | {path: LeafEdit((), Recipe(fill)) for path, fill in fills.items()}
+        for name in IN_ORDER:
+            for edit in self.sections[name]:
+                for path, change in edit.changes():
+                    found[path] = found[path].then(change) if path in found else change
+        in_order = [leaf.key_path for leaf in self.leaves if leaf.key_path in found]
+        return {path: found[path] for path in sorted(in_order, key=lambda p: _stage(found[p]))}
 
     def _refuse(self, too_large: dict[int, Any]) -> None:
         for i, overflow in too_large.items():
@@ -190,12 +171,10 @@ class FoldPlan:
         """
         old = {leaf.key_path: leaf.shape for leaf in self.leaves}
         fit = Fit(argument, names, old, {path: shapes[names[path]] for path in self.leaf_edits()})
-        return FoldPlan(
-            leaves=tuple(LeafSpec(path, shape) for path, shape in shapes.items()),
-            edits=tuple(map(fit.center, self.edits)),
-            scales=tuple(map(fit.scale, self.scales)),
-            affine=tuple(map(fit.affine, self.affine)),
-        )
+        sections: dict[str, Any] = {
+            name: tuple(edit.refit(fit) for edit in edits) for name, edits in self.sections.items()
+        }
+        return FoldPlan(tuple(LeafSpec(path, shape) for path, shape in shapes.items()), **sections)
 
     def to_json(self) -> str:
         """The plan as JSON text, readable by `from_json` of the same `version`.
@@ -220,13 +199,14 @@ class FoldPlan:
           ``key_path``: the kernels are multiplied by the leaf plus one, and it is set to zero.
         - ``version``: 2; 3 if there is an ``affine``; 4 if in one of these ``one`` is 0.
         """
-        data: dict[str, Any] = asdict(self) | {"version": self.version}
-        if not self.affine:
-            del data["affine"]
-        elif self.version == 3:
-            for merge in data["affine"]:
-                del merge["one"]
-        return json.dumps(data, indent=1)
+        version = self.version
+        sections = {
+            name: [edit.to_json(version) for edit in edits]
+            for name, edits in self.sections.items()
+            if version >= KINDS[name].SINCE
+        }
+        leaves = [asdict(leaf) for leaf in self.leaves]
+        return json.dumps({"leaves": leaves, **sections, "version": version}, indent=1)
 
     @staticmethod
     def from_json(text: str) -> FoldPlan:
@@ -236,7 +216,22 @@ class FoldPlan:
             PlanFormatError: `text` is not such JSON, of another version, or its parts do not
                 fit together.
         """
-        return FoldPlan(*parse(text))
+        return FoldPlan(**parse(text, KINDS))
+
+
+KINDS: dict[str, type[Edit]] = {
+    name: get_args(hint)[0]
+    for name, hint in get_type_hints(FoldPlan).items()
+    if issubclass(get_args(hint)[0], Edit)
+}
+"""The kind of edits in each field of a plan, and in the section of the same name of its file."""
+IN_ORDER = (*reversed(KINDS),)
+"""The order in which several kinds change one leaf."""
+
+
+def _stage(edit: LeafEdit) -> int:
+    """When a leaf is edited: before those that it takes, which are filled last."""
+    return 0 if edit.recipe.summed else 1 if edit.recipe.fill is None else 2
 
 
 def check_donate(donate: Any) -> None:

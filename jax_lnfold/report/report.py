@@ -13,7 +13,9 @@ from rich.console import RenderableType
 from .._compat import ClosedJaxpr
 from ..axes.axis_set import AxisSet
 from ..errors import NotAnalysedError
-from ..plan.edits import AffineEdit, CenterEdit, ScaleEdit
+from ..plan.edits.affine import AffineEdit
+from ..plan.edits.center import CenterEdit
+from ..plan.edits.scale import ScaleEdit
 from ..program.graph import Place
 from ..rewrite.defer import Deferral
 from ..trees import first_line
