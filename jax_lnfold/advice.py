@@ -7,7 +7,7 @@ from .graph import Graph, Op
 from .placement import Placement, Reason
 from .planning import TRAINING
 from .primitives import ELEMENTWISE, IDENTITIES, MOVES, NONLINEAR, OPAQUE, STOP
-from .rules import RULES
+from .rules import RULES, is_nonlinear
 
 
 def advice(placement: Placement, reason: Reason) -> str:
@@ -33,11 +33,14 @@ def advice(placement: Placement, reason: Reason) -> str:
         if _sources(graph, op.inputs[0]) & _sources(graph, op.inputs[1]):
             return "end with a linear layer after this nonlinearity"
         return "gate by one number per token or per head instead of one per channel"
-    if op.name in NONLINEAR:
+    if is_nonlinear(op.name):
         return "end with a linear layer after this nonlinearity"
-    if op.name not in RULES and op.name not in OPAQUE:
-        return "nothing is known of this operation: write it with primitives that have a rule"
-    return ""
+    if op.name in RULES:
+        return ""
+    last = "end with a linear layer after it"
+    if op.name in OPAQUE:
+        return last
+    return f"write this operation with primitives that have a rule, or {last}"
 
 
 def _to_keep_quiet(graph: Graph, noticed: Blocker, leaf: int | None = None) -> str:

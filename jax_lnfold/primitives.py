@@ -118,3 +118,12 @@ UNSEEN = _with_reasons(
     }
 )
 """Primitives that are not looked into: why. Reports count them, as they do unknown ones."""
+
+
+def why_without_rule(name: str) -> str:
+    """What is said of a primitive that has no rule; a clause."""
+    if name in OPAQUE:
+        return f"passes on neither means nor shifts, as it {OPAQUE[name]}"
+    if name in UNSEEN:
+        return f"is not looked into, as it {UNSEEN[name]}"
+    return "has no rule: what it does to means and shifts is not known"
