@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
@@ -17,9 +17,9 @@ from ._compat import (
     Var,
     has_effects,
     is_tracer,
-    source_line,
 )
 from .axes import AxisSet
+from .frames import UNKNOWN, Line, source_line
 from .lanes import Lanes
 from .primitives import COMMUTATIVE, MOVES, PURE
 from .printable import printable
@@ -57,7 +57,7 @@ class Op:
     `calls` are the call equations around it, innermost first; if it `stands_in`, it is a part of
     what the innermost one means. `role` names what a loop or a conditional does with one value
     (see `JOINS` and `rules.control`), empty for other equations; `carry` is the number of the
-    carry that a loop joins.
+    carry that a loop joins. `caller` is the line that calls a model which a package defines.
     """
 
     index: int
@@ -70,6 +70,7 @@ class Op:
     role: str = ""
     carry: int | None = None
     stands_in: bool = False
+    caller: Callable[[], Line] = lambda: UNKNOWN
 
     @property
     def name(self) -> str:
@@ -90,7 +91,7 @@ class Op:
     def place(self) -> Place:
         """What a person may look for."""
         name = (self.calls[0] if self.stands_in else self.eqn).primitive.name
-        return Place(name, self.module, *source_line((self.eqn, *self.calls)))
+        return Place(name, self.module, *source_line((self.eqn, *self.calls), self.caller()))
 
 
 NO_RULE = "opaque"

@@ -18,6 +18,7 @@ from .facts import Blocker, Claim, Facts, solve
 from .graph import Graph, Op
 from .mincut import MinCut
 from .norms import LayerNorm, find_norms
+from .primitives import PRODUCTS
 from .scales import ScaleMerge, find_merges
 from .zeromean import UNIT, ZeroMeanGraph
 
@@ -28,13 +29,17 @@ class Reason:
 
     The `obstacle` keeps its input from being zero-mean, `noticed` is what would notice an explicit
     centering of the input (None: it would only cost too much). `carry` is the loop on the way from
-    one to the other; `leaf` is the parameter that the obstacle keeps from being edited, if any.
+    one to the other, `product` a matrix product of data there, which leaves the axes of the mean
+    alone. `leaf` is the parameter that the obstacle keeps from being edited, if any; `claim` says
+    of which value, along which axes, the obstacle keeps the mean.
     """
 
     obstacle: Blocker | None
     noticed: Blocker | None
     carry: Op | None = None
     leaf: int | None = None
+    product: Op | None = None
+    claim: Claim | None = None
 
     def __str__(self) -> str:
         """The reason as a sentence without its stop."""
@@ -266,11 +271,12 @@ def _explain(search: ZeroMeanGraph, root: Claim, zero: Container[Claim]) -> Reas
 def _reason(search: ZeroMeanGraph, chain: Sequence[Claim], obstacle: Blocker) -> Reason:
     """The reason for the last claim of `chain`, each of which rests on the one before it."""
     graph = search.facts.graph
-    makers = (made[0] for value, _ in chain if (made := graph.producer[value]) is not None)
-    carries = (op for op in makers if op.carry is not None)
+    makers = [made[0] for value, _ in chain if (made := graph.producer[value]) is not None]
+    carry = next((op for op in makers if op.carry is not None), None)
     leaf, noticed = chain[0][0], search.nodes[chain[-1]].intolerant
     if leaf not in graph.leaves:
-        return Reason(obstacle, noticed, next(carries, None))
+        product = next((op for op in makers if op.name in PRODUCTS and op != obstacle.op), None)
+        return Reason(obstacle, noticed, carry, product=product, claim=chain[0])
     # A parameter's shift may pass what a token's own does not: the stream's reason is the nearer.
     known = noticed if search.nodes[chain[0]].intolerant else None
-    return Reason(known or obstacle, noticed, next(carries, None), leaf)
+    return Reason(known or obstacle, noticed, carry, leaf, claim=chain[0])

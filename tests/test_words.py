@@ -5,7 +5,10 @@ Small programs, one for each kind of thing in the way, stand next to others that
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,9 +16,11 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen, nnx
 from jax import lax
 
 import jax_lnfold
+from jax_lnfold.program import trace
 from jax_lnfold.report import Report
 
 D = 12
@@ -156,3 +161,234 @@ def test_who_else_reads_a_stream(read: Callable[[Any], Any], why: str) -> None:
 
     (norm,) = report_of(apply).norms
     assert norm.reason.endswith(f") {why}")
+
+
+# --- scales and gates ----------------------------------------------------------------------------
+
+PRE_LN = "normalise inside the branch (pre-LN): here a LayerNorm's scale writes last"
+BATCH_NORM = "normalise inside the branch: here a BatchNorm's scale writes last"
+MERGE = "merge this scale into the linear layer before it"
+GATE = "gate by one number per token or per head instead of one per channel"
+VECTORS = {name: jax.ShapeDtypeStruct((D,), jnp.float32) for name in ("g", "b", "g2")}
+GATED = PARAMS | VECTORS | {"table": jax.ShapeDtypeStruct((5, D), jnp.float32)}
+GATED |= {name: jax.ShapeDtypeStruct((D, D), jnp.float32) for name in ("gate", "gate2")}
+
+
+def normalised(s: jax.Array) -> jax.Array:
+    return jax.nn.standardize(s, epsilon=1e-6)
+
+
+def root_mean_square(s: jax.Array) -> jax.Array:
+    return s * lax.rsqrt(jnp.mean(s * s, -1, keepdims=True) + 1e-6)
+
+
+def scale_on_root(p: Any, s: jax.Array) -> jax.Array:
+    """As Flax writes it: the scale is multiplied to the root first."""
+    centered = s - s.mean(-1, keepdims=True)
+    return centered * (lax.rsqrt(s.var(-1, keepdims=True) + 1e-6) * p["g"]) + p["b"]
+
+
+def scale_apart(p: Any, s: jax.Array) -> jax.Array:
+    """No difference is formed: ``x a - mean a``, with a scale in a."""
+    a = p["g"] / jnp.sqrt(s.var(-1, keepdims=True) + 1e-6)
+    return s * a + (p["b"] - s.mean(-1, keepdims=True) * a)
+
+
+def of_batch(p: Any, s: jax.Array) -> jax.Array:
+    root = lax.rsqrt(s.var((0, 1)) + 1e-6)
+    return (s - s.mean((0, 1))) * (root * p["g"]) + p["b"]
+
+
+def with_statistics(p: Any, s: jax.Array) -> jax.Array:
+    return (s - p["b"]) * (lax.rsqrt(p["g2"] + 1e-6) * p["g"])
+
+
+def on_stem(write: Callable[[Any, jax.Array], jax.Array]) -> Start:
+    return lambda p, x: write(p, stem(p, x))
+
+
+SCALED: dict[str, tuple[Start, str]] = {
+    "a LayerNorm's scale": (on_stem(lambda p, s: normalised(s) * p["g"]), PRE_LN),
+    "the scale first": (on_stem(lambda p, s: p["g"] * normalised(s)), PRE_LN),
+    "on the root": (on_stem(scale_on_root), PRE_LN),
+    "apart": (on_stem(scale_apart), PRE_LN),
+    "one plus a scale": (on_stem(lambda p, s: normalised(s) * (1 + p["g"])), PRE_LN),
+    "a divisor": (on_stem(lambda p, s: normalised(s) / p["g"]), PRE_LN),
+    "a scale from data": (
+        on_stem(lambda p, s: normalised(s) * (1 + jnp.tanh(s[:, :1] @ p["gate"]))),
+        PRE_LN,
+    ),
+    "a gate behind a LayerNorm's shift": (
+        on_stem(lambda p, s: (normalised(s) * p["g"] + p["b"]) * (s[:, :1] @ p["gate"])),
+        GATE,
+    ),
+    "a gate from data": (on_stem(lambda p, s: s * jnp.tanh(s[:, :1] @ p["gate"])), GATE),
+    "a gated layer": (
+        on_stem(lambda p, s: jax.nn.sigmoid(s @ p["gate"]) * (s @ p["gate2"])),
+        GATE,
+    ),
+    "a scale of a nonlinearity": (
+        on_stem(lambda p, s: jnp.tanh(s) * p["g"]),
+        "end with a linear layer after this scale",
+    ),
+    "an RMSNorm's scale": (
+        on_stem(lambda p, s: root_mean_square(s) * p["g"]),
+        "end with a linear layer after this scale",
+    ),
+    "a product with itself": (on_stem(lambda p, s: s * s), NONLINEARITY),
+    "a swish": (on_stem(lambda p, s: s * jax.nn.sigmoid(s)), NONLINEARITY),
+    "a quotient": (on_stem(lambda p, s: p["g"] / s), NONLINEARITY),
+    "a table of scales": (on_stem(lambda p, s: s * p["table"]), ""),
+    "a BatchNorm in training": (on_stem(of_batch), BATCH_NORM),
+}
+
+
+@pytest.mark.parametrize("case", SCALED)
+def test_scales_and_gates(case: str) -> None:
+    start, expected = SCALED[case]
+    (insertion,) = report_of(stream(start), GATED).insertions
+    assert insertion.advice == expected
+
+
+def test_scales_that_a_layer_takes_up_need_no_words() -> None:
+    for start in (on_stem(lambda p, s: s * p["g"]), on_stem(with_statistics)):
+        report = report_of(stream(start), GATED)
+        assert report.n_inserted == 0 or report.insertions[0].advice == MERGE
+
+
+def test_a_scale_that_is_read_twice_could_be_merged_by_hand() -> None:
+    def start(p: Any, x: jax.Array) -> jax.Array:
+        s = stem(p, x)
+        return s * p["g"] + jnp.tanh(s).sum(-1, keepdims=True)
+
+    for insertion in report_of(stream(start), GATED).insertions:
+        assert insertion.advice == MERGE
+
+
+def linen_tower() -> tuple[Callable[..., Any], Any]:
+    class Tower(linen.Module):
+        @linen.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            s = linen.LayerNorm()(linen.Dense(D)(x))
+            for _ in range(2):
+                s = s + linen.Dense(D)(linen.LayerNorm()(s))
+            return linen.Dense(3)(linen.LayerNorm()(s))
+
+    tower = Tower()
+    return tower.apply, jax.eval_shape(tower.init, jax.random.key(0), X)
+
+
+def nnx_tower() -> tuple[Callable[..., Any], Any]:
+    class Tower(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.stem, self.head = nnx.Linear(7, D, rngs=rngs), nnx.Linear(D, 3, rngs=rngs)
+            self.norms = nnx.List([nnx.LayerNorm(D, rngs=rngs) for _ in range(4)])
+            self.layers = nnx.List([nnx.Linear(D, D, rngs=rngs) for _ in range(2)])
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            s = self.norms[0](self.stem(x))
+            for norm, layer in zip(self.norms[1:3], self.layers, strict=True):
+                s = s + layer(norm(s))
+            return self.head(self.norms[3](s))
+
+    graph, state = nnx.split(Tower(nnx.Rngs(0)))
+    return lambda state, x: nnx.merge(graph, state)(x), state
+
+
+def equinox_tower() -> tuple[Callable[..., Any], Any]:
+    eqx = pytest.importorskip("equinox")
+    keys = jax.random.split(jax.random.key(0), 4)
+    sizes = ((7, D), (D, D), (D, D), (D, 3))
+    layers = [eqx.nn.Linear(*size, key=key) for size, key in zip(sizes, keys, strict=True)]
+    tree, static = eqx.partition((layers, [eqx.nn.LayerNorm(D) for _ in sizes]), eqx.is_array)
+
+    def one(layers: Any, norms: Any, x: jax.Array) -> jax.Array:
+        s = norms[0](layers[0](x))
+        for norm, layer in zip(norms[1:3], layers[1:3], strict=True):
+            s = s + layer(norm(s))
+        return layers[3](norms[3](s))
+
+    def apply(tree: Any, x: jax.Array) -> jax.Array:
+        return jax.vmap(jax.vmap(lambda x: one(*eqx.combine(tree, static), x)))(x)
+
+    return apply, tree
+
+
+def plain_tower() -> tuple[Callable[..., Any], Any]:
+    return stream(on_stem(scale_on_root)), GATED
+
+
+@pytest.mark.parametrize("build", [linen_tower, nnx_tower, equinox_tower, plain_tower])
+def test_a_layer_norm_is_known_by_its_arithmetic(
+    build: Callable[[], tuple[Callable[..., Any], Any]],
+) -> None:
+    apply, params = build()
+    report = report_of(apply, params)
+    (insertion,) = report.insertions
+    assert (report.n_folded, insertion.advice) == (4, PRE_LN)
+    assert "`mul` (" in insertion.reason
+    assert "test_words.py:" in insertion.reason
+
+
+# --- source lines --------------------------------------------------------------------------------
+
+MODEL = """
+import jax, jax.numpy as jnp
+
+def norm(p, s):
+    return jax.nn.standardize(s) * p["g"] + p["b"]
+
+def block(p, s):
+    return s + jnp.tanh(norm(p, s)) @ p["first"]
+
+def model(p, x):
+    s = jnp.tanh(x @ p["stem"])
+    for _ in range(2):
+        s = block(p, s)
+    return norm(p, s) @ p["head"]
+"""
+
+
+@pytest.fixture
+def packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A model that is defined in an installed package."""
+    folder = tmp_path / "lib" / "site-packages"
+    folder.mkdir(parents=True)
+    (folder / "packaged_model.py").write_text(MODEL)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "packaged_model", raising=False)
+    return importlib.import_module("packaged_model")
+
+
+def test_lines_of_a_model_in_a_package(packaged: Any) -> None:
+    for apply in (packaged.model, lambda p, x: packaged.model(p, x)):
+        report = report_of(apply, GATED)
+        assert {norm.path for norm in report.norms} == {"packaged_model.py:5"}
+        (insertion,) = report.insertions
+        assert insertion.after == "`tanh` (packaged_model.py:11)"
+
+
+def test_lines_of_a_model_of_ones_own_with_layers_of_a_package(packaged: Any) -> None:
+    def apply(p: Any, x: jax.Array) -> jax.Array:
+        s = jnp.tanh(x @ p["stem"])
+        s = s + packaged.norm(p, s) @ p["first"]
+        s = packaged.block(p, s)
+        return packaged.norm(p, s) @ p["head"]
+
+    report = report_of(apply, GATED)
+    start = apply.__code__.co_firstlineno
+    assert [norm.path for norm in report.norms] == [f"test_words.py:{start + n}" for n in (2, 3, 4)]
+
+
+@pytest.mark.parametrize("build", [linen_tower, nnx_tower, equinox_tower, plain_tower])
+def test_no_line_of_a_framework(build: Callable[[], tuple[Callable[..., Any], Any]]) -> None:
+    apply, params = build()
+    graph = trace(apply, params, (X,)).graph()
+    assert {Path(op.place().file).name for op in graph.ops} <= {"test_words.py", ""}
+    assert any(op.place().line for op in graph.ops)
+
+
+def test_a_layer_of_a_framework_alone_has_no_line() -> None:
+    norm = linen.LayerNorm()
+    graph = trace(norm.apply, norm.init(jax.random.key(0), jnp.ones((2, D))), (jnp.ones((2, D)),))
+    assert {op.place().where for op in graph.graph().ops} == {""}
