@@ -16,6 +16,7 @@ from .rules import RULES, is_nonlinear
 _SAME = IDENTITIES | MOVES | {STOP}
 _SUMS = _SAME | frozenset("add add_any sub neg".split())
 _LAST = "end with a linear layer after"
+_KNOWN_BEFORE = "store this, which is made of parameters alone, as a parameter"
 
 
 def advice(placement: Placement, reason: Reason) -> str:
@@ -37,6 +38,9 @@ def advice(placement: Placement, reason: Reason) -> str:
         return TRAINING
     if any(v in graph.noise for v in op.outputs):
         return "center this noise, or draw one number per token"
+    if graph.data_free[op.outputs[0]]:
+        fixed = graph.fixed[op.outputs[0]]
+        return "center this table where it is made" if fixed else _KNOWN_BEFORE
     if op.name in ("mul", "div"):
         return _to_scale_evenly(placement, reason, op)
     if is_nonlinear(op.name):
@@ -87,8 +91,6 @@ def _to_merge(placement: Placement, reason: Reason, scale: int, scaled: int) -> 
     graph = placement.graph
     if reason.claim is None or not _is_vector(placement, scale, reason.claim[1]):
         return ""
-    if graph.data_free[scaled]:
-        return "merge this scale into the parameter that it scales"
     if _is_linear_layer(graph, scaled):
         return "merge this scale into the linear layer before it"
     return f"{_LAST} this scale"
@@ -144,13 +146,28 @@ def _to_keep_quiet(graph: Graph, noticed: Blocker, leaf: int | None = None) -> s
     op = noticed.op
     if op is not None and op.index in graph.dropouts:
         return TRAINING
-    if op is None or noticed.is_output:
-        return "return the normalised values instead of the stream itself"
+    if noticed.is_output:
+        return _to_return_less(graph, noticed)
+    if op is None:
+        return ""
     if leaf is not None and _reads(graph, op, leaf):
         return "give this operation a parameter of its own (untie it)"
     if op.name in ("dot_general", "conv_general_dilated", *NONLINEAR):
         return "let this operation read the stream through a LayerNorm"
     return ""
+
+
+def _to_return_less(graph: Graph, noticed: Blocker) -> str:
+    """About outputs that are the stream itself; of others, the only one that is left is named."""
+    cure = "return the normalised values instead of the stream itself"
+    tops = {path[0] for _, path in graph.output_paths if path}
+    others = tops - {path[0] for path in noticed.outputs if path}
+    if len(graph.output_paths) == len(noticed.outputs):
+        return cure
+    cure += ". Or leave this output out"
+    if len(tops) == 2 and len(others) == 1 and "<" not in (rest := others.pop()):
+        cure += f": `lambda params, *inputs: apply(params, *inputs){rest}`"
+    return cure
 
 
 def _reads(graph: Graph, op: Op, value: int) -> bool:

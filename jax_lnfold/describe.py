@@ -97,7 +97,7 @@ def _edited_bytes(graph: Graph, plan: FoldPlan, key_paths: list[str]) -> int:
 def _why_inserted(reason: Reason) -> str:
     if reason.obstacle is None or reason.leaf is None:
         return str(reason.obstacle or "")
-    return f"a parameter that feeds it cannot be centered, as {reason.obstacle}"
+    return f"a parameter that feeds it cannot be centered, as {reason.obstacle}{reason.named}"
 
 
 def _is_widened(graph: Graph, leaf: int) -> bool:

@@ -34,14 +34,23 @@ from ._compat import (
 from .collector import collector_paused
 from .dropout import dropped_operand, note_noise
 from .frames import UNKNOWN, Line, calling_line
-from .graph import DROPOUT, NO_RULE, QUANTIZE, CallPath, Graph, Op
+from .graph import DROPOUT, NO_RULE, QUANTIZE, CallPath, Graph, Op, OutputPath
 from .lanes import Lanes, collect, per_lane, spread, with_lanes
 from .trees import is_editable
 
 
 @collector_paused()
-def flatten(closed: ClosedJaxpr, n_leaves: int, see_through_dropout: bool = False) -> Graph:
-    """The graph of `closed`, whose first `n_leaves` inputs are the parameter leaves."""
+def flatten(
+    closed: ClosedJaxpr,
+    n_leaves: int,
+    see_through_dropout: bool = False,
+    leaf_paths: Sequence[str] = (),
+    output_paths: Sequence[OutputPath] = (),
+) -> Graph:
+    """The graph of `closed`, whose first `n_leaves` inputs are the parameter leaves.
+
+    The paths of these, and of the outputs, are what reports call them.
+    """
     graph, jaxpr = Graph(), open_jaxpr(closed)
     avals = (v.aval for v in jaxpr.invars)
     inputs = [graph.new_value(aval, (), i < n_leaves, False) for i, aval in enumerate(avals)]
@@ -49,6 +58,8 @@ def flatten(closed: ClosedJaxpr, n_leaves: int, see_through_dropout: bool = Fals
     frame = _Frame(caller=cache(partial(calling_line, jaxpr.eqns)))
     results = _Walker(graph, see_through_dropout).walk(jaxpr, consts_of(closed), inputs, frame)
     graph.outputs = frozenset(results)
+    graph.leaf_paths = dict(zip(graph.leaves, leaf_paths, strict=False))
+    graph.output_paths = [*zip(results, output_paths, strict=False)]
     graph.link_uses()
     return graph
 

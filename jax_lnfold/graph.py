@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Container, Hashable
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
@@ -26,6 +26,8 @@ from .printable import printable
 
 CallPath = tuple[int, ...]
 """Equation indices of the calls around a jaxpr, outermost first."""
+OutputPath = tuple[str, ...]
+"""What picks an output from what a function returns, such as ``("[1]", "['stem']")``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,8 @@ class Graph:
         self.leaves: dict[int, int] = {}  # parameter leaves, with their positions in the tree
         self.same: list[int] = []  # the first value that an equal equation of the module makes
         self.outputs: frozenset[int] = frozenset()
+        self.leaf_paths: dict[int, str] = {}  # of the leaves by value, where they are known
+        self.output_paths: list[tuple[int, OutputPath]] = []  # where each output is, if known
         self.uses: list[list[tuple[Op, int]]] = []
         self.constants: dict[int, Any] = {}
         self.bound: set[int] = set()  # constants that the jaxpr binds to a variable
@@ -149,6 +153,10 @@ class Graph:
         """
         path = self.home[value]
         return any(path[: n + 1] in self.sealed for n in range(len(path)))
+
+    def returned_at(self, values: Container[int]) -> tuple[OutputPath, ...]:
+        """Where in the output tree these values are."""
+        return tuple(path for value, path in self.output_paths if value in values)
 
     def lanes_of(self, value: int) -> Lanes:
         """The mesh axes that the shape of a value ends in: those of the `shard_map` around it."""

@@ -19,6 +19,7 @@ from .graph import Graph, Op
 from .mincut import MinCut
 from .norms import LayerNorm, find_norms
 from .primitives import PRODUCTS
+from .printable import printable
 from .scales import ScaleMerge, find_merges
 from .zeromean import UNIT, ZeroMeanGraph
 
@@ -30,16 +31,23 @@ class Reason:
     The `obstacle` keeps its input from being zero-mean, `noticed` is what would notice an explicit
     centering of the input (None: it would only cost too much). `carry` is the loop on the way from
     one to the other, `product` a matrix product of data there, which leaves the axes of the mean
-    alone. `leaf` is the parameter that the obstacle keeps from being edited, if any; `claim` says
-    of which value, along which axes, the obstacle keeps the mean.
+    alone. `leaf` is the parameter that the obstacle keeps from being edited, if any, with its
+    `leaf_path` unless the stream itself could not be centered; `claim` says of which value, along
+    which axes, the obstacle keeps the mean.
     """
 
     obstacle: Blocker | None
     noticed: Blocker | None
     carry: Op | None = None
     leaf: int | None = None
+    leaf_path: str = ""
     product: Op | None = None
     claim: Claim | None = None
+
+    @property
+    def named(self) -> str:
+        """Which parameter it is, to be put behind a clause."""
+        return f"; this parameter is `{printable(self.leaf_path)}`" if self.leaf_path else ""
 
     def __str__(self) -> str:
         """The reason as a sentence without its stop."""
@@ -51,7 +59,8 @@ class Reason:
         if self.obstacle is None:
             return remedy
         if self.leaf is not None:
-            return f"a parameter that feeds {carry or 'it'} cannot be centered: {self.obstacle}"
+            why = f": {self.obstacle}{self.named}"
+            return f"a parameter that feeds {carry or 'it'} cannot be centered{why}"
         spoilt = f"{carry} cannot be kept so: " if carry else ""
         return f"its input is not zero-mean: {spoilt}{self.obstacle}; {remedy}"
 
@@ -275,8 +284,10 @@ def _reason(search: ZeroMeanGraph, chain: Sequence[Claim], obstacle: Blocker) ->
     carry = next((op for op in makers if op.carry is not None), None)
     leaf, noticed = chain[0][0], search.nodes[chain[-1]].intolerant
     if leaf not in graph.leaves:
-        product = next((op for op in makers if op.name in PRODUCTS and op != obstacle.op), None)
+        behind = makers if not graph.data_free[leaf] else ()
+        product = next((op for op in behind if op.name in PRODUCTS and op != obstacle.op), None)
         return Reason(obstacle, noticed, carry, product=product, claim=chain[0])
     # A parameter's shift may pass what a token's own does not: the stream's reason is the nearer.
     known = noticed if search.nodes[chain[0]].intolerant else None
-    return Reason(known or obstacle, noticed, carry, leaf, claim=chain[0])
+    path = "" if known else graph.leaf_paths.get(leaf, "")
+    return Reason(known or obstacle, noticed, carry, leaf, path, claim=chain[0])

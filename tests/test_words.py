@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -309,7 +310,7 @@ def equinox_tower() -> tuple[Callable[..., Any], Any]:
         return layers[3](norms[3](s))
 
     def apply(tree: Any, x: jax.Array) -> jax.Array:
-        return jax.vmap(jax.vmap(lambda x: one(*eqx.combine(tree, static), x)))(x)
+        return jax.vmap(jax.vmap(partial(one, *eqx.combine(tree, static))))(x)
 
     return apply, tree
 
@@ -392,3 +393,87 @@ def test_a_layer_of_a_framework_alone_has_no_line() -> None:
     norm = linen.LayerNorm()
     graph = trace(norm.apply, norm.init(jax.random.key(0), jnp.ones((2, D))), (jnp.ones((2, D)),))
     assert {op.place().where for op in graph.graph().ops} == {""}
+
+
+# --- outputs and parameters ----------------------------------------------------------------------
+
+RETURN = "return the normalised values instead of the stream itself"
+LEAVE_OUT = f"{RETURN}. Or leave this output out"
+NOT_CENTERED = "a parameter that feeds it cannot be centered"
+
+
+class Pair(NamedTuple):
+    logits: Any
+    aux: Any
+
+
+RETURNED: dict[str, tuple[Callable[[Any, Any, Any], Any], str, str]] = {
+    "second of two": (lambda y, s, t: (y, s), "`[1]`", "[0]"),
+    "first of two": (lambda y, s, t: (s, y), "`[0]`", "[1]"),
+    "inside of the second": (lambda y, s, t: (y, {"stem": s, "x": y}), "`[1]['stem']`", "[0]"),
+    "of three": (lambda y, s, t: (y, y + 1, s), "`[2]`", ""),
+    "by name": (lambda y, s, t: {"logits": y, "aux": s}, "`['aux']`", "['logits']"),
+    "by attribute": (lambda y, s, t: Pair(y, s), "`.aux`", ".logits"),
+    "twice": (lambda y, s, t: (y, [s, {"again": s}]), "`[1][0]`, `[1][1]['again']`", "[0]"),
+    "on both sides": (lambda y, s, t: ([y, s], s), "`[0][1]`, `[1]`", ""),
+    "next to another stream": (lambda y, s, t: (y, {"s": s, "t": t}), "`[1]['s']`", "[0]"),
+}
+
+
+@pytest.mark.parametrize("case", RETURNED)
+def test_which_output_it_is(case: str) -> None:
+    outputs, named, rest = RETURNED[case]
+
+    def apply(p: Any, x: jax.Array) -> Any:
+        s = stem(p, x)
+        return outputs(jax.nn.standardize(s) @ p["head"], s, jnp.tanh(x))
+
+    (norm,) = report_of(apply).norms
+    assert norm.reason == (
+        f"{NOT_CENTERED}: `dot_general` (test_words.py:{stem.__code__.co_firstlineno + 1}) makes "
+        f"a value that is an output: {named}"
+    )
+    example = f": `lambda params, *inputs: apply(params, *inputs){rest}`" if rest else ""
+    assert norm.advice == LEAVE_OUT + example
+    if rest:
+        cured = eval("lambda params, *inputs: apply(params, *inputs)" + rest, {"apply": apply})
+        assert report_of(cured).n_folded == 1
+
+
+def test_the_only_output_is_not_left_out() -> None:
+    report = report_of(lambda p, x: (s := stem(p, x)) + jax.nn.standardize(s))
+    assert [norm.advice for norm in report.norms] == [RETURN]
+    report = report_of(lambda p, x: lax.optimization_barrier((stem(p, x),)))
+    assert report.norms == ()
+
+    def apply(p: Any, x: jax.Array) -> Any:
+        s = stem(p, x)
+        jax.debug.callback(lambda y: None, jax.nn.standardize(s))
+        return s
+
+    (norm,) = report_of(apply).norms
+    assert norm.reason.endswith("makes a value that is an output")
+    assert norm.advice == RETURN
+
+
+def test_a_parameter_that_is_returned() -> None:
+    def apply(p: Any, x: jax.Array) -> Any:
+        return jax.nn.standardize(stem(p, x)) @ p["head"], p["stem"]
+
+    (norm,) = report_of(apply).norms
+    assert norm.reason == (
+        f"{NOT_CENTERED}: what it is given makes a value that is an output: `[1]`; this parameter "
+        "is `stem`"
+    )
+    assert norm.advice.endswith("apply(params, *inputs)[0]`")
+
+
+def test_which_parameter_it_is() -> None:
+    def apply(p: Any, x: jax.Array) -> Any:
+        s = (x @ p["stem"])[:, :, :] @ p["first"]
+        return jax.nn.standardize(s) @ p["head"] + jnp.tanh(p["first"]).sum()
+
+    (norm,) = report_of(apply).norms
+    assert norm.reason.startswith(f"{NOT_CENTERED}: `tanh` (test_words.py:")
+    assert norm.reason.endswith(") notices a shift of its operand; this parameter is `first`")
+    assert norm.advice == "give this operation a parameter of its own (untie it)"
