@@ -12,12 +12,13 @@ import numpy as np
 from .advice import advice
 from .affine import Words
 from .defer import Deferral
-from .graph import Graph, Place
+from .graph import NO_RULE, Graph, Op, Place
 from .norms import LayerNorm
 from .placement import Placement, Reason
 from .plan import FoldPlan
-from .primitives import MOVES
+from .primitives import EXCHANGES, MOVES, OPAQUE
 from .report import Insertion, Norm, Programs, Report, ScaleLeft
+from .rules import RULES
 from .streams import find_events
 
 
@@ -81,7 +82,21 @@ def make_report(
         events=find_events(placement, key_paths),
         n_operations=len(graph.ops),
         programs=programs,
+        unseen=dict(Counter(op.place() for op in graph.ops if _may_hide_norms(graph, op))),
     )
+
+
+def _may_hide_norms(graph: Graph, op: Op) -> bool:
+    """Whether it computes real numbers from such by what is no jaxpr of this program."""
+    name = op.eqn.primitive.name
+    if op.role not in ("", NO_RULE) or name in RULES or name in OPAQUE or name in EXCHANGES:
+        return False
+    return all(any(_is_real(graph, v) for v in values) for values in (op.inputs, op.outputs))
+
+
+def _is_real(graph: Graph, value: int) -> bool:
+    dtype = getattr(graph.avals[value], "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
 
 
 def _in_words(words: Words, key_paths: Sequence[str]) -> str:

@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
 from jax import lax
+from jax.experimental.pallas import pallas_call
 
 import jax_lnfold
 from jax_lnfold.program import trace
-from jax_lnfold.report import Report
+from jax_lnfold.report import Report, summary
 
 D = 12
 NO_MEAN = "does not carry a zero mean from its operands to its result"
@@ -477,3 +479,96 @@ def test_which_parameter_it_is() -> None:
     assert norm.reason.startswith(f"{NOT_CENTERED}: `tanh` (test_words.py:")
     assert norm.reason.endswith(") notices a shift of its operand; this parameter is `first`")
     assert norm.advice == "give this operation a parameter of its own (untie it)"
+
+
+# --- without LayerNorms --------------------------------------------------------------------------
+
+NOTHING = "No LayerNorm found; nothing was changed."
+AFFINE = VECTORS | {
+    "stem": jax.ShapeDtypeStruct((7, D), jnp.float32),
+    "w": jax.ShapeDtypeStruct((D, 3), jnp.float32),
+    "c": jax.ShapeDtypeStruct((3,), jnp.float32),
+}
+
+
+def scaled_rms(p: Any, x: jax.Array) -> jax.Array:
+    return (root_mean_square(stem(p, x)) * p["g"]) @ p["w"] + p["c"]
+
+
+def test_what_is_changed_without_layer_norms() -> None:
+    def folded(**options: Any) -> list[str]:
+        return summary(jax_lnfold.analyze(scaled_rms, AFFINE, X, **options))
+
+    assert folded() == [NOTHING]
+    assert folded(fold_affine=True) == ["No LayerNorm found, 1 scale or shift taken up (192 B)."]
+    assert folded(fold_affine=True, defer_scale=True, deferred_cost=0.0) == [
+        "No LayerNorm found, 1 scale or shift taken up (192 B).",
+        "1 scale deferred behind matrix products.",
+    ]
+
+    def twice(p: Any, x: jax.Array) -> Any:
+        h = root_mean_square(stem(p, x)) * p["g"]
+        return h @ p["w"], h
+
+    first, *others = summary(jax_lnfold.analyze(twice, AFFINE, X, fold_affine=True))
+    assert first == NOTHING
+    assert others[0].startswith("Scale `g` stays: ")
+
+
+def norm_on_host(s: Any) -> Any:
+    return jax.pure_callback(lambda s: s, jax.ShapeDtypeStruct(s.shape, s.dtype), s)
+
+
+def exported(s: Any) -> Any:
+    shape = jax.ShapeDtypeStruct(s.shape, s.dtype)
+    return jax.export.export(jax.jit(jax.nn.standardize))(shape).call(s)
+
+
+def in_kernel(s: Any) -> Any:
+    def kernel(x: Any, y: Any) -> None:
+        y[...] = jax.nn.standardize(x[...])
+
+    return pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(s.shape, s.dtype))(s)
+
+
+HIDDEN = {
+    "pure_callback": norm_on_host,
+    "call_exported": exported,
+    "pallas_call": in_kernel,
+    "strange": strange.bind,
+}
+
+
+@pytest.mark.parametrize("primitive", HIDDEN)
+def test_what_is_not_looked_into(primitive: str) -> None:
+    hidden = HIDDEN[primitive]
+
+    def apply(p: Any, x: jax.Array) -> Any:
+        s = stem(p, x)
+        for _ in range(2):
+            s = s + hidden(s) @ p["first"]
+        return s
+
+    report = report_of(apply)
+    ((place, count),) = report.unseen.items()
+    assert (place.primitive, count) == (primitive, 2)
+    assert summary(report) == [
+        NOTHING,
+        f"LayerNorms are not looked for inside of {place} x2.",
+    ]
+    both = summary(report_of(lambda p, x: jax.nn.standardize(apply(p, x)) @ p["head"]))
+    assert both[0].startswith("0 of 1 LayerNorm folded")
+    assert both[-1] == f"LayerNorms are not looked for inside of {place} x2."
+
+
+def test_what_hides_no_layer_norm() -> None:
+    def apply(p: Any, x: jax.Array) -> Any:
+        s = stem(p, x)
+        jax.debug.callback(lambda y: None, s)
+        keep = jax.pure_callback(lambda k: k, jax.ShapeDtypeStruct((2,), bool), s[:, 0, 0] > 0)
+        noise = jax.random.normal(jax.random.key(0), s.shape)
+        return jnp.sort(lax.cummax(s, axis=1)) * keep[:, None, None] + noise
+
+    report = report_of(apply)
+    assert report.unseen == {}
+    assert summary(report) == [NOTHING]
