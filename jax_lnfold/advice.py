@@ -10,8 +10,9 @@ from .graph import Graph, Op
 from .norms import LayerNorm
 from .placement import Placement, Reason
 from .planning import TRAINING
-from .primitives import ELEMENTWISE, IDENTITIES, MOVES, NONLINEAR, OPAQUE, PRODUCTS, STOP
+from .primitives import ELEMENTWISE, IDENTITIES, MOVES, OPAQUE, PRODUCTS, STOP
 from .rules import RULES, is_nonlinear
+from .trees import is_editable
 
 _SAME = IDENTITIES | MOVES | {STOP}
 _SUMS = _SAME | frozenset("add add_any sub neg".split())
@@ -57,6 +58,8 @@ def _without_operation(graph: Graph, reason: Reason) -> str:
     value = reason.claim[0] if reason.claim else None
     known = graph.leaves.keys() | graph.constants.keys()
     if value is None or value in known or graph.producer[value] is not None:
+        return ""
+    if not is_editable(graph.avals[value].dtype):
         return ""
     return "center this input before the call, or begin with a linear layer"
 
@@ -150,9 +153,9 @@ def _to_keep_quiet(graph: Graph, noticed: Blocker, leaf: int | None = None) -> s
         return _to_return_less(graph, noticed)
     if op is None:
         return ""
-    if leaf is not None and _reads(graph, op, leaf):
+    if leaf is not None and (_reads(graph, op, leaf) or all(graph.data_free[v] for v in op.inputs)):
         return "give this operation a parameter of its own (untie it)"
-    if op.name in ("dot_general", "conv_general_dilated", *NONLINEAR):
+    if op.name in PRODUCTS or op.name not in RULES or is_nonlinear(op.name):
         return "let this operation read the stream through a LayerNorm"
     return ""
 

@@ -572,3 +572,122 @@ def test_what_hides_no_layer_norm() -> None:
     report = report_of(apply)
     assert report.unseen == {}
     assert summary(report) == [NOTHING]
+
+
+# --- nothing of a kind that is not there ---------------------------------------------------------
+
+ALONG = f"{NONLINEARITY}, along the mean: the product behind it is along other axes"
+INPUT = "center this input before the call, or begin with a linear layer"
+STORE = "store this, which is made of parameters alone, as a parameter"
+THROUGH = "let this operation read the stream through a LayerNorm"
+UNTIE = "give this operation a parameter of its own (untie it)"
+MIXED = GATED | {
+    "tokens": jax.ShapeDtypeStruct((5, 5), jnp.float32),
+    "tokens2": jax.ShapeDtypeStruct((5, 5), jnp.float32),
+    "channels": jax.ShapeDtypeStruct((D, 5, 5), jnp.float32),
+}
+
+
+def token_mixer(p: Any, s: jax.Array) -> jax.Array:
+    h = jnp.tanh(s.mT @ p["tokens"]) @ p["tokens2"]
+    return h.mT
+
+
+def channel_mixer(p: Any, s: jax.Array) -> jax.Array:
+    return jnp.tanh(s @ p["gate"])
+
+
+def attention(p: Any, s: jax.Array) -> jax.Array:
+    return jax.nn.softmax(s @ s.mT) @ jnp.tanh(s @ p["gate"])
+
+
+def wide(x: jax.Array) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (0, 0), (0, D - 7)))
+
+
+def noise(s: jax.Array) -> jax.Array:
+    return jax.random.normal(jax.random.key(0), s.shape)
+
+
+MORE_STARTS: dict[str, tuple[Start, str]] = {
+    "products of tokens behind a nonlinearity": (on_stem(token_mixer), ALONG),
+    "no product behind a nonlinearity": (on_stem(channel_mixer), NONLINEARITY),
+    "attention to a nonlinearity": (on_stem(attention), ALONG),
+    "a product for each channel": (
+        on_stem(lambda p, s: jnp.einsum("btc,cts->bsc", s, p["channels"])),
+        "",
+    ),
+    "sums along the mean": (on_stem(lambda p, s: jnp.cumsum(s, -1)), ""),
+    "a reshape across the mean": (on_stem(lambda p, s: s.reshape(2, D, 5).mT), ""),
+    "elements picked along the mean": (
+        on_stem(lambda p, s: jnp.take_along_axis(s, jnp.argsort(s, -1), -1)),
+        "",
+    ),
+    "the largest token": (
+        on_stem(lambda p, s: s - s + s.max(1, keepdims=True)),
+        NONLINEARITY,
+    ),
+    "an input": (lambda p, x: wide(x), INPUT),
+    "an input without a rule": (lambda p, x: jnp.sort(wide(x)), LAST),
+    "a table": (
+        on_stem(lambda p, s: s + jnp.sin(jnp.arange(5.0)[:, None] * jnp.arange(1.0, 1 + D))),
+        "center this table where it is made",
+    ),
+    "a function of a parameter": (lambda p, x: x @ jnp.tanh(p["stem"]), STORE),
+    "a scaled parameter": (lambda p, x: x @ (jnp.exp(p["stem"]) * p["g"]), STORE),
+    "noise": (
+        on_stem(lambda p, s: s + noise(s)),
+        "center this noise, or draw one number per token",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MORE_STARTS)
+def test_advice_is_about_what_is_there(case: str) -> None:
+    start, expected = MORE_STARTS[case]
+    (insertion,) = report_of(stream(start), MIXED).insertions
+    assert insertion.advice == expected
+    assert ("linear layer" in str(insertion)) == ("linear layer" in expected)
+
+
+def test_an_input_that_a_layer_norm_reads() -> None:
+    (norm,) = report_of(lambda p, x: jax.nn.standardize(x) @ p["stem"]).norms
+    assert norm.reason.startswith("its input is not zero-mean: it is an input of the function; ")
+    assert norm.advice == INPUT
+    (insertion,) = report_of(stream(lambda p, x: wide(x) + 0.0)).insertions
+    assert insertion.advice == INPUT
+    x = jax.ShapeDtypeStruct((2, 5, 7), jnp.int32)
+    (norm,) = report_of(lambda p, x: jax.nn.standardize(x * 1.0) @ p["stem"], x=x).norms
+    assert norm.advice == ""
+
+
+READERS: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
+    "a layer": (lambda p, s: s @ p["gate"], THROUGH),
+    "a nonlinearity": (lambda p, s: jnp.tanh(s), THROUGH),
+    "max pooling": (
+        lambda p, s: lax.reduce_window(s, -jnp.inf, lax.max, (1, 2, 1), (1, 1, 1), "SAME"),
+        THROUGH,
+    ),
+    "an order": (lambda p, s: jnp.sort(s), THROUGH),
+    "what has no rule": (lambda p, s: strange.bind(s), THROUGH),
+    "a product for each channel": (
+        lambda p, s: jnp.einsum("btc,cts->bsc", s, p["channels"]),
+        THROUGH,
+    ),
+    "the parameter itself": (lambda p, s: jnp.tanh(p["stem"]), UNTIE),
+    "a multiple of the parameter": (lambda p, s: jnp.tanh(2 * p["stem"]), UNTIE),
+    "its rows": (lambda p, s: jnp.tanh(p["stem"][:3]), UNTIE),
+    "sums across the mean": (lambda p, s: jnp.cumsum(s, -1), ""),
+}
+
+
+@pytest.mark.parametrize("case", READERS)
+def test_who_else_reads(case: str) -> None:
+    read, expected = READERS[case]
+
+    def apply(p: Any, x: jax.Array) -> Any:
+        s = stem(p, x)
+        return jax.nn.standardize(s) @ p["head"], read(p, s).sum()
+
+    (norm,) = report_of(apply, MIXED).norms
+    assert norm.advice == expected
