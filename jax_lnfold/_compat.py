@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
-from pathlib import Path
 from typing import Any
 from weakref import ref
 
@@ -50,7 +49,6 @@ __all__ = [
     "jaxpr_as_fun",
     "manual",
     "open_jaxpr",
-    "source_line",
     "trace_like",
     "trace_settings",
     "varying_axes",
@@ -78,9 +76,6 @@ WALKED = frozenset({*_CALLS, "cond", "scan", "while"})
 
 CUSTOM_RULES = frozenset({"custom_jvp_call", "custom_vjp_call"})
 """Calls whose derivative is not that of their body: values inside must keep their meaning."""
-
-_JAX_PARTS = ("/jax/_src/", "/jaxlib/", Path(__file__).parent.as_posix() + "/", "<")
-_LIBRARY_PARTS = (*_JAX_PARTS, "/site-packages/", "/dist-packages/")
 
 
 def open_jaxpr(jaxpr: ClosedJaxpr | Jaxpr) -> Jaxpr:
@@ -320,22 +315,3 @@ def trace_like(fn: Callable[..., jax.Array], *avals: Any) -> Jaxpr:
     with use_abstract_mesh(outside):
         (eqn,) = open_jaxpr(jax.make_jaxpr(mapped)(spread)).eqns
     return open_jaxpr(eqn.params["jaxpr"])
-
-
-def source_line(eqns: Sequence[JaxprEqn]) -> tuple[str, int]:
-    """File and line of the code that made the first equation, ``("", 0)`` if unknown.
-
-    The user's own code is preferred to that of libraries, and any code to that of jax. Functions
-    that jax has traced before know no caller: the calls around an equation follow it in `eqns`.
-    """
-    for skipped in (_LIBRARY_PARTS, _JAX_PARTS):
-        for file, line in (frame for eqn in eqns for frame in _frames(eqn)):
-            if not any(part in file for part in skipped):
-                return file, line
-    return "", 0
-
-
-def _frames(eqn: JaxprEqn) -> Iterator[tuple[str, int]]:
-    traceback = getattr(eqn.source_info, "traceback", None)
-    for frame in getattr(traceback, "frames", ()):
-        yield frame.file_name.replace("\\", "/"), frame.line_num

@@ -12,12 +12,13 @@ import numpy as np
 from .advice import advice
 from .affine import Words
 from .defer import Deferral
-from .graph import Graph, Place
+from .graph import NO_RULE, Graph, Op, Place
 from .norms import LayerNorm
 from .placement import Placement, Reason
 from .plan import FoldPlan
-from .primitives import MOVES
+from .primitives import EXCHANGES, MOVES, OPAQUE
 from .report import Insertion, Norm, Programs, Report, ScaleLeft
+from .rules import RULES
 from .streams import find_events
 
 
@@ -82,7 +83,21 @@ def make_report(
         events=find_events(placement, key_paths),
         n_operations=len(graph.ops),
         programs=programs,
+        unseen=dict(Counter(op.place() for op in graph.ops if _may_hide_norms(graph, op))),
     )
+
+
+def _may_hide_norms(graph: Graph, op: Op) -> bool:
+    """Whether it computes real numbers from such by what is no jaxpr of this program."""
+    name = op.eqn.primitive.name
+    if op.role not in ("", NO_RULE) or name in RULES or name in OPAQUE or name in EXCHANGES:
+        return False
+    return all(any(_is_real(graph, v) for v in values) for values in (op.inputs, op.outputs))
+
+
+def _is_real(graph: Graph, value: int) -> bool:
+    dtype = getattr(graph.avals[value], "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
 
 
 def _in_words(words: Words, key_paths: Sequence[str]) -> str:
@@ -98,7 +113,7 @@ def _edited_bytes(graph: Graph, plan: FoldPlan, key_paths: list[str]) -> int:
 def _why_inserted(reason: Reason) -> str:
     if reason.obstacle is None or reason.leaf is None:
         return str(reason.obstacle or "")
-    return f"a parameter that feeds it cannot be centered, as {reason.obstacle}"
+    return f"a parameter that feeds it cannot be centered, as {reason.obstacle}{reason.named}"
 
 
 def _is_widened(graph: Graph, leaf: int) -> bool:

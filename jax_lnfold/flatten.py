@@ -7,8 +7,9 @@ are the same value: call boundaries vanish.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -32,32 +33,46 @@ from ._compat import (
 )
 from .collector import collector_paused
 from .dropout import dropped_operand, note_noise
-from .graph import DROPOUT, NO_RULE, QUANTIZE, CallPath, Graph, Op
+from .frames import UNKNOWN, Line, calling_line
+from .graph import DROPOUT, NO_RULE, QUANTIZE, CallPath, Graph, Op, OutputPath
 from .lanes import Lanes, collect, per_lane, spread, with_lanes
 from .trees import is_editable
 
 
 @collector_paused()
-def flatten(closed: ClosedJaxpr, n_leaves: int, see_through_dropout: bool = False) -> Graph:
-    """The graph of `closed`, whose first `n_leaves` inputs are the parameter leaves."""
+def flatten(
+    closed: ClosedJaxpr,
+    n_leaves: int,
+    see_through_dropout: bool = False,
+    leaf_paths: Sequence[str] = (),
+    output_paths: Sequence[OutputPath] = (),
+) -> Graph:
+    """The graph of `closed`, whose first `n_leaves` inputs are the parameter leaves.
+
+    The paths of these, and of the outputs, are what reports call them.
+    """
     graph, jaxpr = Graph(), open_jaxpr(closed)
     avals = (v.aval for v in jaxpr.invars)
     inputs = [graph.new_value(aval, (), i < n_leaves, False) for i, aval in enumerate(avals)]
     graph.leaves = {v: i for i, v in enumerate(inputs[:n_leaves])}
-    results = _Walker(graph, see_through_dropout).walk(jaxpr, consts_of(closed), inputs, _Frame())
+    frame = _Frame(caller=cache(partial(calling_line, jaxpr.eqns)))
+    results = _Walker(graph, see_through_dropout).walk(jaxpr, consts_of(closed), inputs, frame)
     graph.outputs = frozenset(results)
+    graph.leaf_paths = dict(zip(graph.leaves, leaf_paths, strict=False))
+    graph.output_paths = [*zip(results, output_paths, strict=False)]
     graph.link_uses()
     return graph
 
 
 @dataclass(frozen=True, slots=True)
 class _Frame:
-    """Where a jaxpr stands: its path, the module and the calls around it, and its mesh axes."""
+    """Where a jaxpr stands: its path, module, the calls and the caller around it, and mesh axes."""
 
     path: CallPath = ()
     module: str = ""
     calls: tuple[JaxprEqn, ...] = ()
     lanes: Lanes = ()
+    caller: Callable[[], Line] = lambda: UNKNOWN
 
     def inside(self, eqn: JaxprEqn, *key: int) -> _Frame:
         """The frame of a jaxpr that an equation of this one holds."""
@@ -144,6 +159,7 @@ class _Walker:
             role=role,
             carry=carry,
             stands_in=frame.path in self.graph.stand_ins,
+            caller=frame.caller,
         )
         self.graph.add(op)
         return op

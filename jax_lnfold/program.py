@@ -13,21 +13,28 @@ from ._compat import ClosedJaxpr, consts_of, is_tracer, trace_settings, varying_
 from .errors import TraceError, TreeError
 from .exchange import taken_apart
 from .flatten import flatten
-from .graph import Graph
-from .trees import first_line, is_numeric, rebuilt
+from .graph import Graph, OutputPath
+from .trees import first_line, is_numeric, leaf_paths, rebuilt
 
 
 @dataclass(frozen=True)
 class Traced:
-    """The jaxpr of a function of (parameter leaves, input leaves), and the tree it returns."""
+    """The jaxpr of a function of (parameter leaves, input leaves), and the tree it returns.
+
+    `leaf_paths` are the key paths of the parameters, `output_paths` the keys of the outputs.
+    """
 
     closed: ClosedJaxpr
     out_tree: Any
-    n_leaves: int
+    leaf_paths: tuple[str, ...]
+    output_paths: tuple[OutputPath, ...]
 
     def graph(self, see_through_dropout: bool = False) -> Graph:
         """The flat graph of the program."""
-        return flatten(self.closed, self.n_leaves, see_through_dropout)
+        n_leaves = len(self.leaf_paths)
+        return flatten(
+            self.closed, n_leaves, see_through_dropout, self.leaf_paths, self.output_paths
+        )
 
     @property
     def reusable(self) -> bool:
@@ -64,7 +71,13 @@ def trace(apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]) ->
             "Bind Python flags and other static arguments first, as in "
             "functools.partial(model.apply, train=False)"
         ) from error
-    return Traced(taken_apart(closed), jax.tree.structure(shapes), len(leaves))
+    outputs, out_tree = jax.tree_util.tree_flatten_with_path(shapes)
+    return Traced(
+        taken_apart(closed),
+        out_tree,
+        tuple(path for path, _ in leaf_paths(params)),
+        tuple(tuple(jax.tree_util.keystr((key,)) for key in path) for path, _ in outputs),
+    )
 
 
 def signature(params: Any, inputs: tuple[Any, ...]) -> Hashable:

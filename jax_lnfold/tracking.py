@@ -28,7 +28,7 @@ from .response import (
     X,
     stopped,
 )
-from .rules import Context, Opaque, rule_for
+from .rules import Context, Opaque, no_push, rule_for
 
 _EXTREMA = frozenset({"reduce_max", "reduce_min"})
 
@@ -213,7 +213,7 @@ class Tracker:
         for i in hit:
             along = self._shifted(op.inputs[i], operands[i])
             if along is None:
-                return "notices a shift of its operand"
+                return no_push(ctx, i, self.along).why
             pushed = rule.push(ctx, i, along)
             if isinstance(pushed, Opaque):
                 return pushed.why

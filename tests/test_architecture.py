@@ -27,7 +27,7 @@ FLOORS = [
         "response",
         "stopping",
     },
-    {"center", "cost", "exchange", "inline", "lanes", "options", "table", "trees"},
+    {"center", "cost", "exchange", "frames", "inline", "lanes", "options", "table", "trees"},
     {"edits", "graph", "kept", "stores", "targets"},
     {"dropout", "fitting", "orbax_store", "planfile", "safetensors_store"},
     {"arithmetic", "flatten", "formats", "plan"},

@@ -1,7 +1,18 @@
 """Rules for primitives, by family; importing this package fills the registry."""
 
 from . import contraction, control, elementwise, joining, reduction, structural
-from .registry import RULES, Context, Opaque, Pull, Push, Rule, register, rule_for
+from .registry import (
+    RULES,
+    Context,
+    Opaque,
+    Pull,
+    Push,
+    Rule,
+    is_nonlinear,
+    no_push,
+    register,
+    rule_for,
+)
 
 __all__ = [
     "RULES",
@@ -13,7 +24,9 @@ __all__ = [
     "contraction",
     "control",
     "elementwise",
+    "is_nonlinear",
     "joining",
+    "no_push",
     "reduction",
     "register",
     "rule_for",
