@@ -32,7 +32,7 @@ class Reason:
     centering of the input (None: it would only cost too much). `carry` is the loop on the way from
     one to the other, `product` a matrix product of data there, which leaves the axes of the mean
     alone. `leaf` is the parameter that the obstacle keeps from being edited, if any, with its
-    `leaf_path` unless the stream itself could not be centered; `claim` says of which value, along
+    `leaf_path` unless it is all about the stream or an output; `claim` says of which value, along
     which axes, the obstacle keeps the mean.
     """
 
@@ -293,5 +293,6 @@ def _reason(search: ZeroMeanGraph, chain: Sequence[Claim], obstacle: Blocker) ->
         return Reason(obstacle, noticed, carry, product=product, claim=chain[0])
     # A parameter's shift may pass what a token's own does not: the stream's reason is the nearer.
     known = noticed if search.nodes[chain[0]].intolerant else None
-    path = "" if known else graph.leaf_paths.get(leaf, "")
-    return Reason(known or obstacle, noticed, carry, leaf, path, claim=chain[0])
+    why = known or obstacle
+    path = "" if known or why.is_output else graph.leaf_paths.get(leaf, "")
+    return Reason(why, noticed, carry, leaf, path, claim=chain[0])

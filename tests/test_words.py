@@ -464,8 +464,7 @@ def test_a_parameter_that_is_returned() -> None:
 
     (norm,) = report_of(apply).norms
     assert norm.reason == (
-        f"{NOT_CENTERED}: what it is given makes a value that is an output: `[1]`; this parameter "
-        "is `stem`"
+        f"{NOT_CENTERED}: what it is given makes a value that is an output: `[1]`"
     )
     assert norm.advice.endswith("apply(params, *inputs)[0]`")
 
