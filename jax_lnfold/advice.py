@@ -42,8 +42,7 @@ def advice(placement: Placement, reason: Reason) -> str:
     if any(v in graph.noise for v in op.outputs):
         return "center this noise, or draw one number per token"
     if graph.data_free[op.outputs[0]]:
-        fixed = graph.fixed[op.outputs[0]]
-        return "center this table where it is made" if fixed else _KNOWN_BEFORE
+        return _KNOWN_BEFORE
     if op.name in ("mul", "div"):
         return _to_scale_evenly(placement, reason, op)
     if is_nonlinear(op.name):

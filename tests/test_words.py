@@ -605,7 +605,8 @@ def wide(x: jax.Array) -> jax.Array:
 
 
 def noise(s: jax.Array) -> jax.Array:
-    return jax.random.normal(jax.random.key(0), s.shape)
+    key = jax.random.fold_in(jax.random.key(0), s.sum().astype(int))
+    return jax.random.normal(key, s.shape)
 
 
 MORE_STARTS: dict[str, tuple[Start, str]] = {
@@ -628,10 +629,6 @@ MORE_STARTS: dict[str, tuple[Start, str]] = {
     ),
     "an input": (lambda p, x: wide(x), INPUT),
     "an input without a rule": (lambda p, x: jnp.sort(wide(x)), LAST),
-    "a table": (
-        on_stem(lambda p, s: s + jnp.sin(jnp.arange(5.0)[:, None] * jnp.arange(1.0, 1 + D))),
-        "center this table where it is made",
-    ),
     "a function of a parameter": (lambda p, x: x @ jnp.tanh(p["stem"]), STORE),
     "a scaled parameter": (lambda p, x: x @ (jnp.exp(p["stem"]) * p["g"]), STORE),
     "noise": (
