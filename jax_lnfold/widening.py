@@ -133,11 +133,7 @@ class _Widening:
             branches = [partial(self._inside, body) for body in bodies]
             return switch(eqn, operands[0], branches, fixed[0])
         if eqn.primitive.name == "while":
-            return jax.lax.while_loop(
-                lambda carry: self._inside(bodies[0], *fixed[0], *carry)[0],
-                lambda carry: self._inside(bodies[1], *fixed[1], *carry),
-                start,
-            )
+            return self._while(bodies, fixed, start)
 
         def step(carry: list[Any], rows: list[Any]) -> tuple[list[Any], list[Any]]:
             results = self._inside(bodies[0], *fixed[0], *carry, *rows)
@@ -147,6 +143,20 @@ class _Widening:
         length, reverse = control.length, eqn.params["reverse"]
         end, stacked = jax.lax.scan(step, start, rows, length, reverse)
         return [*end, *stacked]
+
+    def _while(self, bodies: list[Any], fixed: list[list[Any]], start: list[Any]) -> list[Any]:
+        def going(carry: list[Any]) -> Any:
+            return self._inside(bodies[0], *fixed[0], *carry)[0]
+
+        def step(carry: list[Any]) -> list[Any]:
+            new, more = self._inside(bodies[1], *fixed[1], *carry), going(carry)
+            if not more.ndim:
+                return new
+            # Loops under `vmap` go on together; those that are done keep what they have.
+            masks = (jnp.expand_dims(more, range(more.ndim, x.ndim)) for x in new)
+            return [jnp.where(*each) for each in zip(masks, new, carry, strict=True)]
+
+        return jax.lax.while_loop(lambda carry: jnp.any(going(carry)), step, start)
 
 
 def _wide(dtype: Any) -> Any:
