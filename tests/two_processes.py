@@ -6,23 +6,13 @@ from __future__ import annotations
 
 import os
 import sys
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
-
-import jax
-
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_enable_x64", True)
-jax.config.update("jax_disable_most_optimizations", True)
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -32,8 +22,23 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jax_lnfold
 
-MESH = jax.make_mesh((8,), ("m",), axis_types=(AxisType.Auto,))
-SPREAD = NamedSharding(MESH, PartitionSpec("m"))
+
+def start(address: str, number: int) -> None:
+    """Four devices here, four there."""
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(address, 2, number)
+    assert len(jax.devices()) == 8
+    assert len(jax.local_devices()) == 4
+
+
+def over_devices(*axes: str) -> NamedSharding:
+    """On all devices of both processes: the first axis cut, or whole copies."""
+    mesh = jax.make_mesh((8,), ("m",), axis_types=(AxisType.Auto,))
+    return NamedSharding(mesh, PartitionSpec(*axes))
 
 
 class Model(nn.Module):
@@ -48,14 +53,14 @@ class Model(nn.Module):
             y = nn.Dense(16)(nn.relu(nn.Dense(24)(nn.LayerNorm()(h))))
             h = h + nn.Dropout(self.dropped, deterministic=not self.dropped)(y)
         y = nn.Dense(8)(nn.LayerNorm()(h))
-        return jax.lax.with_sharding_constraint(y, SPREAD)
+        return jax.lax.with_sharding_constraint(y, over_devices("m"))
 
 
 def spread(x: Any) -> jax.Array:
     """The array over the devices of both processes, along its first axis where that can be cut."""
     host = np.asarray(x)
     even = host.ndim and host.shape[0] % 8 == 0
-    sharding = SPREAD if even else NamedSharding(MESH, PartitionSpec())
+    sharding = over_devices("m") if even else over_devices()
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
@@ -68,6 +73,12 @@ def gap(a: Any, b: Any) -> float:
     """The largest difference of two trees."""
     gaps = jax.tree.map(lambda x, y: np.max(np.abs(x - y), initial=0), whole(a), whole(b))
     return max(jax.tree.leaves(gaps))
+
+
+@partial(jax.jit, static_argnums=1)
+def cast(tree: Any, dtype: Any) -> Any:
+    """The tree in another dtype."""
+    return jax.tree.map(lambda x: x.astype(dtype), tree)
 
 
 def model() -> tuple[Callable[..., Any], Any, jax.Array]:
@@ -108,7 +119,7 @@ def check_training(folded: jax_lnfold.Folded) -> None:
     """One step under the constraint is a step of the original."""
     fn, _, x = model()
     tx = optax.chain(optax.sgd(0.1), jax_lnfold.center_updates(folded.plan))
-    state = tx.init(folded.params)
+    state = jax.jit(tx.init)(folded.params)
 
     @jax.jit
     def step(params: Any, state: Any, x: jax.Array) -> tuple[Any, Any]:
@@ -126,13 +137,11 @@ def check_training(folded: jax_lnfold.Folded) -> None:
 def check_verify(folded: jax_lnfold.Folded) -> None:
     """Both processes know the largest of all errors."""
     fn, params, x = model()
-    low = lambda tree: jax.tree.map(partial(jnp.asarray, dtype=jnp.float32), tree)  # noqa: E731
-    params, x = low(params), low(x)
-    folded = jax_lnfold.fold(fn, params, x)
-    check = jax_lnfold.verify(fn, params, folded, x)
+    params, x, edited = cast((params, x, folded.params), jnp.float32)
+    check = jax_lnfold.verify(fn, params, folded, x, edited=edited)
+    assert check.drift <= 1
     assert check.not_widened == ()
-    wide = jax.tree.map(partial(jnp.asarray, dtype=jnp.float64), (params, x))
-    true = gap(jax.jit(fn)(params, x), jax.jit(fn)(*wide))
+    true = gap(jax.jit(fn)(params, x), jax.jit(fn)(*cast((params, x), jnp.float64)))
     np.testing.assert_allclose(check.original_error, true, rtol=1e-3)
     assert 0 < check.folded_error < 1e-5 * check.scale
 
@@ -166,8 +175,7 @@ def check_checkpoint(folded: jax_lnfold.Folded, folder: Path) -> None:
 
 def main() -> None:
     """All checks, in the same order in both processes."""
-    assert len(jax.devices()) == 8
-    assert len(jax.local_devices()) == 4
+    start(sys.argv[1], int(sys.argv[2]))
     folded = check_fold()
     check_plan(folded)
     check_training(folded)
