@@ -11,7 +11,7 @@ from weakref import ref
 
 import jax
 from jax.api_util import debug_info
-from jax.core import Tracer
+from jax.core import ShapedArray, Tracer
 from jax.extend import linear_util
 from jax.extend.core import (
     ClosedJaxpr,
@@ -36,19 +36,24 @@ __all__ = [
     "Literal",
     "Manual",
     "Var",
+    "array_dtype",
     "at_clear_caches",
     "call_jaxpr",
     "close",
     "consts_of",
     "control_flow",
+    "evaluate",
     "has_effects",
     "is_explicit",
+    "is_known",
     "is_plain_call",
     "is_stranger",
     "is_tracer",
     "jaxpr_as_fun",
     "manual",
     "open_jaxpr",
+    "over_shards",
+    "switch",
     "trace_like",
     "trace_settings",
     "varying_axes",
@@ -221,6 +226,69 @@ _PRIMITIVES = {
 def is_stranger(eqn: JaxprEqn) -> bool:
     """Whether somebody else's primitive goes by the name of one of jax's own."""
     return _PRIMITIVES.get(eqn.primitive.name, eqn.primitive) is not eqn.primitive
+
+
+# Numerical operations of jax that it has no public name for.
+_UNLISTED = frozenset(
+    "composite mesh_cast pcast platform_index psum_invariant pvary ragged_dot_general "
+    "reduce_scatter reshard".split()
+)
+
+
+def is_known(eqn: JaxprEqn) -> bool:
+    """Whether the primitive is an operation of jax's own: no kernel, no call out of it."""
+    name = eqn.primitive.name
+    return not is_stranger(eqn) and (name in _PRIMITIVES or name in WALKED or name in _UNLISTED)
+
+
+def array_dtype(aval: Any) -> Any:
+    """The dtype of an array's type, None for other types: tokens, references."""
+    return aval.dtype if isinstance(aval, ShapedArray) else None
+
+
+def evaluate(eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
+    """The results of one equation, in the context (mesh, settings) that it was traced in."""
+    given, results = [Var(a.aval) for a in eqn.invars], [Var(v.aval) for v in eqn.outvars]
+    alone = eqn.replace(invars=[*given], outvars=results)
+    jaxpr = _no_jaxpr().replace(invars=given, outvars=results, eqns=[alone])
+    return list(jaxpr_as_fun(close(jaxpr, ()))(*operands))
+
+
+@cache
+def _no_jaxpr() -> Jaxpr:
+    return open_jaxpr(jax.make_jaxpr(lambda: ())())
+
+
+def switch(
+    eqn: JaxprEqn, index: Any, branches: Sequence[Callable[..., Any]], operands: Sequence[Any]
+) -> list[Any]:
+    """The `cond` equation with other branches."""
+    platforms = eqn.params.get("branches_platforms")
+    if platforms is None:
+        return list(jax.lax.switch(index, branches, *operands))
+    default, named = None, {}
+    for names, branch in zip(platforms, branches, strict=True):
+        if names is None:
+            default = branch
+        else:
+            named |= dict.fromkeys(names, branch)
+    return list(jax.lax.platform_dependent(*operands, default=default, **named))
+
+
+def over_shards(
+    eqn: JaxprEqn, body: Callable[..., Sequence[Any]], operands: Sequence[Any]
+) -> list[Any]:
+    """The `shard_map` equation with another body."""
+    p = eqn.params
+    mapped = jax.shard_map(
+        lambda *shards: tuple(body(*shards)),
+        mesh=p["mesh"],
+        in_specs=tuple(p["in_specs"]),
+        out_specs=tuple(p["out_specs"]),
+        axis_names=set(p["newly_manual_axes"]),
+        check_vma=p["check_vma"],
+    )
+    return list(mapped(*operands))
 
 
 def is_plain_call(eqn: JaxprEqn) -> bool:

@@ -28,7 +28,7 @@ FLOORS = [
         "stopping",
     },
     {"center", "cost", "exchange", "frames", "inline", "lanes", "options", "table", "trees"},
-    {"edits", "graph", "kept", "stores", "targets"},
+    {"edits", "graph", "kept", "stores", "targets", "widening"},
     {"dropout", "fitting", "orbax_store", "planfile", "safetensors_store"},
     {"arithmetic", "flatten", "formats", "plan"},
     {"rules"},
