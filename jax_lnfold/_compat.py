@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -12,7 +12,7 @@ from weakref import ref
 
 import jax
 from jax.api_util import debug_info
-from jax.core import Tracer
+from jax.core import ShapedArray, Tracer
 from jax.extend import linear_util
 from jax.extend.core import (
     ClosedJaxpr,
@@ -37,20 +37,24 @@ __all__ = [
     "Literal",
     "Manual",
     "Var",
+    "array_dtype",
     "at_clear_caches",
     "call_jaxpr",
     "close",
     "consts_of",
     "control_flow",
+    "evaluate",
     "has_effects",
     "is_explicit",
+    "is_known",
     "is_plain_call",
     "is_stranger",
     "is_tracer",
     "jaxpr_as_fun",
     "manual",
     "open_jaxpr",
-    "source_line",
+    "over_shards",
+    "switch",
     "trace_like",
     "trace_settings",
     "varying_axes",
@@ -81,9 +85,6 @@ CUSTOM_RULES = frozenset({"custom_jvp_call", "custom_vjp_call"})
 
 PACKAGE = Path(__file__).parent.as_posix()
 """The folder of this package."""
-
-_JAX_PARTS = ("/jax/_src/", "/jaxlib/", PACKAGE + "/", "<")
-_LIBRARY_PARTS = (*_JAX_PARTS, "/site-packages/", "/dist-packages/")
 
 
 def open_jaxpr(jaxpr: ClosedJaxpr | Jaxpr) -> Jaxpr:
@@ -231,6 +232,69 @@ def is_stranger(eqn: JaxprEqn) -> bool:
     return _PRIMITIVES.get(eqn.primitive.name, eqn.primitive) is not eqn.primitive
 
 
+# Numerical operations of jax that it has no public name for.
+_UNLISTED = frozenset(
+    "composite mesh_cast pcast platform_index psum_invariant pvary ragged_dot_general "
+    "reduce_scatter reshard".split()
+)
+
+
+def is_known(eqn: JaxprEqn) -> bool:
+    """Whether the primitive is an operation of jax's own: no kernel, no call out of it."""
+    name = eqn.primitive.name
+    return not is_stranger(eqn) and (name in _PRIMITIVES or name in WALKED or name in _UNLISTED)
+
+
+def array_dtype(aval: Any) -> Any:
+    """The dtype of an array's type, None for other types: tokens, references."""
+    return aval.dtype if isinstance(aval, ShapedArray) else None
+
+
+def evaluate(eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
+    """The results of one equation, in the context (mesh, settings) that it was traced in."""
+    given, results = [Var(a.aval) for a in eqn.invars], [Var(v.aval) for v in eqn.outvars]
+    alone = eqn.replace(invars=[*given], outvars=results)
+    jaxpr = _no_jaxpr().replace(invars=given, outvars=results, eqns=[alone])
+    return list(jaxpr_as_fun(close(jaxpr, ()))(*operands))
+
+
+@cache
+def _no_jaxpr() -> Jaxpr:
+    return open_jaxpr(jax.make_jaxpr(lambda: ())())
+
+
+def switch(
+    eqn: JaxprEqn, index: Any, branches: Sequence[Callable[..., Any]], operands: Sequence[Any]
+) -> list[Any]:
+    """The `cond` equation with other branches."""
+    platforms = eqn.params.get("branches_platforms")
+    if platforms is None:
+        return list(jax.lax.switch(index, branches, *operands))
+    default, named = None, {}
+    for names, branch in zip(platforms, branches, strict=True):
+        if names is None:
+            default = branch
+        else:
+            named |= dict.fromkeys(names, branch)
+    return list(jax.lax.platform_dependent(*operands, default=default, **named))
+
+
+def over_shards(
+    eqn: JaxprEqn, body: Callable[..., Sequence[Any]], operands: Sequence[Any]
+) -> list[Any]:
+    """The `shard_map` equation with another body."""
+    p = eqn.params
+    mapped = jax.shard_map(
+        lambda *shards: tuple(body(*shards)),
+        mesh=p["mesh"],
+        in_specs=tuple(p["in_specs"]),
+        out_specs=tuple(p["out_specs"]),
+        axis_names=set(p["newly_manual_axes"]),
+        check_vma=p["check_vma"],
+    )
+    return list(mapped(*operands))
+
+
 def is_plain_call(eqn: JaxprEqn) -> bool:
     """Whether the equation calls a function jitted without options, outside of any mesh."""
     p, plain = eqn.params, _plain_call()
@@ -323,22 +387,3 @@ def trace_like(fn: Callable[..., jax.Array], *avals: Any) -> Jaxpr:
     with use_abstract_mesh(outside):
         (eqn,) = open_jaxpr(jax.make_jaxpr(mapped)(spread)).eqns
     return open_jaxpr(eqn.params["jaxpr"])
-
-
-def source_line(eqns: Sequence[JaxprEqn]) -> tuple[str, int]:
-    """File and line of the code that made the first equation, ``("", 0)`` if unknown.
-
-    The user's own code is preferred to that of libraries, and any code to that of jax. Functions
-    that jax has traced before know no caller: the calls around an equation follow it in `eqns`.
-    """
-    for skipped in (_LIBRARY_PARTS, _JAX_PARTS):
-        for file, line in (frame for eqn in eqns for frame in _frames(eqn)):
-            if not any(part in file for part in skipped):
-                return file, line
-    return "", 0
-
-
-def _frames(eqn: JaxprEqn) -> Iterator[tuple[str, int]]:
-    traceback = getattr(eqn.source_info, "traceback", None)
-    for frame in getattr(traceback, "frames", ()):
-        yield frame.file_name.replace("\\", "/"), frame.line_num

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import numpy as np
 
 from ._compat import ClosedJaxpr, is_tracer, jaxpr_as_fun
 from .errors import FoldError, NotAnalysedError
@@ -172,5 +171,5 @@ def _is_abstract(x: Any) -> bool:
     return isinstance(x, jax.ShapeDtypeStruct) or is_tracer(x)
 
 
-def _run(program: ClosedJaxpr, params: Any, inputs: tuple[Any, ...]) -> list[np.ndarray]:
+def _run(program: ClosedJaxpr, params: Any, inputs: tuple[Any, ...]) -> list[jax.Array]:
     return float_outputs(jax.jit(jaxpr_as_fun(program))(*jax.tree.leaves((params, inputs))))

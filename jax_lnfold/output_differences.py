@@ -1,4 +1,7 @@
-"""Differences between the outputs of two programs."""
+"""Differences between the outputs of two programs, measured where these are.
+
+Arrays may be spread over several processes: no array is fetched, only one number.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,38 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 
-def float_outputs(tree: Any) -> list[np.ndarray]:
-    """The floating-point leaves of a tree of arrays, in float64."""
+def float_outputs(tree: Any) -> list[jax.Array]:
+    """The real and complex leaves of a tree of arrays."""
     arrays = (x for x in jax.tree.leaves(tree) if hasattr(x, "dtype"))
-    return [np.asarray(x, np.float64) for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
+    return [x for x in arrays if jnp.issubdtype(x.dtype, jnp.inexact)]
 
 
-def largest(a: Sequence[np.ndarray]) -> float:
+def largest(a: Sequence[jax.Array]) -> float:
     """The largest magnitude."""
-    return max((float(np.max(np.abs(x), initial=0.0)) for x in a), default=0.0)
+    with jax.enable_x64(True):
+        return float(_largest([*a]))
 
 
-def largest_difference(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> float:
-    """The largest magnitude of ``a - b``."""
-    return largest([x - y for x, y in zip(a, b, strict=True)])
+def largest_difference(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> float:
+    """The largest magnitude of ``a - b``; numbers that are the same, infinite ones too, are 0."""
+    with jax.enable_x64(True):
+        return float(_largest_difference([*a], [*b]))
+
+
+@jax.jit
+def _largest(arrays: list[jax.Array]) -> jax.Array:
+    sizes = [jnp.max(jnp.abs(_wide(x)), initial=0).astype(jnp.float64) for x in arrays]
+    return jnp.max(jnp.stack(sizes), initial=0) if sizes else jnp.zeros(())
+
+
+@jax.jit
+def _largest_difference(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
+    pairs = ((_wide(x), _wide(y)) for x, y in zip(a, b, strict=True))
+    return _largest([jnp.where(x == y, 0, x - y) for x, y in pairs])
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    is_complex = jnp.issubdtype(x.dtype, jnp.complexfloating)
+    return x.astype(jnp.complex128 if is_complex else jnp.float64)

@@ -116,6 +116,18 @@ def center_gradients(plan: FoldPlan) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
+def drift_of(plan: FoldPlan, tree: Any) -> float:
+    """How far a tree that `plan` fits is off what it centers, as `CenterState.drift` says it."""
+    edits = plan.leaf_edits()
+    edited = {path: x for path, x in leaf_paths(tree) if path in edits}
+
+    def worst(leaves: dict[str, Any]) -> jax.Array:
+        drifts = [_drift(x, edits[path].recipe) for path, x in leaves.items()]
+        return jnp.max(jnp.stack([jnp.zeros((), jnp.float32), *drifts]))
+
+    return float(jax.jit(worst)(edited))
+
+
 def _check_plan(plan: FoldPlan, name: str) -> None:
     if not isinstance(plan, FoldPlan):
         raise FoldError(f"plan: a {type(plan).__name__} is no FoldPlan; call {name}(folded.plan)")

@@ -7,60 +7,91 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from .errors import FoldError
 from .folded import Folded
 from .output_differences import float_outputs, largest, largest_difference
 from .program.tracing import trace
+from .training import drift_of
 from .trees import check_devices, check_leaves
+from .widening import run_widened
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """Largest absolute differences over all floating-point outputs.
+    """Largest absolute differences over all real and complex outputs.
 
-    `original_error` and `folded_error` are measured against the original function run with
-    float64 parameters and inputs, `difference` between original and folded in the dtype given.
-    `scale` is the largest magnitude of the reference.
+    `original_error` and `folded_error` are measured against the original program with every float
+    in float64, `difference` between original and folded in the dtypes given. `scale` is the
+    largest magnitude of the reference. `not_widened` names the primitives of the original that
+    float64 does not reach, as ``name`` or ``2 x name``: what they round, the reference rounds, too.
+    `drift` says how far the parameters of the folded program are off what the plan centers, in
+    units of what rounding explains (float; at most 1 of `folded.params`). Above 1, `folded_error`
+    measures that the parameters are not those of a fold, and not what folding costs.
     """
 
     original_error: float
     folded_error: float
     difference: float
     scale: float
+    not_widened: tuple[str, ...] = ()
+    drift: float = 0.0
 
     def __str__(self) -> str:
         """The figures in one line."""
+        kept = f"; not in float64: {', '.join(self.not_widened)}" if self.not_widened else ""
+        off = f"; parameters not centered, by {self.drift:.3g} roundings" if self.drift > 1 else ""
         return (
             f"largest error against float64: original {self.original_error:.3g}, folded "
             f"{self.folded_error:.3g}; largest difference {self.difference:.3g} "
-            f"(outputs up to {self.scale:.3g})"
+            f"(outputs up to {self.scale:.3g}){kept}{off}"
         )
 
 
-def verify(apply_fn: Callable[..., Any], params: Any, folded: Folded, *inputs: Any) -> Verification:
+def verify(
+    apply_fn: Callable[..., Any], params: Any, folded: Folded, *inputs: Any, edited: Any = None
+) -> Verification:
     """Run the original and the folded program, compiled, on `inputs` and measure their errors.
 
-    The reference is `apply_fn` with every floating-point leaf of `params` and `inputs` in float64;
-    computations that the function itself pins to a narrower dtype stay there.
+    The original runs on `params`, the folded program on `edited`. The reference is the program of
+    the original, as traced with these arguments, in which every float is a float64: parameters,
+    inputs, intermediate values, and what the function casts to a narrower dtype. Random numbers
+    are the same and constants have the values that the program holds (a bfloat16 0.1 is 0.1001).
+    What float64 does not reach, as callbacks, kernels and bit patterns, runs in its own dtype and
+    is named in the result.
+
+    Args:
+        apply_fn: the function that was folded.
+        params: its parameters: those that were folded, or after training, the trained ones.
+        folded: what `fold` returned.
+        *inputs: arrays; different shapes than those of the fold will do.
+        edited: the parameters for the folded program, `folded.params` if None. After training with
+            `center_updates` pass the trained tree both here and as `params`: its `drift` is
+            measured.
+
+    Example:
+        ``verify(model.apply, trained, folded, x, edited=trained)``
 
     Raises:
         FoldError: `folded` is not a fold of `apply_fn`, an argument is not fit for it, or the
             outputs have no floating-point array to compare.
+        TreeError: `edited` is not a tree of arrays like those that were folded.
     """
     if not isinstance(folded, Folded):
         raise FoldError(
             f"folded: a {type(folded).__name__} is not what `fold` returns; pass "
             "fold(apply_fn, params, *inputs)"
         )
+    edited = folded.params if edited is None else edited
     check_leaves(params, "params")
+    check_leaves(edited, "edited")
     check_leaves(inputs, "inputs")
+    plan = folded.plan.fitted(edited, whole=True, argument="edited")
     check_devices(params, inputs)
-    trace(apply_fn, params, inputs)
+    check_devices(edited, inputs)
+    traced = trace(apply_fn, params, inputs)
     original = float_outputs(jax.jit(apply_fn)(params, *inputs))
-    result = float_outputs(jax.jit(folded.apply)(folded.params, *inputs))
+    result = float_outputs(jax.jit(folded.apply)(edited, *inputs))
     if not original:
         raise FoldError(
             "apply_fn: returns no floating-point array, so there is nothing to compare; return the "
@@ -70,17 +101,13 @@ def verify(apply_fn: Callable[..., Any], params: Any, folded: Folded, *inputs: A
         raise FoldError(
             "folded: returns other shapes than apply_fn; pass fold(apply_fn, params, *inputs)"
         )
-    with jax.enable_x64(True):
-        wide_params, wide_inputs = jax.tree.map(_widen, (params, inputs))
-        reference = float_outputs(jax.jit(apply_fn)(wide_params, *wide_inputs))
+    outputs, not_widened = run_widened(traced.closed, jax.tree.leaves((params, inputs)))
+    reference = float_outputs(outputs)
     return Verification(
         original_error=largest_difference(original, reference),
         folded_error=largest_difference(result, reference),
         difference=largest_difference(original, result),
         scale=largest(reference),
+        not_widened=not_widened,
+        drift=drift_of(plan, edited),
     )
-
-
-def _widen(x: Any) -> Any:
-    floating = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
-    return jnp.asarray(np.asarray(x, np.float64)) if floating else x

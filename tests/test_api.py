@@ -331,7 +331,7 @@ def test_constant_positions_are_centered_for_nothing(numbers: Any) -> None:
 
     report = fold_checked(apply, {"w": normal(7, 12), "v": normal(12, 2)}, normal(1, 40, 7)).report
     assert (report.n_folded, report.n_inserted, report.constants) == (1, 0, 1)
-    summary = str(report)
+    summary = " ".join(str(report).split())
     assert "1 constant centered, 0 explicit centerings inserted." in summary
     assert "To do without" not in summary
     assert "inserted" not in {event.kind for event in report.events}
@@ -348,7 +348,7 @@ def test_what_a_call_computes_is_no_constant(given: str) -> None:
     params = {"w": normal(7, 6), "v": normal(6, 2), "f": normal(4, 6)}
     report = fold_checked(apply, params, normal(3, 4, 7), jax.random.key(0)).report
     assert (report.n_folded, report.n_inserted, report.constants) == (1, 1, 0)
-    assert "1 explicit centering inserted" in str(report)
+    assert "1 explicit centering inserted" in " ".join(str(report).split())
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint], ids=["", "jit", "remat"])

@@ -26,6 +26,7 @@ FLOORS = [
     {"program_cache"},
     {"folded"},
     {"api"},
+    {"widening"},
     {"cli", "verification"},
     {"__init__", "__main__"},
 ]

@@ -341,7 +341,8 @@ def test_squares_in_float16(b: np.ndarray, finite: bool) -> None:
     (p, x), fn = small_params(jnp.float16, b=b), partial(small, one_pass=True)
     folded = jax_lnfold.fold(fn, p, x)
     assert folded.report.n_folded == 3
-    assert np.isfinite(compiled(fn)(p, x)).all() == finite
+    with jax.disable_jit():  # compiled, squares may or may not be kept in float32
+        assert np.isfinite(fn(p, x)).all() == finite
     check_small(folded, p, x)
 
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from ..axes.axis_set import AxisSet
 from ..axes.labels import FREE
-from ..program.graph import DROPOUT, Graph, Op
+from ..printable import printable
+from ..program.graph import DROPOUT, Graph, Op, OutputPath
 from ..program.primitives import OPAQUE
 from ..rules import RULES, Context, Opaque, rule_for
 from .shift_tracker import RETURNED, Tracker
@@ -26,10 +27,14 @@ Claim = tuple[int, AxisSet]
 
 @dataclass(frozen=True, slots=True)
 class Blocker:
-    """Why a claim does not hold: an operation (None for the program's own inputs and outputs)."""
+    """Why a claim does not hold: an operation (None for the program's own inputs and outputs).
+
+    `outputs` says where in the output tree a value is that is an output.
+    """
 
     op: Op | None
     why: str
+    outputs: tuple[OutputPath, ...] = ()
 
     @property
     def is_output(self) -> bool:
@@ -38,7 +43,13 @@ class Blocker:
 
     def __str__(self) -> str:
         """The reason as a clause."""
-        return f"{self.op.place()} {self.why}" if self.op else self.why
+        paths = [printable("".join(path)) for path in self.outputs if path]
+        named = ", ".join(f"`{path}`" for path in paths[:3])
+        more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+        why = self.why + (f": {named}{more}" if named else "")
+        if self.op is not None:
+            return f"{self.op.place()} {why}"
+        return f"what it is given {why}" if self.is_output else why
 
 
 Expand = Callable[[Claim], "Blocker | Iterable[Claim]"]
@@ -193,7 +204,7 @@ class Facts:
         value, along = claim
         if value in self.graph.outputs and not along.empty:
             made = self.graph.producer[value]
-            return Blocker(made[0] if made else None, RETURNED)
+            return Blocker(made[0] if made else None, RETURNED, self.graph.returned_at({value}))
         return self._why_read(claim, named)
 
     def _why_read(self, claim: Claim, named: bool = False) -> Blocker | Iterable[Claim]:
@@ -209,7 +220,8 @@ class Facts:
             tracker = again if again.refusal is None else tracker
         if tracker.refusal is not None:
             op, why = tracker.refusal
-            return Blocker(op, why)
+            at = self.graph.returned_at({*op.outputs}) if why == RETURNED else ()
+            return Blocker(op, why, at)
         return tracker.delegated
 
 

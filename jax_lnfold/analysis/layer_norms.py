@@ -45,6 +45,7 @@ class LayerNorm:
     the sum of ``x`` over `along`, `module` the path of the module it stands in, or ``file.py:line``
     if modules leave no names. It runs `count` times in one call, on `elements` numbers in all.
     `two_pass` if the variance is a mean of squares of centered numbers, not a difference of means.
+    `root` is the equation that makes a deviation of the variance.
     """
 
     x: int
@@ -54,14 +55,19 @@ class LayerNorm:
     elements: int
     count: int
     two_pass: bool = False
+    root: Op | None = None
 
 
 @dataclass(frozen=True)
 class Norms:
-    """All LayerNorms in program order, and the values that are zero-mean because of a centering."""
+    """All LayerNorms in program order, and the values that are zero-mean because of a centering.
+
+    `of_batch` are those that are none, as all samples share their statistics.
+    """
 
     found: tuple[LayerNorm, ...]
     centered: dict[int, AxisSet]
+    of_batch: tuple[LayerNorm, ...] = ()
 
 
 def find_norms(facts: Facts) -> Norms:
@@ -103,10 +109,11 @@ def find_norms(facts: Facts) -> Norms:
                     sums |= {op.index: op for op in known.sums}
                 where = root.module or root.place().where
                 found[root.index] = replace(
-                    norm, sums=_in_order(sums), module=where, two_pass=two_pass
+                    norm, sums=_in_order(sums), module=where, two_pass=two_pass, root=root
                 )
-    norms = (found[i] for i in sorted(found))
-    return Norms(tuple(n for n in norms if not _is_of_batch(facts, n)), centered)
+    norms = [found[i] for i in sorted(found)]
+    of_batch = tuple(n for n in norms if _is_of_batch(facts, n))
+    return Norms(tuple(n for n in norms if n not in of_batch), centered, of_batch)
 
 
 def _is_of_batch(facts: Facts, norm: LayerNorm) -> bool:

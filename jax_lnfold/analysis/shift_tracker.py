@@ -21,7 +21,7 @@ from ..axes.axis_set import AxisSet
 from ..axes.labels import ALL, FREE
 from ..program.graph import JOINS, Graph, Op
 from ..program.primitives import IDENTITIES, IDENTITIES_OF_EACH, MOVES, STOP
-from ..rules import Context, Opaque, rule_for
+from ..rules import Context, Opaque, no_push, rule_for
 from .shift_algebra import (
     Refused,
     Sum,
@@ -214,7 +214,7 @@ class Tracker:
         for i in hit:
             along = self._shifted(op.inputs[i], operands[i])
             if along is None:
-                return "notices a shift of its operand"
+                return no_push(ctx, i, self.along).why
             pushed = rule.push(ctx, i, along)
             if isinstance(pushed, Opaque):
                 return pushed.why

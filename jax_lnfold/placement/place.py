@@ -16,8 +16,10 @@ from ..analysis.layer_norms import LayerNorm, find_norms
 from ..axes.axis_set import AxisSet
 from ..plan.edits.affine import AffineEdit
 from ..plan.edits.scale import ScaleEdit
+from ..printable import printable
 from ..program.garbage import collector_paused
 from ..program.graph import Graph, Op
+from ..program.primitives import PRODUCTS
 from .layer_scale import find_merges
 from .min_cut import MinCut
 from .zero_mean import UNIT, ZeroMeanGraph
@@ -29,13 +31,24 @@ class Reason:
 
     The `obstacle` keeps its input from being zero-mean, `noticed` is what would notice an explicit
     centering of the input (None: it would only cost too much). `carry` is the loop on the way from
-    one to the other; `leaf` is the parameter that the obstacle keeps from being edited, if any.
+    one to the other, `product` a matrix product of data there, which leaves the axes of the mean
+    alone. `leaf` is the parameter that the obstacle keeps from being edited, if any, with its
+    `leaf_path` unless it is all about the stream or an output; `claim` says of which value, along
+    which axes, the obstacle keeps the mean.
     """
 
     obstacle: Blocker | None
     noticed: Blocker | None
     carry: Op | None = None
     leaf: int | None = None
+    leaf_path: str = ""
+    product: Op | None = None
+    claim: Claim | None = None
+
+    @property
+    def named(self) -> str:
+        """Which parameter it is, to be put behind a clause."""
+        return f"; this parameter is `{printable(self.leaf_path)}`" if self.leaf_path else ""
 
     def __str__(self) -> str:
         """The reason as a sentence without its stop."""
@@ -47,7 +60,8 @@ class Reason:
         if self.obstacle is None:
             return remedy
         if self.leaf is not None:
-            return f"a parameter that feeds {carry or 'it'} cannot be centered: {self.obstacle}"
+            why = f": {self.obstacle}{self.named}"
+            return f"a parameter that feeds {carry or 'it'} cannot be centered{why}"
         spoilt = f"{carry} cannot be kept so: " if carry else ""
         return f"its input is not zero-mean: {spoilt}{self.obstacle}; {remedy}"
 
@@ -267,14 +281,19 @@ def _explain(search: ZeroMeanGraph, root: Claim, zero: Container[Claim]) -> Reas
 def _reason(search: ZeroMeanGraph, chain: Sequence[Claim], obstacle: Blocker) -> Reason:
     """The reason for the last claim of `chain`, each of which rests on the one before it."""
     graph = search.facts.graph
-    makers = (made[0] for value, _ in chain if (made := graph.producer[value]) is not None)
-    carries = (op for op in makers if op.carry is not None)
+    makers = [made[0] for value, _ in chain if (made := graph.producer[value]) is not None]
+    carry = next((op for op in makers if op.carry is not None), None)
     leaf, noticed = chain[0][0], search.nodes[chain[-1]].intolerant
     if leaf not in graph.leaves:
         # Without this obstacle, what the function returns would be in the way of every edit.
         returned = (search.facts.intolerant(*c) for c in reversed(chain) if c[0] in graph.outputs)
-        nearest = next(returned, None) if noticed is None else None
-        return Reason(nearest or obstacle, noticed, next(carries, None))
+        if noticed is None and (nearest := next(filter(None, returned), None)) is not None:
+            return Reason(nearest, noticed, carry, claim=chain[0])
+        behind = makers if not graph.data_free[leaf] else ()
+        product = next((op for op in behind if op.name in PRODUCTS and op != obstacle.op), None)
+        return Reason(obstacle, noticed, carry, product=product, claim=chain[0])
     # A parameter's shift may pass what a token's own does not: the stream's reason is the nearer.
     known = noticed if search.nodes[chain[0]].intolerant else None
-    return Reason(known or obstacle, noticed, next(carries, None), leaf)
+    why = known or obstacle
+    path = "" if known or why.is_output else graph.leaves[leaf]
+    return Reason(why, noticed, carry, leaf, path, claim=chain[0])

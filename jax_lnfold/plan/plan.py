@@ -124,7 +124,7 @@ class FoldPlan:
             if overflow:
                 raise overflow_error("params", self.leaves[i].key_path)
 
-    def fitted(self, params: Any, whole: bool = False) -> FoldPlan:
+    def fitted(self, params: Any, whole: bool = False, argument: str = "params") -> FoldPlan:
         """The same edits with the key paths and shapes of `params`, a tree of arrays.
 
         Key paths may end in ``/value``, as those of boxed leaves do, where the plan's do not, and
@@ -134,32 +134,34 @@ class FoldPlan:
         Raises:
             TreeError: this is no such tree, or a leaf of it cannot be edited.
         """
-        found = check_leaves(params, "params")
+        found = check_leaves(params, argument)
         shapes = {path: np.shape(x) for path, x in found}
         plan = self
         if [*shapes.items()] != [(leaf.key_path, leaf.shape) for leaf in self.leaves]:
-            plan = self._refitted(shapes, whole)
+            plan = self._refitted(argument, shapes, whole)
         edited = plan.leaf_edits().keys()
         for path, x in found:
             dtype = jax.typeof(x).dtype
             if path in edited and not is_editable(dtype):
                 raise TreeError(
-                    f"params: leaf {path!r} has dtype {dtype} and cannot be edited; pass "
+                    f"{argument}: leaf {path!r} has dtype {dtype} and cannot be edited; pass "
                     f"floating-point arrays of {', '.join(FLOATS)}"
                 )
         return plan
 
-    def _refitted(self, shapes: Mapping[str, tuple[int, ...]], whole: bool) -> FoldPlan:
+    def _refitted(
+        self, argument: str, shapes: Mapping[str, tuple[int, ...]], whole: bool
+    ) -> FoldPlan:
         own = [leaf.key_path for leaf in self.leaves]
         names = names_in(shapes, own)
         missing = {*(own if whole else self.leaf_edits())} - names.keys()
         unknown = shapes.keys() - {*names.values()}
         if missing or unknown:
             raise TreeError(
-                f"params: not the tree that was folded (missing {_some(missing)}; unknown "
+                f"{argument}: not the tree that was folded (missing {_some(missing)}; unknown "
                 f"{_some(unknown)}); pass a tree of the same structure"
             )
-        return self.refit("params", names, shapes)
+        return self.refit(argument, names, shapes)
 
     def refit(
         self, argument: str, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]

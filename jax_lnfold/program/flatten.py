@@ -7,8 +7,9 @@ are the same value: call boundaries vanish.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -33,33 +34,43 @@ from .._compat import (
 from ..trees import is_editable
 from .devices import Lanes, collect, per_lane, spread, with_lanes
 from .dropout import dropped_operand, note_noise
+from .frames import UNKNOWN, Line, calling_line
 from .garbage import collector_paused
-from .graph import DROPOUT, NO_RULE, QUANTIZE, CallPath, Graph, Op
+from .graph import DROPOUT, NO_RULE, QUANTIZE, CallPath, Graph, Op, OutputPath
 
 
 @collector_paused()
 def flatten(
-    closed: ClosedJaxpr, leaves: Sequence[str] = (), see_through_dropout: bool = False
+    closed: ClosedJaxpr,
+    leaves: Sequence[str] = (),
+    see_through_dropout: bool = False,
+    output_paths: Sequence[OutputPath] = (),
 ) -> Graph:
-    """The graph of `closed`, whose first inputs are the parameter leaves with these key paths."""
+    """The graph of `closed`, whose first inputs are the parameter leaves with these key paths.
+
+    The paths of the outputs are what reports call them.
+    """
     graph, jaxpr = Graph(), open_jaxpr(closed)
     avals = (v.aval for v in jaxpr.invars)
     inputs = [graph.new_value(aval, (), i < len(leaves), False) for i, aval in enumerate(avals)]
     graph.leaves = dict(zip(inputs, leaves, strict=False))
-    results = _Walker(graph, see_through_dropout).walk(jaxpr, consts_of(closed), inputs, _Frame())
+    frame = _Frame(caller=cache(partial(calling_line, jaxpr.eqns)))
+    results = _Walker(graph, see_through_dropout).walk(jaxpr, consts_of(closed), inputs, frame)
     graph.outputs = frozenset(results)
+    graph.output_paths = [*zip(results, output_paths, strict=False)]
     graph.link_uses()
     return graph
 
 
 @dataclass(frozen=True, slots=True)
 class _Frame:
-    """Where a jaxpr stands: its path, the module and the calls around it, and its mesh axes."""
+    """Where a jaxpr stands: its path, module, the calls and the caller around it, and mesh axes."""
 
     path: CallPath = ()
     module: str = ""
     calls: tuple[JaxprEqn, ...] = ()
     lanes: Lanes = ()
+    caller: Callable[[], Line] = lambda: UNKNOWN
 
     def inside(self, eqn: JaxprEqn, *key: int) -> _Frame:
         """The frame of a jaxpr that an equation of this one holds."""
@@ -146,6 +157,7 @@ class _Walker:
             role=role,
             carry=carry,
             stands_in=frame.path in self.graph.stand_ins,
+            caller=frame.caller,
         )
         self.graph.add(op)
         return op

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Container, Hashable
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
@@ -17,15 +17,17 @@ from .._compat import (
     Var,
     has_effects,
     is_tracer,
-    source_line,
 )
 from ..axes.axis_set import AxisSet
 from ..printable import printable
 from .devices import Lanes
+from .frames import UNKNOWN, Line, source_line
 from .primitives import COMMUTATIVE, MOVES, PURE
 
 CallPath = tuple[int, ...]
 """Equation indices of the calls around a jaxpr, outermost first."""
+OutputPath = tuple[str, ...]
+"""What picks an output from what a function returns, such as ``("[1]", "['stem']")``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ class Op:
     `calls` are the call equations around it, innermost first; if it `stands_in`, it is a part of
     what the innermost one means. `role` names what a loop or a conditional does with one value
     (see `JOINS` and `rules.control`), empty for other equations; `carry` is the number of the
-    carry that a loop joins.
+    carry that a loop joins. `caller` is the line that calls a model which a package defines.
     """
 
     index: int
@@ -70,6 +72,7 @@ class Op:
     role: str = ""
     carry: int | None = None
     stands_in: bool = False
+    caller: Callable[[], Line] = lambda: UNKNOWN
 
     @property
     def name(self) -> str:
@@ -90,7 +93,7 @@ class Op:
     def place(self) -> Place:
         """What a person may look for."""
         name = (self.calls[0] if self.stands_in else self.eqn).primitive.name
-        return Place(name, self.module, *source_line((self.eqn, *self.calls)))
+        return Place(name, self.module, *source_line((self.eqn, *self.calls), self.caller()))
 
 
 NO_RULE = "opaque"
@@ -120,6 +123,7 @@ class Graph:
         self.leaves: dict[int, str] = {}  # parameter leaves in tree order, with their key paths
         self.same: list[int] = []  # the first value that an equal equation of the module makes
         self.outputs: frozenset[int] = frozenset()
+        self.output_paths: list[tuple[int, OutputPath]] = []  # where each output is, if known
         self.uses: list[list[tuple[Op, int]]] = []
         self.constants: dict[int, Any] = {}
         self.bound: set[int] = set()  # constants that the jaxpr binds to a variable
@@ -160,6 +164,10 @@ class Graph:
             return home
         levels = {_shared(op.path, home) for op, _ in self.uses[value]}
         return levels.pop() if len(levels) == 1 else None
+
+    def returned_at(self, values: Container[int]) -> tuple[OutputPath, ...]:
+        """Where in the output tree these values are."""
+        return tuple(path for value, path in self.output_paths if value in values)
 
     def lanes_of(self, value: int) -> Lanes:
         """The mesh axes that the shape of a value ends in: those of the `shard_map` around it."""

@@ -32,6 +32,8 @@ MOVES = frozenset({"broadcast_in_dim", "reshape", "squeeze", "transpose"})
 """Primitives that only move or repeat elements, along whole axes."""
 PURE = ELEMENTWISE | MOVES | frozenset("dot_general reduce_max reduce_min reduce_sum slice".split())
 """Primitives that a norm may be written with, and that make the same of the same operands."""
+PRODUCTS = frozenset("conv_general_dilated dot_general ragged_dot_general".split())
+"""Primitives that multiply and sum: linear layers where one operand is a parameter."""
 POOLS = frozenset("reduce_window_max reduce_window_min".split())
 """Nonlinear primitives that compute each element from a window."""
 
@@ -118,3 +120,12 @@ UNSEEN = _with_reasons(
     }
 )
 """Primitives that are not looked into: why. Reports count them, as they do unknown ones."""
+
+
+def why_without_rule(name: str) -> str:
+    """What is said of a primitive that has no rule; a clause."""
+    if name in OPAQUE:
+        return f"passes on neither means nor shifts, as it {OPAQUE[name]}"
+    if name in UNSEEN:
+        return f"is not looked into, as it {UNSEEN[name]}"
+    return "has no rule: what it does to means and shifts is not known"

@@ -14,23 +14,24 @@ from ..errors import TraceError, TreeError
 from ..trees import first_line, is_numeric, leaf_paths, rebuilt
 from .device_sums import taken_apart
 from .flatten import flatten
-from .graph import Graph
+from .graph import Graph, OutputPath
 
 
 @dataclass(frozen=True)
 class Traced:
     """The jaxpr of a function of (parameter leaves, input leaves), and the tree it returns.
 
-    `leaves` are the key paths of the parameters.
+    `leaves` are the key paths of the parameters, `output_paths` the keys of the outputs.
     """
 
     closed: ClosedJaxpr
     out_tree: Any
     leaves: tuple[str, ...]
+    output_paths: tuple[OutputPath, ...]
 
     def graph(self, see_through_dropout: bool = False) -> Graph:
         """The flat graph of the program."""
-        return flatten(self.closed, self.leaves, see_through_dropout)
+        return flatten(self.closed, self.leaves, see_through_dropout, self.output_paths)
 
     @property
     def reusable(self) -> bool:
@@ -67,8 +68,13 @@ def trace(apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]) ->
             "Bind Python flags and other static arguments first, as in "
             "functools.partial(model.apply, train=False)"
         ) from error
-    paths = tuple(path for path, _ in leaf_paths(params))
-    return Traced(taken_apart(closed), jax.tree.structure(shapes), paths)
+    outputs, out_tree = jax.tree_util.tree_flatten_with_path(shapes)
+    return Traced(
+        taken_apart(closed),
+        out_tree,
+        tuple(path for path, _ in leaf_paths(params)),
+        tuple(tuple(jax.tree_util.keystr((key,)) for key in path) for path, _ in outputs),
+    )
 
 
 def signature(params: Any, inputs: tuple[Any, ...]) -> Hashable:

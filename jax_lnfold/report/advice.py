@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ..analysis.facts import Blocker
+from ..analysis.layer_norms import LayerNorm
+from ..axes.axis_set import AxisSet
 from ..placement.place import Placement, Reason
 from ..placement.planning import TRAINING
 from ..program.graph import Graph, Op
-from ..program.primitives import ELEMENTWISE, IDENTITIES, MOVES, NONLINEAR, OPAQUE, STOP
-from ..rules import RULES
+from ..program.primitives import ELEMENTWISE, IDENTITIES, MOVES, OPAQUE, PRODUCTS, STOP
+from ..rules import RULES, is_nonlinear
+from ..trees import is_editable
+
+_SAME = IDENTITIES | MOVES | {STOP}
+_SUMS = _SAME | frozenset("add add_any sub neg".split())
+_LAST = "end with a linear layer after"
+_KNOWN_BEFORE = "store this, which is made of parameters alone, as a parameter"
 
 
 def advice(placement: Placement, reason: Reason) -> str:
@@ -22,24 +32,117 @@ def advice(placement: Placement, reason: Reason) -> str:
         return _to_keep_quiet(graph, reason.noticed)
     if reason.obstacle is not None and reason.obstacle.is_output:
         return _to_keep_quiet(graph, reason.obstacle)
-    if reason.obstacle is None or reason.obstacle.op is None:
+    if reason.obstacle is None:
         return ""
     op = reason.obstacle.op
+    if op is None:
+        return _without_operation(graph, reason)
     if op.index in graph.dropouts:
         return TRAINING
+    if any(v in graph.noise for v in op.outputs):
+        return "center this noise, or draw one number per token"
+    if graph.data_free[op.outputs[0]]:
+        return _KNOWN_BEFORE
     if op.name in ("mul", "div"):
-        if op.module and op.module in {norm.module for norm in placement.norms}:
-            return "normalise inside the branch (pre-LN): here a LayerNorm's scale writes last"
-        if any(graph.data_free[v] for v in op.inputs):
-            return "merge this scale into the linear layer before it"
-        if _sources(graph, op.inputs[0]) & _sources(graph, op.inputs[1]):
-            return "end with a linear layer after this nonlinearity"
-        return "gate by one number per token or per head instead of one per channel"
-    if op.name in NONLINEAR:
-        return "end with a linear layer after this nonlinearity"
-    if op.name not in RULES and op.name not in OPAQUE:
-        return "nothing is known of this operation: write it with primitives that have a rule"
-    return ""
+        return _to_scale_evenly(placement, reason, op)
+    if is_nonlinear(op.name):
+        return _after_nonlinearity(reason)
+    if op.name in RULES:
+        return ""
+    if op.name in OPAQUE:
+        return f"{_LAST} it"
+    return f"write this operation with primitives that have a rule, or {_LAST} it"
+
+
+def _without_operation(graph: Graph, reason: Reason) -> str:
+    """About what the program is given."""
+    value = reason.claim[0] if reason.claim else None
+    known = graph.leaves.keys() | graph.constants.keys()
+    if value is None or value in known or graph.producer[value] is not None:
+        return ""
+    if not is_editable(graph.avals[value].dtype):
+        return ""
+    return "center this input before the call, or begin with a linear layer"
+
+
+def _after_nonlinearity(reason: Reason) -> str:
+    if reason.product is None:
+        return f"{_LAST} this nonlinearity"
+    return f"{_LAST} this nonlinearity, along the mean: the product behind it is along other axes"
+
+
+def _to_scale_evenly(placement: Placement, reason: Reason, op: Op) -> str:
+    """About a product, or quotient, whose factors both vary along the mean."""
+    graph, norms = placement.graph, placement.search.norms
+    factors = _factors(graph, op)
+    if _has_root(norms.found, factors):
+        return "normalise inside the branch (pre-LN): here a LayerNorm's scale writes last"
+    if _has_root(norms.of_batch, factors):
+        return "normalise inside the branch: here a BatchNorm's scale writes last"
+    if op.name == "mul" and _sources(graph, op.inputs[0]) & _sources(graph, op.inputs[1]):
+        return _after_nonlinearity(reason)
+    scales = [v for v in op.inputs[op.name == "div" :] if graph.data_free[v]]
+    if scales:
+        first, last = op.inputs
+        return _to_merge(placement, reason, scales[0], first if scales[0] == last else last)
+    if op.name == "div":
+        return _after_nonlinearity(reason)
+    return "gate by one number per token or per head instead of one per channel"
+
+
+def _to_merge(placement: Placement, reason: Reason, scale: int, scaled: int) -> str:
+    """About a scale that is known without the data."""
+    graph = placement.graph
+    if reason.claim is None or not _is_vector(placement, scale, reason.claim[1]):
+        return ""
+    if _is_linear_layer(graph, scaled):
+        return "merge this scale into the linear layer before it"
+    return f"{_LAST} this scale"
+
+
+def _is_vector(placement: Placement, scale: int, along: AxisSet) -> bool:
+    """Whether a scale varies along the mean only: a linear layer could take it up."""
+    shape = placement.graph.shape(scale)
+    others = (d for d in range(len(shape)) if d not in along.axes)
+    return placement.facts.uniform(scale, AxisSet.over(shape, others))
+
+
+def _is_linear_layer(graph: Graph, value: int) -> bool:
+    """Whether a value is the result of a linear layer, maybe with a bias, scales or moved."""
+    todo, found = [value], False
+    while todo:
+        made = graph.producer[value := todo.pop()]
+        if graph.data_free[value]:
+            continue
+        if made is None:
+            return False
+        op, known = made[0], [graph.data_free[v] for v in made[0].inputs]
+        if op.name in PRODUCTS and any(known):
+            found = True
+        elif op.name in _SUMS or (op.name in ("mul", "div") and known[-1]):
+            todo += op.inputs
+        elif op.name == "mul" and known[0]:
+            todo.append(op.inputs[1])
+        else:
+            return False
+    return found
+
+
+def _factors(graph: Graph, op: Op) -> set[int]:
+    """The operations whose results an operation multiplies, itself included."""
+    found, todo = {op.index}, [op]
+    while todo:
+        current = todo.pop()
+        if current.name in _SAME or current.name in ("mul", "div", "neg"):
+            makers = (graph.producer[v] for v in current.inputs)
+            fresh = {m[0].index: m[0] for m in makers if m and m[0].index not in found}
+            found.update(fresh)
+            todo += fresh.values()
+    return found
+
+
+def _has_root(norms: Iterable[LayerNorm], operations: set[int]) -> bool:
+    return any(norm.root is not None and norm.root.index in operations for norm in norms)
 
 
 def _to_keep_quiet(graph: Graph, noticed: Blocker, leaf: int | None = None) -> str:
@@ -47,13 +150,28 @@ def _to_keep_quiet(graph: Graph, noticed: Blocker, leaf: int | None = None) -> s
     op = noticed.op
     if op is not None and op.index in graph.dropouts:
         return TRAINING
-    if op is None or noticed.is_output:
-        return "return the normalised values instead of the stream itself"
-    if leaf is not None and _reads(graph, op, leaf):
+    if noticed.is_output:
+        return _to_return_less(graph, noticed)
+    if op is None:
+        return ""
+    if leaf is not None and (_reads(graph, op, leaf) or all(graph.data_free[v] for v in op.inputs)):
         return "give this operation a parameter of its own (untie it)"
-    if op.name in ("dot_general", "conv_general_dilated", *NONLINEAR):
+    if op.name in PRODUCTS or op.name not in RULES or is_nonlinear(op.name):
         return "let this operation read the stream through a LayerNorm"
     return ""
+
+
+def _to_return_less(graph: Graph, noticed: Blocker) -> str:
+    """About outputs that are the stream itself; of others, the only one that is left is named."""
+    cure = "return the normalised values instead of the stream itself"
+    tops = {path[0] for _, path in graph.output_paths if path}
+    others = tops - {path[0] for path in noticed.outputs if path}
+    if len(graph.output_paths) == len(noticed.outputs):
+        return cure
+    cure += ". Or leave this output out"
+    if len(tops) == 2 and len(others) == 1 and "<" not in (rest := others.pop()):
+        cure += f": `lambda params, *inputs: apply(params, *inputs){rest}`"
+    return cure
 
 
 def _reads(graph: Graph, op: Op, value: int) -> bool:
@@ -63,7 +181,7 @@ def _reads(graph: Graph, op: Op, value: int) -> bool:
         for use, _ in graph.uses[todo.pop()]:
             if use.index == op.index:
                 return True
-            if use.name in MOVES | IDENTITIES | {STOP}:
+            if use.name in _SAME:
                 todo += use.outputs
     return False
 
@@ -74,7 +192,7 @@ def _sources(graph: Graph, value: int) -> set[int]:
     while todo:
         made = graph.producer[todo.pop()]
         if made is not None and made[0].name in ELEMENTWISE:
-            fresh = [v for v in made[0].inputs if v not in found and not graph.fixed[v]]
+            fresh = [v for v in made[0].inputs if v not in found and not graph.data_free[v]]
             found.update(fresh)
             todo += fresh
     return found

@@ -11,9 +11,10 @@ import numpy as np
 from ..analysis.layer_norms import LayerNorm
 from ..placement.place import Placement, Reason
 from ..plan.plan import FoldPlan
-from ..program.graph import Graph, Place
-from ..program.primitives import MOVES
+from ..program.graph import NO_RULE, Graph, Op, Place
+from ..program.primitives import EXCHANGES, MOVES, OPAQUE
 from ..rewrite.defer import Deferral
+from ..rules import RULES
 from .advice import advice
 from .events import find_events
 from .report import Insertion, Norm, Programs, Report, ScaleLeft
@@ -77,7 +78,21 @@ def make_report(
         events=find_events(placement),
         n_operations=len(graph.ops),
         programs=programs,
+        unseen=dict(Counter(op.place() for op in graph.ops if _may_hide_norms(graph, op))),
     )
+
+
+def _may_hide_norms(graph: Graph, op: Op) -> bool:
+    """Whether it computes real numbers from such by what is no jaxpr of this program."""
+    name = op.eqn.primitive.name
+    if op.role not in ("", NO_RULE) or name in RULES or name in OPAQUE or name in EXCHANGES:
+        return False
+    return all(any(_is_real(graph, v) for v in values) for values in (op.inputs, op.outputs))
+
+
+def _is_real(graph: Graph, value: int) -> bool:
+    dtype = getattr(graph.avals[value], "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
 
 
 def _edited_bytes(graph: Graph, plan: FoldPlan) -> int:
@@ -89,7 +104,7 @@ def _edited_bytes(graph: Graph, plan: FoldPlan) -> int:
 def _why_inserted(reason: Reason) -> str:
     if reason.obstacle is None or reason.leaf is None:
         return str(reason.obstacle or "")
-    return f"a parameter that feeds it cannot be centered, as {reason.obstacle}"
+    return f"a parameter that feeds it cannot be centered, as {reason.obstacle}{reason.named}"
 
 
 def _is_widened(graph: Graph, leaf: int) -> bool:

@@ -112,13 +112,14 @@ def _blockers(placement: Placement) -> Iterator[_Found]:
 
 
 def _blocker(graph: Graph, claim: Claim, kind: str, blocker: Blocker) -> _Found:
-    if blocker.op is None:
+    if blocker.op is None and not blocker.is_output:
         index = -1.0 if kind == BLOCKED else float("inf")
         return _Found(index, claim, kind, blocker.why, "", "", ())
     op, why = blocker.op, str(blocker)
     if blocker.is_output:
-        name = "returned as an output"
-        return _Found(float("inf"), claim, NOTICED, name, _brief(op.place()), why, op.path)
+        name, detail = "returned as an output", _brief(op.place()) if op else ""
+        return _Found(float("inf"), claim, NOTICED, name, detail, why, op.path if op else ())
+    assert op is not None
     return _Found(op.index, claim, kind, _brief(op.place()), op.place().module, why, op.path)
 
 

@@ -94,9 +94,11 @@ class Report:
     or behind them stay as they are. `visits` is how often the analysis looked at an equation.
     `rounded` are key paths of edited leaves whose dtype has fewer digits than the arithmetic they
     are used in: they are rounded once more, as they would not be if they were edited before a cast.
-    `dropouts` counts the dropouts taken for the identity, `deviation` is the largest difference of
-    an output that they caused on the example inputs, relative to the largest output (None if the
-    inputs were shapes only). With `fold_affine`, `affine_left` are the scales that stay.
+    `unseen` counts, by place, operations that run what cannot be looked into: LayerNorms in there
+    are not found. `dropouts` counts the dropouts taken for the identity, `deviation` is the largest
+    difference of an output that they caused on the example inputs, relative to the largest output
+    (None if the inputs were shapes only). With `fold_affine`, `affine_left` are the scales that
+    stay.
     """
 
     norms: tuple[Norm, ...]
@@ -116,6 +118,7 @@ class Report:
     events: tuple[Event, ...] = ()
     n_operations: int = 0
     programs: Programs | None = field(default=None, compare=False)
+    unseen: dict[Place, int] = field(default_factory=dict)
 
     @cached_property
     def cost(self) -> Cost:
@@ -199,21 +202,7 @@ def headline(report: Report) -> str:
 
 def summary(report: Report) -> list[str]:
     """Counts, and what else there is to know."""
-    if not report.norms:
-        return [f"{headline(report)}; nothing was changed."]
-    edited = f"{counted(len({edit.key_path for edit in report.edits}), 'parameter')} centered"
-    if report.scales:
-        edited += f", {counted(len(report.scales), 'scale')} merged"
-    if report.affine:
-        taken_up = sum(1 + (edit.shift is not None) for edit in report.affine)
-        edited += f", {counted(taken_up, 'scale or shift', 'scales and shifts')} taken up"
-    if report.edited_bytes:
-        edited += f" ({si(report.edited_bytes)}B)"
-    if report.constants:
-        edited += f", {counted(report.constants, 'constant')} centered"
-    inserted = counted(report.n_inserted, "explicit centering")
-    lines = [f"{headline(report)}, {edited}, {inserted} inserted."]
-    lines += map(str, report.insertions)
+    lines = [_outcome(report), *map(str, report.insertions)]
     if report.deferred:
         lines.append(f"{counted(len(report.deferred), 'scale')} deferred behind matrix products.")
     lines += _scales_left(report)
@@ -234,7 +223,31 @@ def summary(report: Report) -> list[str]:
     if report.opaque:
         met = ", ".join(f"{name} ({n})" for name, n in report.opaque.items())
         lines.append(f"Opaque operations met: {met}.")
+    if report.unseen:
+        places = (f"{place} x{n}" if n > 1 else str(place) for place, n in report.unseen.items())
+        lines.append(f"LayerNorms are not looked for inside of {', '.join(places)}.")
     return lines
+
+
+def _outcome(report: Report) -> str:
+    """What was folded and changed, as one sentence."""
+    edited = []
+    if report.norms:
+        edited.append(f"{counted(len({e.key_path for e in report.edits}), 'parameter')} centered")
+    if report.scales:
+        edited.append(f"{counted(len(report.scales), 'scale')} merged")
+    if report.affine:
+        taken_up = sum(1 + (edit.shift is not None) for edit in report.affine)
+        edited.append(f"{counted(taken_up, 'scale or shift', 'scales and shifts')} taken up")
+    if report.edited_bytes:
+        edited[-1] += f" ({si(report.edited_bytes)}B)"
+    if report.constants:
+        edited.append(f"{counted(report.constants, 'constant')} centered")
+    if report.norms:
+        edited.append(f"{counted(report.n_inserted, 'explicit centering')} inserted")
+    elif not (edited or report.deferred):
+        return f"{headline(report)}; nothing was changed."
+    return f"{', '.join((headline(report), *edited))}."
 
 
 def _scales_left(report: Report) -> list[str]:

@@ -27,6 +27,7 @@ import numpy as np
 
 from ..axes.axis_set import AxisSet
 from ..program.graph import CallPath, Graph, Op
+from ..program.primitives import why_without_rule
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,7 @@ AxisMap = Mapping[int, int | CallPath]
 AxesRule = Callable[[Context, int], AxisMap]
 
 
-def no_pull(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
+def no_pull(ctx: Context, out: int, along: AxisSet) -> Opaque:
     """Of a primitive whose output cannot be centered through its operands.
 
     ``mean_S(f(x))`` says nothing of ``mean_S(x)``: ``C_S f(x) != f(C_S x)``.
@@ -107,10 +108,10 @@ def no_pull(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
     >>> pull(jnp.tanh, (2, 3), along=[1])
     opaque: ...
     """
-    return Opaque("does not carry a zero mean from its operands to its result")
+    return _opaque(ctx, "does not carry a zero mean from its operands to its result")
 
 
-def no_push(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
+def no_push(ctx: Context, operand: int, along: AxisSet) -> Opaque:
     """Of a primitive that notices every shift.
 
     ``f(x + u) - f(x) != u``, and depends on x, which varies along S.
@@ -118,7 +119,12 @@ def no_push(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
     >>> push(jnp.tanh, (2, 3), along=[1])
     opaque: ...
     """
-    return Opaque("notices a shift of its operand")
+    return _opaque(ctx, "notices a shift of its operand")
+
+
+def _opaque(ctx: Context, why: str) -> Opaque:
+    """The answer `why` of a primitive that is known; of others nothing is claimed."""
+    return Opaque(why if ctx.op.name in RULES else why_without_rule(ctx.op.name))
 
 
 def no_axes(ctx: Context, operand: int) -> AxisMap:
@@ -158,6 +164,11 @@ def register(names: str | Iterable[str], rule: Rule) -> None:
         if name in RULES:
             raise ValueError(f"primitive {name!r} has a rule already")
         RULES[name] = rule
+
+
+def is_nonlinear(name: str) -> bool:
+    """Whether a primitive is known, and its result is centered by no operand of it."""
+    return name in RULES and RULES[name].pull is no_pull
 
 
 def rule_for(name: str) -> Rule:
