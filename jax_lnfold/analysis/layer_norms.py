@@ -20,16 +20,15 @@ from ..axes.axis_set import AxisSet
 from ..axes.broadcast import project
 from ..axes.labels import ALL
 from ..program.graph import Graph, Op
-from ..program.primitives import MOVES
+from ..program.primitives import MOVES, MUL, SCALINGS
 from ..rules import Context, Opaque, rule_for
 from .facts import Claim, Facts
 from .shift_tracker import Tracker
 
 _CASTS = frozenset({"convert_element_type", "copy", "stop_gradient", "name", "reduce_precision"})
 # What a centered value passes through on its way to the quotient, and a variance besides.
-_SCALING = _CASTS | frozenset(
-    "mul div neg broadcast_in_dim reshape squeeze transpose sharding_constraint "
-    "optimization_barrier".split()
+_SCALING = (
+    _CASTS | SCALINGS | MOVES | frozenset("neg sharding_constraint optimization_barrier".split())
 )
 _CARRIES = _SCALING | frozenset("add sub max min clamp pow sqrt rsqrt integer_pow select_n".split())
 Sum = tuple[Op, list[Claim]]
@@ -206,8 +205,8 @@ def _unscaled(graph: Graph, op: Op) -> int | None:
     """The operand of which `op` makes a constant multiple, if it does."""
     if op.name in _CASTS or op.name == "neg":
         return op.inputs[0]
-    for factor, other in ((1, 0), (0, 1)) if op.name == "mul" else ((1, 0),):
-        if op.name in ("mul", "div") and graph.scalar(op.inputs[factor]) is not None:
+    for factor, other in ((1, 0), (0, 1)) if op.name == MUL else ((1, 0),):
+        if op.name in SCALINGS and graph.scalar(op.inputs[factor]) is not None:
             return op.inputs[other]
     return None
 
@@ -245,7 +244,7 @@ def _normalising_roots(
 
 def _joins(op: Op, scale: int, numerators: set[int], scales: set[int]) -> bool:
     """Whether `op` multiplies or divides a centered value, not itself a scale, by `scale`."""
-    if op.name not in ("mul", "div"):
+    if op.name not in SCALINGS:
         return False
     other = op.inputs[1] if op.inputs[0] == scale else op.inputs[0]
     return other in numerators and other not in scales

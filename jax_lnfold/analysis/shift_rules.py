@@ -15,7 +15,8 @@ import numpy as np
 
 from ..axes.axis_set import AxisSet
 from ..program.graph import Graph, Op
-from ..program.primitives import MOVES
+from ..program.primitives import DIV, MOVES, SCALINGS
+from ..rules import axis_map
 from .shift_algebra import (
     Refused,
     Sum,
@@ -90,7 +91,7 @@ class Arithmetic:
             return scaled(first, Fraction(-1))
         if name in ("add", "sub", "add_any"):
             return self._add(op, operands, Fraction(-1 if name == "sub" else 1))
-        if name == "mul" or name == "div":
+        if name in SCALINGS:
             return self._multiply(op, operands)
         if (name == "square" or (name == "integer_pow" and op.params["y"] == 2)) and first:
             return product(first, first)
@@ -126,22 +127,12 @@ class Arithmetic:
         """
         if t.factors:  # values of the program whose axes would have to move along
             raise Refused("moves the shifted value")
-        before, after = self.graph.shape(op.inputs[0]), self.graph.shape(op.outputs[0])
-        dims: list[int | None] = [None] * len(after)
-        if op.name == "transpose":
-            dims = [t.dims[d] for d in op.params["permutation"]]
-        elif op.name == "broadcast_in_dim":
-            for d, o in enumerate(op.params["broadcast_dimensions"]):
-                dims[o] = t.dims[d] if before[d] == after[o] else None
-        else:
-            old = [d for d, n in enumerate(before) if n != 1]
-            new = [d for d, n in enumerate(after) if n != 1]
-            # Only axes of size 1 may come and go: else an axis of the result is none of the root.
-            if [before[d] for d in old] != [after[d] for d in new]:
-                raise Refused("reshapes the shifted value")
-            for d, o in zip(old, new, strict=True):
-                dims[o] = t.dims[d]
-        return replace(t, dims=tuple(dims))
+        before, kept = self.graph.shape(op.inputs[0]), axis_map(self.graph, op)
+        # Only axes of size 1 may come and go: else an axis of the result is none of the root.
+        if any(n != 1 and d not in kept for d, n in enumerate(before)):
+            raise Refused("reshapes the shifted value")
+        back = {o: t.dims[d] for d, o in kept.items()}
+        return replace(t, dims=tuple(map(back.get, range(len(self.graph.shape(op.outputs[0]))))))
 
     def _grow(self, op: Op, operands: list[Tracked | None]) -> Tracked:
         """An exponential is multiplied, and so are its sums, products and quotients.
@@ -171,8 +162,8 @@ class Arithmetic:
             return replace(first, dims=dims)
         if name in ("log", "abs") and first:
             return replace(first, grows=name == "abs")
-        if name in ("mul", "div"):
-            signs = (1, -1 if name == "div" else 1)
+        if name in SCALINGS:
+            signs = (1, -1 if name == DIV else 1)
             pairs = zip(operands, signs, strict=True)
             parts = [scaled(t, Fraction(sign)) for t, sign in pairs if t is not None]
             growth = parts[0] if len(parts) == 1 else total(*parts)
@@ -242,23 +233,23 @@ class Arithmetic:
         """
         a, b = operands
         if a is not None and b is not None:
-            if op.name == "div":
+            if op.name == DIV:
                 raise Refused("divides by the shifted value")
             dims = self._aligned(op, [a, b])
             return replace(product(a, b), dims=dims)
         position = 0 if a is not None else 1
         t = operands[position]
         assert t is not None
-        if op.name == "div" and position == 1:
+        if op.name == DIV and position == 1:
             raise Refused("divides by the shifted value")
         dims = self._aligned(op, [t])
         number = self.number(op.inputs[1 - position])
         if number is not None:
             factor = exact_number(number, self._counts)
-            if op.name == "div" and factor == 0:
+            if op.name == DIV and factor == 0:
                 raise Refused("divides by zero")
-            return replace(scaled(t, 1 / factor if op.name == "div" else factor), dims=dims)
-        times, by = self._factors(op.inputs[1 - position], "/" if op.name == "div" else "*")
+            return replace(scaled(t, 1 / factor if op.name == DIV else factor), dims=dims)
+        times, by = self._factors(op.inputs[1 - position], "/" if op.name == DIV else "*")
         response = {
             (degree, ordered((*factors, *by))): number * times
             for (degree, factors), number in t.response.items()
@@ -283,8 +274,8 @@ class Arithmetic:
             return 1 / factor if sign == "/" else factor, ()
         made = graph.producer[value]
         op = made[0] if made and depth < _DEPTH else None
-        if op is not None and op.name in ("mul", "div"):
-            back = {"*": "/", "/": "*"}[sign] if op.name == "div" else sign
+        if op is not None and op.name in SCALINGS:
+            back = {"*": "/", "/": "*"}[sign] if op.name == DIV else sign
             first, second = op.inputs
             a, more = self._factors(first, sign, depth + 1)
             b, rest = self._factors(second, back, depth + 1)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from ..axes.axis_set import AxisSet
 from ..axes.labels import ALL, FREE
 from ..program.graph import JOINS, Graph, Op
-from ..program.primitives import IDENTITIES, IDENTITIES_OF_EACH, MOVES, STOP
+from ..program.primitives import IDENTITIES, IDENTITIES_OF_EACH, MOVES, MUL, SCALINGS, STOP
 from ..rules import Context, Opaque, no_push, rule_for
 from .shift_algebra import (
     Refused,
@@ -143,7 +143,7 @@ class Tracker:
             if handed is None:
                 return []
             refusal = handed
-            if op.name in ("mul", "div"):
+            if op.name in SCALINGS:
                 self._suspects[op.index] = (op, handed)
         try:
             result = self.arithmetic.respond(op, operands, refusal)
@@ -173,11 +173,11 @@ class Tracker:
         """Whether to follow a response through `op` rather than ask about its output instead."""
         first = operands[hit[0]]
         if len(hit) > 1:
-            return op.name in ("add", "sub", "mul")
+            return op.name in ("add", "sub", MUL)
         if op.name == "reduce_sum" and first is not None:
             named = (first.dims[a] for a in op.params["axes"])
             return all(d is None or self.along.uniform_along(d) for d in named)
-        if op.name in ("mul", "div"):
+        if op.name in SCALINGS:
             by_number = self.arithmetic.number(op.inputs[1 - hit[0]]) is not None
             return by_number or self._keep or not self._follows_root(first)
         if op.name in ("neg", "transpose"):

@@ -13,7 +13,7 @@ from heapq import heappop, heappush
 
 from ..plan.edits.affine import AffineEdit, AffineReader
 from ..program.graph import Graph, Op
-from ..program.primitives import LINEAR
+from ..program.primitives import DIV, LINEAR, MUL
 from .absorbing import AxisPlaces, CannotAbsorb, candidates, carried, moved_places
 from .linear_readers import axes_of_product, kernel_axes, source_of, summed_axes, with_bias
 from .scaled_values import Scaled, moved
@@ -55,9 +55,7 @@ def _scales_data(graph: Graph, leaf: int) -> bool:
         for op, position in graph.uses[todo.pop()]:
             others = [v for i, v in enumerate(op.inputs) if i != position]
             free = all(graph.data_free[v] for v in others)
-            product = op.name == "mul" or (
-                op.name == "dot_general" and not summed_axes(op, position)
-            )
+            product = op.name == MUL or (op.name == "dot_general" and not summed_axes(op, position))
             if product and not free:
                 return True
             if carried(graph, op) is not None or (free and (product or op.name in ("add", "sub"))):
@@ -139,7 +137,7 @@ class _Walk:
                 self._reach(value, state)
         elif len(hits) > 1:
             raise CannotAbsorb(f"{op.place()} reads what it scales twice")
-        elif op.name in ("mul", "neg") or (op.name == "div" and hits == [0]):
+        elif op.name in (MUL, "neg") or (op.name == DIV and hits == [0]):
             state = self.scaled[op.inputs[hits[0]]]
             self._reach(op.outputs[0], self._times(op, state, state.places))
         elif op.name == "dot_general":

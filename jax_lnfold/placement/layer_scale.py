@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from ..plan.edits.scale import ScaleEdit
 from ..program.graph import Graph, Op
-from ..program.primitives import IDENTITIES
+from ..program.primitives import DIV, IDENTITIES, MUL, SCALINGS
 from ..rules import axis_map
 from ..trees import is_editable
 from .absorbing import AxisPlaces, CannotAbsorb, candidates, carried, moved_places
@@ -62,12 +62,12 @@ class _Absorber:
             raise CannotAbsorb
         for op, position in self.graph.uses[value]:
             result = op.outputs[0] if op.outputs else value
-            other = op.inputs[1 - position] if op.name in ("mul", "div") else value
+            other = op.inputs[1 - position] if op.name in SCALINGS else value
             if other != value and self.graph.scalar(other) is not None:
-                if op.name == "div" and position == 1:
+                if op.name == DIV and position == 1:
                     raise CannotAbsorb
                 self._follow(result, places)
-            elif op.name == "mul" and other != value:
+            elif op.name == MUL and other != value:
                 if not self._fits(result, places):
                     raise CannotAbsorb
                 self._absorb(op, 1 - position, places)
@@ -107,9 +107,9 @@ class _Absorber:
         if op.name in ("add", "sub", "add_any", "select_n"):
             terms = range(1 if op.name == "select_n" else 0, len(op.inputs))
             return [(i, places) for i in terms]
-        if op.name in ("mul", "div"):
+        if op.name in SCALINGS:
             free = [self.graph.data_free[v] for v in op.inputs]
-            return [(1 if op.name == "mul" and free[0] and not free[1] else 0, places)]
+            return [(1 if op.name == MUL and free[0] and not free[1] else 0, places)]
         for operand in range(len(op.inputs)):
             axes = axis_map(self.graph, op, operand)
             if {p for p in places if isinstance(p, int)} <= {*axes.values()}:

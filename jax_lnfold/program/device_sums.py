@@ -24,9 +24,9 @@ from .._compat import (
     with_bodies,
     with_call_jaxpr,
 )
+from .primitives import MUL, SCALINGS
 
 _SUMS = frozenset({"psum", "psum_invariant"})
-_SCALINGS = frozenset({"div", "mul"})
 
 
 def taken_apart(closed: ClosedJaxpr) -> ClosedJaxpr:
@@ -125,8 +125,8 @@ def _is_step(eqn: JaxprEqn, var: Any) -> bool:
     if eqn.primitive.name in _SUMS:
         return not others
     scalars = all(not getattr(atom.aval, "shape", ()) for atom in others)
-    first = eqn.primitive.name == "mul" or eqn.invars[0] is var
-    return eqn.primitive.name in _SCALINGS and len(others) == 1 and scalars and first
+    first = eqn.primitive.name == MUL or eqn.invars[0] is var
+    return eqn.primitive.name in SCALINGS and len(others) == 1 and scalars and first
 
 
 def _layers(

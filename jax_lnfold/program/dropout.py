@@ -11,11 +11,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from .graph import Graph
-from .primitives import ELEMENTWISE, MOVES
+from .primitives import ELEMENTWISE, MOVES, MUL, SCALINGS
 
 _BITS = frozenset("random_bits threefry2x32 rng_bit_generator rng_uniform".split())
 _KEEPS_NOISE = ELEMENTWISE | MOVES | frozenset("bitcast_convert_type concatenate slice".split())
-_KEEPS_MASK = MOVES | frozenset("convert_element_type copy stop_gradient mul div select_n".split())
+_KEEPS_MASK = (
+    MOVES | SCALINGS | frozenset("convert_element_type copy stop_gradient select_n".split())
+)
 
 
 def note_noise(graph: Graph, name: str, inputs: Sequence[int], outputs: Sequence[int]) -> None:
@@ -37,7 +39,7 @@ def dropped_operand(graph: Graph, name: str, inputs: Sequence[int]) -> int | Non
     """The operand of an equation that it drops at random, by position; None if there is none."""
     if name == "select_n" and len(inputs) == 3 and inputs[0] in graph.masks:
         kept = [i for i in (1, 2) if graph.scalar(inputs[i]) != 0]
-    elif name == "mul" and any(v in graph.masks for v in inputs):
+    elif name == MUL and any(v in graph.masks for v in inputs):
         kept = [i for i in (0, 1) if inputs[i] not in graph.masks]
     else:
         return None

@@ -22,7 +22,7 @@ from ..axes.axis_set import AxisSet
 from ..printable import printable
 from .devices import Lanes
 from .frames import UNKNOWN, Line, source_line
-from .primitives import COMMUTATIVE, MOVES, PURE
+from .primitives import COMMUTATIVE, MOVES, MUL, PURE
 
 CallPath = tuple[int, ...]
 """Equation indices of the calls around a jaxpr, outermost first."""
@@ -88,7 +88,7 @@ class Op:
     def is_square(self) -> bool:
         """Whether it squares its operand."""
         power = self.name == "integer_pow" and self.params["y"] == 2
-        return self.name == "square" or power or (self.name == "mul" and len({*self.inputs}) == 1)
+        return self.name == "square" or power or (self.name == MUL and len({*self.inputs}) == 1)
 
     def place(self) -> Place:
         """What a person may look for."""

@@ -11,7 +11,10 @@ STOP = "stop_gradient"
 """The identity of which all derivatives are zero."""
 IDENTITIES_OF_EACH = frozenset({"optimization_barrier", "device_put"})
 """Primitives whose outputs are their operands, one by one."""
-LINEAR = frozenset("add sub neg add_any mul div select_n".split())
+MUL, DIV = "mul", "div"
+SCALINGS = frozenset({MUL, DIV})
+"""Elementwise products and quotients."""
+LINEAR = SCALINGS | frozenset("add sub neg add_any select_n".split())
 """Elementwise primitives that may pass on a mean."""
 COMPLEX = frozenset("complex conj imag real".split())
 """Elementwise primitives that are linear over the real numbers, to and from the complex ones."""
@@ -26,7 +29,7 @@ NONLINEAR = frozenset(
 """Elementwise primitives that are opaque to means and shifts."""
 ELEMENTWISE = IDENTITIES | {STOP} | LINEAR | COMPLEX | NONLINEAR
 """Primitives that compute every element of one output from those at its place."""
-COMMUTATIVE = frozenset("add add_any and max min mul or xor".split())
+COMMUTATIVE = {MUL} | frozenset("add add_any and max min or xor".split())
 """Elementwise primitives whose two operands can be exchanged."""
 MOVES = frozenset({"broadcast_in_dim", "reshape", "squeeze", "transpose"})
 """Primitives that only move or repeat elements, along whole axes."""

@@ -10,7 +10,17 @@ from ..axes.axis_set import AxisSet
 from ..placement.place import Placement, Reason
 from ..placement.planning import TRAINING
 from ..program.graph import Graph, Op
-from ..program.primitives import ELEMENTWISE, IDENTITIES, MOVES, OPAQUE, PRODUCTS, STOP
+from ..program.primitives import (
+    DIV,
+    ELEMENTWISE,
+    IDENTITIES,
+    MOVES,
+    MUL,
+    OPAQUE,
+    PRODUCTS,
+    SCALINGS,
+    STOP,
+)
 from ..rules import RULES, is_nonlinear
 from ..trees import is_editable
 
@@ -43,7 +53,7 @@ def advice(placement: Placement, reason: Reason) -> str:
         return "center this noise, or draw one number per token"
     if graph.data_free[op.outputs[0]]:
         return _KNOWN_BEFORE
-    if op.name in ("mul", "div"):
+    if op.name in SCALINGS:
         return _to_scale_evenly(placement, reason, op)
     if is_nonlinear(op.name):
         return _after_nonlinearity(reason)
@@ -79,13 +89,13 @@ def _to_scale_evenly(placement: Placement, reason: Reason, op: Op) -> str:
         return "normalise inside the branch (pre-LN): here a LayerNorm's scale writes last"
     if _has_root(norms.of_batch, factors):
         return "normalise inside the branch: here a BatchNorm's scale writes last"
-    if op.name == "mul" and _sources(graph, op.inputs[0]) & _sources(graph, op.inputs[1]):
+    if op.name == MUL and _sources(graph, op.inputs[0]) & _sources(graph, op.inputs[1]):
         return _after_nonlinearity(reason)
-    scales = [v for v in op.inputs[op.name == "div" :] if graph.data_free[v]]
+    scales = [v for v in op.inputs[op.name == DIV :] if graph.data_free[v]]
     if scales:
         first, last = op.inputs
         return _to_merge(placement, reason, scales[0], first if scales[0] == last else last)
-    if op.name == "div":
+    if op.name == DIV:
         return _after_nonlinearity(reason)
     return "gate by one number per token or per head instead of one per channel"
 
@@ -119,9 +129,9 @@ def _is_linear_layer(graph: Graph, value: int) -> bool:
         op, known = made[0], [graph.data_free[v] for v in made[0].inputs]
         if op.name in PRODUCTS and any(known):
             found = True
-        elif op.name in _SUMS or (op.name in ("mul", "div") and known[-1]):
+        elif op.name in _SUMS or (op.name in SCALINGS and known[-1]):
             todo += op.inputs
-        elif op.name == "mul" and known[0]:
+        elif op.name == MUL and known[0]:
             todo.append(op.inputs[1])
         else:
             return False

@@ -37,7 +37,7 @@ from ..axes.broadcast import output_axes, project
 from ..centering import widened
 from ..program.flatten import flatten
 from ..program.graph import JOINS, CallPath, Op
-from ..program.primitives import MOVES
+from ..program.primitives import DIV, MOVES, MUL, SCALINGS
 from ..rules import Opaque, rule_for
 from ..trees import is_editable
 from .inline import inlined
@@ -149,10 +149,10 @@ class _Deferrer:
 
     def _deferrable(self, op: Op) -> tuple[_Scale, list[_Reader]] | None:
         """What the operation scales and who reads it, if the scale of a norm can be deferred."""
-        if op.name not in ("mul", "div") or not all(isinstance(a, Var) for a in op.eqn.invars):
+        if op.name not in SCALINGS or not all(isinstance(a, Var) for a in op.eqn.invars):
             return None
         readers = self._products(op.outputs[0], op.path)
-        for base in (0, 1) if op.name == "mul" and readers else (0,) if readers else ():
+        for base in (0, 1) if op.name == MUL and readers else (0,) if readers else ():
             scale = _Scale(op, base)
             if (
                 all(self._is_exact(scale, reader) for reader in readers)
@@ -288,7 +288,7 @@ def _deferred(product: JaxprEqn, scales: Sequence[tuple[_Scale, _Reader]]) -> Ja
             factors.append(_along_result(factor, numbers, ranks, reader.position, result.shape))
         y = product.primitive.bind(*operands, **{**product.params, "preferred_element_type": wide})
         for factor, (scale, _) in zip(factors, scales, strict=True):
-            scaled = lax.div if scale.op.name == "div" else lax.mul
+            scaled = lax.div if scale.op.name == DIV else lax.mul
             y = scaled(y, factor.astype(wide))
         return y.astype(result.dtype)
 

@@ -36,15 +36,15 @@ from ..centering import group_means, widened
 from ..placement.place import Placement
 from ..plan.leaf import center_array
 from ..program.graph import CallPath
+from ..program.primitives import DIV, MOVES, MUL
 from .jaxprs import live, reading, same
 
-_KEEPS_NUMBERS = frozenset(
-    "broadcast_in_dim reshape squeeze transpose convert_element_type copy stop_gradient "
-    "sharding_constraint".split()
+_KEEPS_NUMBERS = MOVES | frozenset(
+    "convert_element_type copy stop_gradient sharding_constraint".split()
 )
 _KEEPS_ZERO = frozenset("neg square integer_pow reduce_sum".split())
 
-_NEUTRAL = {"add": 0, "sub": 0, "mul": 1, "div": 1}
+_NEUTRAL = {"add": 0, "sub": 0, MUL: 1, DIV: 1}
 
 Known = dict[Var, float]
 """Values of a jaxpr all of whose elements are known to be 0, or all to be 1."""
@@ -209,17 +209,17 @@ class _Rewriter:
             return 0
         if name in _KEEPS_NUMBERS:
             return numbers[0]
-        if name == "mul" and numbers == [1, 1]:
+        if name == MUL and numbers == [1, 1]:
             return 1
         hit = [n == 0 for n in numbers]
-        if name == "div":
+        if name == DIV:
             finite = self._is_finite(op.inputs[1]) and self.graph.scalar(op.inputs[1]) != 0
             return 0 if hit[0] and (finite or numbers[1] == 1) else None
         if name in ("add", "sub"):
             added = map(self.graph.scalar, op.inputs)
             one = name == "add" and any(hit) and any(n is not None and n == 1 for n in added)
             return 0 if all(hit) else 1 if one else None
-        if name == "mul":
+        if name == MUL:
             # 0 * c needs a finite c: a known number or one in the program.
             pairs = zip(numbers, op.inputs, strict=True)
             finite = all(n is not None or self._is_finite(v) for n, v in pairs)
@@ -240,7 +240,7 @@ class _Rewriter:
         neutral = [n == _NEUTRAL[name] for n in numbers]
         if neutral[1]:
             keep = invars[0]
-        elif neutral[0] and name in ("add", "mul"):
+        elif neutral[0] and name in ("add", MUL):
             keep = invars[1]
         else:
             return None

@@ -11,7 +11,15 @@ import jax.numpy as jnp
 from ..axes.axis_set import AxisSet
 from ..axes.broadcast import lift, project
 from ..program.graph import DROPOUT
-from ..program.primitives import COMPLEX, IDENTITIES, IDENTITIES_OF_EACH, NONLINEAR, STOP
+from ..program.primitives import (
+    COMPLEX,
+    DIV,
+    IDENTITIES,
+    IDENTITIES_OF_EACH,
+    NONLINEAR,
+    SCALINGS,
+    STOP,
+)
 from .registry import AxisMap, Context, Opaque, Pull, Push, Rule, register
 
 
@@ -144,7 +152,7 @@ def _pull_mul(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
         return Opaque("computes with integers")
     sets = [project(along, ctx.in_shape(i)) for i in (0, 1)]
     # As (factor, carrier); a quotient is not linear in its divisor.
-    ways = ((1, 0),) if ctx.op.name == "div" else ((1, 0), (0, 1))
+    ways = ((1, 0),) if ctx.op.name == DIV else ((1, 0), (0, 1))
     carriers = [other for factor, other in ways if ctx.uniform(factor, sets[factor])]
     if not carriers:
         return Opaque("scales the positions along the mean unequally")
@@ -166,7 +174,7 @@ def _push_mul(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
     """
     if not jnp.issubdtype(ctx.dtype(0), jnp.inexact):
         return Opaque("computes with integers")
-    if ctx.op.name == "div" and operand == 1:
+    if ctx.op.name == DIV and operand == 1:
         return Opaque("divides by the shifted value")
     shifted = _uniform_too(ctx, 1 - operand, lift(along, ctx.out_shape()))
     if shifted.trivial and not along.trivial:
@@ -262,7 +270,7 @@ register(IDENTITIES - {"convert_element_type"}, Rule(_pull_sum, _push_sum, axes=
 register(STOP, Rule(_pull_sum, _push_sum))
 register("convert_element_type", Rule(_pull_convert, _push_convert, _pull_sum, _axes_of_convert))
 register(IDENTITIES_OF_EACH, Rule(_pull_each, _push_each))
-register("mul div", Rule(_pull_mul, _push_mul, _pull_sum))
+register(SCALINGS, Rule(_pull_mul, _push_mul, _pull_sum))
 register("select_n", Rule(_pull_select, _push_select))
 
 register(DROPOUT, Rule(_pull_dropout, _push_dropout))
