@@ -90,3 +90,57 @@ def test_only_public_jax(path: Path) -> None:
     assert not any("_src" in name for name in imported)
     internal = [n for n in imported if n.startswith(("jax.extend", "jax.interpreters", "jax.core"))]
     assert not internal or path.name == "_compat.py"
+
+
+# --- names and sizes -----------------------------------------------------------------------------
+
+LOOPS = (ast.For, ast.While, ast.comprehension)
+BRANCHES = (ast.If, ast.IfExp, ast.BoolOp, ast.ExceptHandler, *LOOPS)
+SPELLED = "broadcast_in_dim div mul reshape transpose".split()
+
+
+def strings(tree: ast.AST) -> Iterator[str]:
+    """String constants, but for docstrings and parts of messages."""
+    texts = {
+        id(part)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.JoinedStr)
+        for part in node.values
+    }
+    texts |= {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in texts:
+            yield node.value
+
+
+@pytest.mark.parametrize("name", SPELLED)
+def test_names_of_primitives_stand_in_few_modules(name: str) -> None:
+    found = [
+        p
+        for p in modules()
+        if any(name in text.split() for text in strings(ast.parse(p.read_text())))
+    ]
+    assert 0 < len(found) <= 5
+
+
+def length(function: ast.FunctionDef) -> int:
+    """Lines of code, without the docstring."""
+    first, *rest = function.body
+    text = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    start = rest[0] if text and rest else first
+    assert function.end_lineno is not None
+    return function.end_lineno - start.lineno + 1
+
+
+def branches(function: ast.FunctionDef) -> int:
+    """Conditions and loops, those of expressions included."""
+    return sum(isinstance(node, BRANCHES) for node in ast.walk(function))
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_functions_are_short(path: Path) -> None:
+    functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
+    long = {
+        f.name: (length(f), branches(f)) for f in functions if length(f) > 40 or branches(f) > 15
+    }
+    assert not long
