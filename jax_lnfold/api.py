@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from .errors import FoldError
-from .folded import Folded, placed, rewritten_program
+from .folded import Folded, placement_of, rewritten_program
 from .options import Options, check_options
 from .placement.place import Placement
 from .placement.planning import make_plan
@@ -133,7 +133,7 @@ def _analysis(
     check_leaves(params, "params", abstract=True)
     check_leaves(inputs, "inputs", abstract=True)
     traced = trace(apply_fn, params, inputs)
-    return traced, placed(traced, options)
+    return traced, placement_of(traced, options)
 
 
 def _check_callable(apply_fn: Any) -> None:

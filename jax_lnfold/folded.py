@@ -123,7 +123,7 @@ class Folded:
     def _analyse(self, inputs: tuple[Any, ...]) -> None:
         params = self._given
         traced = trace(self._apply_fn.function, params, inputs)
-        placement = placed(traced, self._options)
+        placement = placement_of(traced, self._options)
         plan = make_plan(placement)
         rewritten, deferred = rewritten_program(traced, placement, self._options)
         program = jaxpr_as_fun(rewritten), traced.out_tree
@@ -151,7 +151,7 @@ class Folded:
             )
 
 
-def placed(traced: Traced, options: Options) -> Placement:
+def placement_of(traced: Traced, options: Options) -> Placement:
     """Where the program is centered, and what is merged."""
     placement = place(traced.graph(options.see_through_dropout), options.explicit_cost)
     return with_affine(placement) if options.fold_affine else placement

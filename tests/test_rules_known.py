@@ -26,7 +26,7 @@ from jax_lnfold.analysis.facts import Facts
 from jax_lnfold.axes.axis_set import AxisSet
 from jax_lnfold.axes.labels import ALL, FREE, Labels
 from jax_lnfold.program.flatten import flatten
-from jax_lnfold.program.primitives import EXCHANGES, OPAQUE, UNSEEN
+from jax_lnfold.program.primitives import EXCHANGES, NOT_CARRYING, UNSEEN
 from jax_lnfold.rules import RULES, Opaque, Rule, register
 from jax_lnfold.rules.example import equation
 
@@ -845,7 +845,7 @@ CLASSES: dict[str, Collection[str]] = {
     "rule": RULES,
     "walked into": WALKED,
     "between devices": EXCHANGES,
-    "opaque": OPAQUE,
+    "opaque": NOT_CARRYING,
     "not looked into": UNSEEN,
 }
 
@@ -872,7 +872,7 @@ def test_every_primitive_of_jax_is_accounted_for() -> None:
 def test_a_primitive_is_of_one_kind() -> None:
     for (first, names), (second, others) in combinations(CLASSES.items(), 2):
         assert not {*names} & {*others}, f"{first} and {second}"
-    assert all({**OPAQUE, **UNSEEN}.values())
+    assert all({**NOT_CARRYING, **UNSEEN}.values())
 
 
 def test_what_is_not_looked_into_is_counted() -> None:

@@ -387,14 +387,14 @@ def test_lines_of_a_model_of_ones_own_with_layers_of_a_package(packaged: Any) ->
 def test_no_line_of_a_framework(build: Callable[[], tuple[Callable[..., Any], Any]]) -> None:
     apply, params = build()
     graph = trace(apply, params, (X,)).graph()
-    assert {Path(op.place().file).name for op in graph.ops} <= {"test_words.py", ""}
-    assert any(op.place().line for op in graph.ops)
+    assert {Path(op.location().file).name for op in graph.ops} <= {"test_words.py", ""}
+    assert any(op.location().line for op in graph.ops)
 
 
 def test_a_layer_of_a_framework_alone_has_no_line() -> None:
     norm = linen.LayerNorm()
     graph = trace(norm.apply, norm.init(jax.random.key(0), jnp.ones((2, D))), (jnp.ones((2, D)),))
-    assert {op.place().where for op in graph.graph().ops} == {""}
+    assert {op.location().where for op in graph.graph().ops} == {""}
 
 
 # --- outputs and parameters ----------------------------------------------------------------------

@@ -17,7 +17,7 @@ from ..axes.axis_set import AxisSet
 from ..axes.labels import FREE
 from ..printable import printable
 from ..program.graph import DROPOUT, Graph, Op, OutputPath
-from ..program.primitives import OPAQUE
+from ..program.primitives import NOT_CARRYING
 from ..rules import RULES, Context, Opaque, rule_for
 from .shift_tracker import RETURNED, Tracker
 
@@ -48,7 +48,7 @@ class Blocker:
         more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
         why = self.why + (f": {named}{more}" if named else "")
         if self.op is not None:
-            return f"{self.op.place()} {why}"
+            return f"{self.op.location()} {why}"
         return f"what it is given {why}" if self.is_output else why
 
 
@@ -167,7 +167,7 @@ class Facts:
     def context(self, op: Op) -> Context:
         """The view that a rule gets of an operation."""
         self.visits += 1
-        if op.name not in RULES and op.name not in OPAQUE:
+        if op.name not in RULES and op.name not in NOT_CARRYING:
             self.unknown[op.index] = op
         if op.name == DROPOUT:
             self.dropouts.add(op.index)

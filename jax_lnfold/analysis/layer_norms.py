@@ -106,7 +106,7 @@ def find_norms(facts: Facts) -> Norms:
             for root, two_pass in _normalising_roots(graph, tracker, sums_of, known_zero):
                 if (known := found.get(root.index)) is not None:
                     sums |= {op.index: op for op in known.sums}
-                where = root.module or root.place().where
+                where = root.module or root.location().where
                 found[root.index] = replace(
                     norm, sums=_in_order(sums), module=where, two_pass=two_pass, root=root
                 )
@@ -123,7 +123,7 @@ def _is_of_batch(facts: Facts, norm: LayerNorm) -> bool:
     """
     graph = facts.graph
     shape = graph.shape(norm.x)
-    rank = len(shape) - len(graph.lanes_of(norm.x))
+    rank = len(shape) - len(graph.mesh_axes_of(norm.x))
     own = [op.params["axes"] for op in norm.sums if graph.shape(op.inputs[0]) == shape]
     averaged = {*norm.along.axes, *(own[0] if own else ())}  # axes of size 1 are none of `along`
 

@@ -62,7 +62,7 @@ class OrbaxStore:
         into = dest / self._folder.relative_to(self._root)
         arrays, left = {*self._names.values()}, {self._names[name] for name in without}
         with damaged(f"{self._folder} cannot be copied"):
-            old = self._ts.KvStore.open(self._place()).result()
+            old = self._ts.KvStore.open(self._spec()).result()
             new = self._ts.KvStore.open(_database(into)).result()
             kept = (key for key in self._keys() if _array_of(key, arrays) not in left)
             more = True
@@ -85,7 +85,7 @@ class OrbaxStore:
         """A future of an array."""
         spec = {
             "driver": self._driver,
-            "kvstore": self._place(f"{name}/"),
+            "kvstore": self._spec(f"{name}/"),
             # A chunk that is not there is a damaged one: those that are all zeros are written, too.
             "store_data_equal_to_fill_value": True,
             "fill_missing_data_reads": False,
@@ -93,10 +93,10 @@ class OrbaxStore:
         return self._ts.open(spec, open=True)
 
     def _keys(self) -> list[str]:
-        store = self._ts.KvStore.open(self._place()).result()
+        store = self._ts.KvStore.open(self._spec()).result()
         return [key.decode() for key in store.list().result()]
 
-    def _place(self, inside: str = "") -> dict[str, Any]:
+    def _spec(self, inside: str = "") -> dict[str, Any]:
         if self._database:
             return _database(self._folder) | {"path": inside}
         return {"driver": "file", "path": f"{self._folder}/{inside}"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..program.graph import CallPath, Graph, Op
+from ..program.graph import ROWS, CallPath, Graph, Op
 from ..program.primitives import IDENTITIES, MOVES
 from ..rules import AxisMap, axis_map
 from ..trees import is_editable
@@ -11,7 +11,7 @@ AxisPlace = int | CallPath
 """An axis of a value, or the loop that takes it row by row."""
 AxisPlaces = tuple[AxisPlace, ...]
 """Where the axes of a scale are in a value."""
-_CARRY = MOVES | IDENTITIES | {"slice", "loop_slice"}
+_CARRY = MOVES | IDENTITIES | ROWS | {"slice"}
 
 
 class CannotAbsorb(Exception):

@@ -111,7 +111,7 @@ class _Walk:
                 continue
             for op, position in graph.uses[value]:
                 if (op.index, position) not in self.followed:
-                    raise CannotAbsorb(f"{op.place()} reads the parameter `{leaf}`, too")
+                    raise CannotAbsorb(f"{op.location()} reads the parameter `{leaf}`, too")
             if value in graph.outputs:
                 raise CannotAbsorb(f"the parameter `{leaf}` is returned")
 
@@ -129,21 +129,21 @@ class _Walk:
             for value, state in zip(op.inputs, states, strict=True):
                 shapes = self.graph.shape(value), self.graph.shape(op.outputs[0])
                 if state is not None and not state.is_alike(*shapes):
-                    raise CannotAbsorb(f"{op.place()} repeats a part of it")
+                    raise CannotAbsorb(f"{op.location()} repeats a part of it")
         if op.name in ("add", "sub"):
             self._reach(op.outputs[0], self._sum(op, hits))
         elif (results := moved(self.graph, op, states)) is not None:
             for value, state in zip(op.outputs, results, strict=True):
                 self._reach(value, state)
         elif len(hits) > 1:
-            raise CannotAbsorb(f"{op.place()} reads what it scales twice")
+            raise CannotAbsorb(f"{op.location()} reads what it scales twice")
         elif op.name in (MUL, "neg") or (op.name == DIV and hits == [0]):
             state = self.scaled[op.inputs[hits[0]]]
             self._reach(op.outputs[0], self._times(op, state, state.places))
         elif op.name == "dot_general":
             self._product(op, hits[0], self.scaled[op.inputs[hits[0]]])
         else:
-            raise CannotAbsorb(f"{op.place()} reads what it scales")
+            raise CannotAbsorb(f"{op.location()} reads what it scales")
 
     def _means(self, one: int) -> None:
         """The scale is the leaf plus ``1 - one``, everywhere."""
@@ -154,7 +154,7 @@ class _Walk:
     def _times(self, op: Op, state: Scaled, places: AxisPlaces) -> Scaled:
         """Something that is linear in a value."""
         if state.shifted:
-            raise CannotAbsorb(f"{op.place()} scales what is scaled and shifted")
+            raise CannotAbsorb(f"{op.location()} scales what is scaled and shifted")
         if state.raw:
             self._means(1)
         return replace(state, places=places, raw=False)
@@ -176,19 +176,21 @@ class _Walk:
             self._means(0)
             return replace(state, raw=False)
         if minus and other == 1:
-            raise CannotAbsorb(f"{op.place()} subtracts from what it scales")
+            raise CannotAbsorb(f"{op.location()} subtracts from what it scales")
         if state.shifted:
-            raise CannotAbsorb(f"{op.place()} adds to what is scaled and shifted")
+            raise CannotAbsorb(f"{op.location()} adds to what is scaled and shifted")
         linear = self._times(op, state, state.places)
         self._add_shift(op, other, linear)
         return replace(linear, shifted=True)
 
     def _joint(self, op: Op, one: Scaled, other: Scaled) -> Scaled:
         if one.raw or other.raw:
-            raise CannotAbsorb(f"{op.place()} adds it to what it scales")
+            raise CannotAbsorb(f"{op.location()} adds it to what it scales")
         either = replace(one, shifted=one.shifted or other.shifted)
         if (one.shifted and other.shifted) or either != replace(other, shifted=either.shifted):
-            words = f"{op.place()} adds other parts or axes of what it scales, or its shift twice"
+            words = (
+                f"{op.location()} adds other parts or axes of what it scales, or its shift twice"
+            )
             raise CannotAbsorb(words)
         return either
 
@@ -196,7 +198,7 @@ class _Walk:
         """The other term must be one leaf, along the axes of the scale."""
         graph, found = self.graph, source_of(self.graph, op, position)
         if found is None:
-            raise CannotAbsorb(f"{op.place()} adds to it what is no parameter as it is stored")
+            raise CannotAbsorb(f"{op.location()} adds to it what is no parameter as it is stored")
         leaf, sizes = graph.leaves[found.leaf], graph.shape(found.leaf)
         axes = [d for d, n in enumerate(sizes) if n != 1]
         whole = state.is_whole(graph.shape(op.inputs[position]))
@@ -218,10 +220,10 @@ class _Walk:
             return
         kernel = source_of(graph, op, 1 - position)
         if not state.is_whole(graph.shape(op.inputs[position])):
-            raise CannotAbsorb(f"{op.place()} reads a part of what it scales")
+            raise CannotAbsorb(f"{op.location()} reads a part of what it scales")
         if kernel is None:
             raise CannotAbsorb(
-                f"{op.place()} multiplies it with what is no parameter as it is stored"
+                f"{op.location()} multiplies it with what is no parameter as it is stored"
             )
         leaf, along = graph.leaves[kernel.leaf], kernel_axes(op, position, places, kernel)
         if along is None:

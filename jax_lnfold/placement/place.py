@@ -52,7 +52,7 @@ class Reason:
 
     def __str__(self) -> str:
         """The reason as a sentence without its stop."""
-        carry = f"carry {self.carry.carry} of {self.carry.place()}" if self.carry else ""
+        carry = f"carry {self.carry.carry} of {self.carry.location()}" if self.carry else ""
         if self.noticed is None:
             remedy = "an explicit centering would cost more than it saves"
         else:

@@ -51,7 +51,7 @@ def moved(graph: Graph, op: Op, states: Sequence[Scaled | None]) -> list[Scaled]
     if op.name == "slice":
         steps = enumerate(params["strides"] or ())
         if any(step != 1 and axis in state.places for axis, step in steps):
-            raise CannotAbsorb(f"{op.place()} leaves out elements of it")
+            raise CannotAbsorb(f"{op.location()} leaves out elements of it")
         for axis, start in enumerate(params["start_indices"]):
             state = state.later(axis, start)
         return [state]
@@ -61,7 +61,7 @@ def moved(graph: Graph, op: Op, states: Sequence[Scaled | None]) -> list[Scaled]
     if (axes := carried(graph, op)) is None:
         return None
     if op.name == "loop_slice" and not state.is_whole(graph.shape(op.inputs[0])):
-        raise CannotAbsorb(f"{op.place()} takes a part of it row by row")
+        raise CannotAbsorb(f"{op.location()} takes a part of it row by row")
     return [replace(state, places=moved_places(state.places, axes))]
 
 
@@ -72,7 +72,7 @@ def _joined(graph: Graph, op: Op, states: Sequence[Scaled | None]) -> Scaled:
     for value, state in zip(op.inputs, states, strict=True):
         zeros = state is None and axis not in first.places and _adds_zeros(graph, value, first)
         if state != following and not zeros:
-            raise CannotAbsorb(f"{op.place()} joins what it scales with something else")
+            raise CannotAbsorb(f"{op.location()} joins what it scales with something else")
         following = following.later(axis, graph.shape(value)[axis])
     return first
 
@@ -81,7 +81,7 @@ def _padded(graph: Graph, op: Op, states: Sequence[Scaled | None]) -> Scaled:
     state, config = states[0], enumerate(op.params["padding_config"])
     kept = state and all(d not in state.places or set(pads) == {0} for d, pads in config)
     if not (state and kept and _adds_zeros(graph, op.inputs[1], state)):
-        raise CannotAbsorb(f"{op.place()} joins what it scales with something else")
+        raise CannotAbsorb(f"{op.location()} joins what it scales with something else")
     return state
 
 

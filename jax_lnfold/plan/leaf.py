@@ -69,7 +69,7 @@ def edit_leaf(x: Any, sources: Sequence[Any], recipe: Recipe, donate: bool) -> t
         if not noted and not recipe.summed and x.dtype.isbuiltin == 1:
             return new, False  # NumPy notes overflows of its own dtypes, other than in einsum
         return new, not _finite(new) and all(_finite(np.asarray(v)) for v in (x, *sources))
-    return _compiled_edit(recipe, donate, _placed(x))(x, *sources)
+    return _compiled_edit(recipe, donate, _sharding_of(x))(x, *sources)
 
 
 def overflows(x: Any, sources: Sequence[Any], recipe: Recipe) -> bool:
@@ -78,10 +78,10 @@ def overflows(x: Any, sources: Sequence[Any], recipe: Recipe) -> bool:
         return bool(edit_leaf(x, sources, recipe, donate=False)[1])
     if _compiled_bound(recipe)(x, *sources):
         return False
-    return bool(_compiled_check(recipe, _placed(x))(x, *sources))
+    return bool(_compiled_check(recipe, _sharding_of(x))(x, *sources))
 
 
-def _placed(x: jax.Array) -> Any:
+def _sharding_of(x: jax.Array) -> Any:
     return x.sharding if x.committed else None
 
 

@@ -32,11 +32,11 @@ from .._compat import (
     open_jaxpr,
 )
 from ..trees import is_editable
-from .devices import Lanes, collect, per_lane, spread, with_lanes
+from .devices import MeshAxes, collect, per_device, spread, with_mesh_axes
 from .dropout import dropped_operand, note_noise
 from .frames import UNKNOWN, Line, calling_line
 from .garbage import collector_paused
-from .graph import DROPOUT, NO_RULE, QUANTIZE, CallPath, Graph, Op, OutputPath
+from .graph import DROPOUT, OTHER_MEANING, QUANTIZE, CallPath, Graph, Op, OutputPath
 
 
 @collector_paused()
@@ -69,7 +69,7 @@ class _Frame:
     path: CallPath = ()
     module: str = ""
     calls: tuple[JaxprEqn, ...] = ()
-    lanes: Lanes = ()
+    mesh_axes: MeshAxes = ()
     caller: Callable[[], Line] = lambda: UNKNOWN
 
     def inside(self, eqn: JaxprEqn, *key: int) -> _Frame:
@@ -88,13 +88,13 @@ class _Walker:
         """Add the operations of a jaxpr; the values of its outputs."""
         graph, path = self.graph, frame.path
         env = graph.env[path] = dict(zip(jaxpr.invars, inputs, strict=True))
-        graph.lanes[path] = frame.lanes
+        graph.mesh_axes[path] = frame.mesh_axes
         if path not in graph.trips:
             graph.trips[path] = graph.trips[path[:-1]]
 
         def constant(value: Any, aval: Any) -> int:
             number = graph.new_constant(value, aval, path)
-            return self._spread(number, (), frame) if frame.lanes else number
+            return self._spread(number, (), frame) if frame.mesh_axes else number
 
         def read(atom: Any) -> int:
             return constant(atom.val, atom.aval) if isinstance(atom, Literal) else env[atom]
@@ -106,14 +106,14 @@ class _Walker:
             names = "" if path in graph.stand_ins else str(eqn.source_info.name_stack)
             here = replace(frame, module="/".join(p for p in (frame.module, names) if p))
             if is_stranger(eqn):
-                results = self._operation(eqn, index, map(read, eqn.invars), here, NO_RULE)
+                results = self._operation(eqn, index, map(read, eqn.invars), here, OTHER_MEANING)
                 env.update(zip(eqn.outvars, results, strict=True))
                 continue
             inner, control, devices = call_jaxpr(eqn), control_flow(eqn), manual(eqn)
             branching = control is not None and eqn.primitive.name != "scan"
-            if frame.lanes and (devices or branching):
+            if frame.mesh_axes and (devices or branching):
                 # Devices may branch differently: a result need not be that of one branch.
-                results = self._operation(eqn, index, map(read, eqn.invars), here, NO_RULE)
+                results = self._operation(eqn, index, map(read, eqn.invars), here, OTHER_MEANING)
             elif control is not None:
                 results = self._control(eqn, index, control, [*map(read, eqn.invars)], here)
             elif devices is not None:
@@ -127,12 +127,16 @@ class _Walker:
                 results = self.walk(open_jaxpr(inner), consts_of(inner), operands, within)
                 if within.path in graph.sealed:
                     self._settle_unread(results, start, within.path, path)
-            elif frame.lanes and not has_effects(eqn) and (all_lanes := per_lane(eqn, frame.lanes)):
+            elif (
+                frame.mesh_axes
+                and not has_effects(eqn)
+                and (all_lanes := per_device(eqn, frame.mesh_axes))
+            ):
                 operands = [env[a] for a in eqn.invars if not isinstance(a, Literal)]
                 results = self._stand_in(all_lanes, operands, here.inside(eqn, index))
                 self._settle(results, (*path, index), path)
             else:  # per device, a rule would be about other axes
-                role = NO_RULE if frame.lanes else ""
+                role = OTHER_MEANING if frame.mesh_axes else ""
                 results = self._operation(eqn, index, map(read, eqn.invars), here, role)
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(a) for a in jaxpr.outvars]
@@ -169,7 +173,7 @@ class _Walker:
         graph, inputs = self.graph, [*operands]
         free = not has_effects(eqn) and all(graph.data_free[v] for v in inputs)
         fixed = free and all(graph.fixed[v] for v in inputs)
-        avals = (with_lanes(v.aval, frame.lanes) for v in eqn.outvars)
+        avals = (with_mesh_axes(v.aval, frame.mesh_axes) for v in eqn.outvars)
         results = [graph.new_value(aval, frame.path, free, fixed) for aval in avals]
         dropped = None if role else dropped_operand(graph, eqn.primitive.name, inputs)
         role = DROPOUT if self.see_through_dropout and dropped is not None else role
@@ -185,10 +189,10 @@ class _Walker:
         return results
 
     def _stand_in(self, closed: ClosedJaxpr, operands: Sequence[int], frame: _Frame) -> list[int]:
-        """Walk into a program that says what an equation means for all lanes."""
+        """Walk into a program that says what an equation means for all mesh_axes."""
         self.graph.stand_ins[frame.path] = closed
         self.graph.sealed.add(frame.path)
-        frame = replace(frame, lanes=())
+        frame = replace(frame, mesh_axes=())
         return self.walk(open_jaxpr(closed), consts_of(closed), operands, frame)
 
     def _hidden(self, frame: _Frame) -> _Frame:
@@ -198,7 +202,7 @@ class _Walker:
 
     def _spread(self, value: int, spec: Sequence[Any], frame: _Frame) -> int:
         """The shards of a whole array on the devices of a frame."""
-        cut = spread(self.graph.avals[value], spec, frame.lanes)
+        cut = spread(self.graph.avals[value], spec, frame.mesh_axes)
         return self._stand_in(cut, [value], self._hidden(frame))[0]
 
     def _settle(self, values: Sequence[int], stand_in: CallPath, path: CallPath) -> None:
@@ -219,9 +223,9 @@ class _Walker:
     def _devices(
         self, eqn: JaxprEqn, index: int, devices: Manual, operands: Sequence[int], frame: _Frame
     ) -> list[int]:
-        """Walk into a `shard_map`: the shards of all devices together, see `lanes`."""
-        graph, lanes = self.graph, devices.axes
-        within = replace(frame.inside(eqn, index), lanes=lanes)
+        """Walk into a `shard_map`: the shards of all devices together, see `mesh_axes`."""
+        graph, mesh_axes = self.graph, devices.axes
+        within = replace(frame.inside(eqn, index), mesh_axes=mesh_axes)
         graph.trips[within.path] = graph.trips[frame.path]
         shards = []
         for value, spec in zip(operands, devices.in_specs, strict=True):
@@ -234,7 +238,7 @@ class _Walker:
         results = []
         ends = self.walk(open_jaxpr(body), consts_of(body), shards, within)
         for value, spec in zip(ends, devices.out_specs, strict=True):
-            joined, rows = collect(graph.avals[value], spec, lanes)
+            joined, rows = collect(graph.avals[value], spec, mesh_axes)
             outside = self._hidden(replace(within, path=frame.path))
             (value,) = self._stand_in(joined, [value], outside)
             for _ in range(rows):  # the same on all devices: any row will do
@@ -242,7 +246,7 @@ class _Walker:
                 aval = jax.ShapeDtypeStruct(aval.shape[1:], aval.dtype)
                 free, fixed = graph.data_free[value], graph.fixed[value]
                 row = graph.new_value(aval, outside.path, free, fixed)
-                self._add(eqn, frame, (value,), (row,), "loop_slice")
+                self._add(eqn, frame, (value,), (row,), "device_row")
                 value = row
             self._settle([value], outside.path, frame.path)
             results.append(value)
@@ -264,7 +268,7 @@ class _Walker:
             length = control.length if isinstance(control.length, int) else 1
             graph.trips[within.path] = graph.trips[frame.path] * length
             taken = [operands[i] for i in body.operands]
-            avals = (with_lanes(v.aval, frame.lanes) for v in jaxpr.invars[len(taken) :])
+            avals = (with_mesh_axes(v.aval, frame.mesh_axes) for v in jaxpr.invars[len(taken) :])
             own = [graph.new_value(aval, within.path, False, False) for aval in avals]
             carried += [(value, k, around) for k, value in enumerate(own[: len(starts)])]
             for row, i in zip(own[len(starts) :], control.slices, strict=True):
@@ -274,7 +278,7 @@ class _Walker:
         if control.is_loop:
             tests = [value for end in ends[:-1] for value in end]
             self._add(eqn, frame, tests, (), "observe")
-        avals = (with_lanes(v.aval, frame.lanes) for v in eqn.outvars)
+        avals = (with_mesh_axes(v.aval, frame.mesh_axes) for v in eqn.outvars)
         results = [graph.new_value(aval, frame.path, False, False) for aval in avals]
         for value, k, around in carried:
             self._add(eqn, around, (starts[k], ends[-1][k]), (value,), "loop_carry", k)

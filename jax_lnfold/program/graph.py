@@ -20,7 +20,7 @@ from .._compat import (
 )
 from ..axes.axis_set import AxisSet
 from ..printable import printable
-from .devices import Lanes
+from .devices import MeshAxes
 from .frames import UNKNOWN, Line, source_line
 from .primitives import COMMUTATIVE, MOVES, MUL, PURE
 
@@ -31,7 +31,7 @@ OutputPath = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Location:
     """An operation by its primitive, module path, source file and line (empty, 0 if unknown)."""
 
     primitive: str
@@ -90,18 +90,20 @@ class Op:
         power = self.name == "integer_pow" and self.params["y"] == 2
         return self.name == "square" or power or (self.name == MUL and len({*self.inputs}) == 1)
 
-    def place(self) -> Place:
+    def location(self) -> Location:
         """What a person may look for."""
         name = (self.calls[0] if self.stands_in else self.eqn).primitive.name
-        return Place(name, self.module, *source_line((self.eqn, *self.calls), self.caller()))
+        return Location(name, self.module, *source_line((self.eqn, *self.calls), self.caller()))
 
 
-NO_RULE = "opaque"
+OTHER_MEANING = "opaque"
 """The role of an operation that means something else than its primitive does elsewhere."""
 DROPOUT = "dropout"
 """The role of an operation that is taken for the identity on what it drops at random."""
 QUANTIZE = "quantize"
 """The role of a conversion to fewer digits than those of any dtype whose numbers can be edited."""
+ROWS = frozenset({"loop_slice", "device_row"})
+"""Roles of what takes one row: a loop each in its turn, the end of a `shard_map` any of them."""
 JOINS = frozenset({"loop_carry", "loop_result", "branch_result"})
 """Roles whose output is one of the inputs: the first and the next value of a carry, branches."""
 
@@ -133,7 +135,7 @@ class Graph:
         self.op_at: dict[CallPath, Op] = {}
         self.env: dict[CallPath, dict[Var, int]] = {}
         self.trips: dict[CallPath, int] = {(): 1}  # how often a jaxpr runs in one call
-        self.lanes: dict[CallPath, Lanes] = {}  # mesh axes of the `shard_map` around a jaxpr
+        self.mesh_axes: dict[CallPath, MeshAxes] = {}  # mesh axes of the `shard_map` around a jaxpr
         self.stand_ins: dict[CallPath, ClosedJaxpr] = {}  # programs analysed for an equation
         self.sealed: set[CallPath] = set()  # jaxprs that no centering can be put into
         self.noise: set[int] = set()  # computed from random bits and numbers only
@@ -169,15 +171,15 @@ class Graph:
         """Where in the output tree these values are."""
         return tuple(path for value, path in self.output_paths if value in values)
 
-    def lanes_of(self, value: int) -> Lanes:
+    def mesh_axes_of(self, value: int) -> MeshAxes:
         """The mesh axes that the shape of a value ends in: those of the `shard_map` around it."""
-        return self.lanes[self.home[value]]
+        return self.mesh_axes[self.home[value]]
 
     def on_one_device(self, value: int, along: AxisSet) -> AxisSet | None:
         """The set on the shard that one device holds, None if the mean spans devices."""
-        lanes = self.lanes_of(value)
-        rank = len(along.shape) - len(lanes)
-        if any(d >= rank for d in along.axes) or (lanes and not rank):
+        mesh_axes = self.mesh_axes_of(value)
+        rank = len(along.shape) - len(mesh_axes)
+        if any(d >= rank for d in along.axes) or (mesh_axes and not rank):
             return None
         return AxisSet(along.shape[:rank], along.entries[:rank])
 
@@ -244,7 +246,7 @@ class Graph:
         live: set[int] = set()
         todo = list(self.outputs)
         for op in self.ops:
-            if op.name == "observe" or (has_effects(op.eqn) and op.role in ("", NO_RULE)):
+            if op.name == "observe" or (has_effects(op.eqn) and op.role in ("", OTHER_MEANING)):
                 live.add(op.index)
                 todo.extend(op.inputs)
         while todo:

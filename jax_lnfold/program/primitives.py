@@ -46,7 +46,7 @@ def _with_reasons(names_by_reason: dict[str, str]) -> dict[str, str]:
     return {name: why for why, names in names_by_reason.items() for name in names.split()}
 
 
-OPAQUE = _with_reasons(
+NOT_CARRYING = _with_reasons(
     {
         "makes numbers from none": (
             "axis_index create_token dim_as_value dimension_size empty empty2 iota "
@@ -86,7 +86,7 @@ EXCHANGES = frozenset(
     "all_gather all_gather_invariant all_gather_reduced all_to_all pbroadcast pmax pmin ppermute "
     "psum psum_invariant ragged_all_to_all reduce_scatter".split()
 )
-"""Collectives: inside of a `shard_map` they are what `lanes` says, elsewhere they are opaque."""
+"""Collectives: inside of a `shard_map` they are what `devices` says, elsewhere they are opaque."""
 UNSEEN = _with_reasons(
     {
         "has a derivative, a batching or a partitioning of its own": (
@@ -127,8 +127,8 @@ UNSEEN = _with_reasons(
 
 def why_without_rule(name: str) -> str:
     """What is said of a primitive that has no rule; a clause."""
-    if name in OPAQUE:
-        return f"passes on neither means nor shifts, as it {OPAQUE[name]}"
+    if name in NOT_CARRYING:
+        return f"passes on neither means nor shifts, as it {NOT_CARRYING[name]}"
     if name in UNSEEN:
         return f"is not looked into, as it {UNSEEN[name]}"
     return "has no rule: what it does to means and shifts is not known"

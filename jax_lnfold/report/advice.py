@@ -16,7 +16,7 @@ from ..program.primitives import (
     IDENTITIES,
     MOVES,
     MUL,
-    OPAQUE,
+    NOT_CARRYING,
     PRODUCTS,
     SCALINGS,
     STOP,
@@ -59,7 +59,7 @@ def advice(placement: Placement, reason: Reason) -> str:
         return _after_nonlinearity(reason)
     if op.name in RULES:
         return ""
-    if op.name in OPAQUE:
+    if op.name in NOT_CARRYING:
         return f"{_LAST} it"
     return f"write this operation with primitives that have a rule, or {_LAST} it"
 

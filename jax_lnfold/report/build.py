@@ -11,8 +11,8 @@ import numpy as np
 from ..analysis.layer_norms import LayerNorm
 from ..placement.place import Placement, Reason
 from ..plan.plan import FoldPlan
-from ..program.graph import NO_RULE, Graph, Op, Place
-from ..program.primitives import EXCHANGES, MOVES, OPAQUE
+from ..program.graph import OTHER_MEANING, ROWS, Graph, Location, Op
+from ..program.primitives import EXCHANGES, MOVES, NOT_CARRYING
 from ..rewrite.defer import Deferral
 from ..rules import RULES
 from .advice import advice
@@ -78,14 +78,19 @@ def make_report(
         events=find_events(placement),
         n_operations=len(graph.ops),
         programs=programs,
-        unseen=dict(Counter(op.place() for op in graph.ops if _may_hide_norms(graph, op))),
+        unseen=dict(Counter(op.location() for op in graph.ops if _may_hide_norms(graph, op))),
     )
 
 
 def _may_hide_norms(graph: Graph, op: Op) -> bool:
     """Whether it computes real numbers from such by what is no jaxpr of this program."""
     name = op.eqn.primitive.name
-    if op.role not in ("", NO_RULE) or name in RULES or name in OPAQUE or name in EXCHANGES:
+    if (
+        op.role not in ("", OTHER_MEANING)
+        or name in RULES
+        or name in NOT_CARRYING
+        or name in EXCHANGES
+    ):
         return False
     return all(any(_is_real(graph, v) for v in values) for values in (op.inputs, op.outputs))
 
@@ -116,26 +121,26 @@ def _is_widened(graph: Graph, leaf: int) -> bool:
                 wide = op.params["new_dtype"]
                 if jnp.issubdtype(wide, jnp.floating) and jnp.finfo(wide).nmant > digits:
                     return True
-            elif op.name in MOVES or op.name == "loop_slice":
+            elif op.name in MOVES | ROWS:
                 todo += op.outputs
     return False
 
 
-def _blocker(reason: Reason | None) -> Place | None:
+def _blocker(reason: Reason | None) -> Location | None:
     """What stands in the way: of centering the input, or else of the centering it needs."""
     found = (reason.obstacle, reason.noticed) if reason else ()
-    return next((b.op.place() for b in found if b is not None and b.op is not None), None)
+    return next((b.op.location() for b in found if b is not None and b.op is not None), None)
 
 
 def _local_rank(graph: Graph, value: int) -> int:
-    return len(graph.shape(value)) - len(graph.lanes_of(value))
+    return len(graph.shape(value)) - len(graph.mesh_axes_of(value))
 
 
 def _mesh_axes(graph: Graph, norm: LayerNorm) -> tuple[str, ...]:
     start = _local_rank(graph, norm.x)
-    return tuple(graph.lanes_of(norm.x)[d - start][0] for d in norm.along.axes if d >= start)
+    return tuple(graph.mesh_axes_of(norm.x)[d - start][0] for d in norm.along.axes if d >= start)
 
 
 def _origin(placement: Placement, value: int) -> str:
     made = placement.graph.producer[value]
-    return str(made[0].place()) if made else "an input of the function"
+    return str(made[0].location()) if made else "an input of the function"

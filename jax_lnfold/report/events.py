@@ -13,7 +13,7 @@ from networkx.utils import UnionFind
 
 from ..analysis.facts import Blocker, Claim
 from ..placement.place import Placement
-from ..program.graph import CallPath, Graph, Place
+from ..program.graph import CallPath, Graph, Location
 
 WRITTEN, EDITED, INSERTED = "written", "edited", "inserted"
 FOLDED, LEFT, BLOCKED, NOTICED = "folded", "left", "blocked", "noticed"
@@ -117,13 +117,13 @@ def _blocker(graph: Graph, claim: Claim, kind: str, blocker: Blocker) -> _Found:
         return _Found(index, claim, kind, blocker.why, "", "", ())
     op, why = blocker.op, str(blocker)
     if blocker.is_output:
-        name, detail = "returned as an output", _brief(op.place()) if op else ""
+        name, detail = "returned as an output", _brief(op.location()) if op else ""
         return _Found(float("inf"), claim, NOTICED, name, detail, why, op.path if op else ())
     assert op is not None
-    return _Found(op.index, claim, kind, _brief(op.place()), op.place().module, why, op.path)
+    return _Found(op.index, claim, kind, _brief(op.location()), op.location().module, why, op.path)
 
 
-def _brief(place: Place) -> str:
+def _brief(place: Location) -> str:
     """``primitive file.py:line``."""
     return f"{place.primitive} {place.where}".strip()
 
@@ -137,7 +137,7 @@ def _insertions(placement: Placement) -> Iterator[_Found]:
             if not along.trivial and not graph.fixed[value]:
                 claim = placement.search.resolve((value, along))
                 index = made[0].index if made else -1
-                where = f"after {_brief(made[0].place())}" if made else "of an input"
+                where = f"after {_brief(made[0].location())}" if made else "of an input"
                 yield _Found(index, claim, INSERTED, "centering", where, why, graph.home[value])
 
 

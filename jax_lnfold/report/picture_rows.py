@@ -67,7 +67,7 @@ def lay_out(events: Sequence[Event]) -> Layout:
     boxes: list[Box] = []
     alone = [[i] for i in range(len(events))]
     for item in fold_repeats(alone, key, lambda i: events[i].kind in (FOLDED, LEFT)):
-        _place(item, rows, boxes)
+        _arrange(item, rows, boxes)
     loops = groupby(range(len(rows)), lambda r: (events[rows[r][0]].loop, events[rows[r][0]].runs))
     for (loop, runs), group in loops:
         if loop:
@@ -83,13 +83,13 @@ def lay_out(events: Sequence[Event]) -> Layout:
     return Layout(tuple(drawn), tuple(dict.fromkeys(boxes)), lines)
 
 
-def _place(item: Sequence[int] | Repeat[int], rows: list[list[int]], boxes: list[Box]) -> None:
+def _arrange(item: Sequence[int] | Repeat[int], rows: list[list[int]], boxes: list[Box]) -> None:
     if not isinstance(item, Repeat):
         rows.append(list(item))
         return
     top, at = len(rows), len(boxes)
     for inner in item.items:
-        _place(inner, rows, boxes)
+        _arrange(inner, rows, boxes)
     boxes.insert(at, Box(top, len(rows) - 1, item.count))
 
 

@@ -16,7 +16,7 @@ from ..errors import NotAnalysedError
 from ..plan.edits.affine import AffineEdit
 from ..plan.edits.center import CenterEdit
 from ..plan.edits.scale import ScaleEdit
-from ..program.graph import Place
+from ..program.graph import Location
 from ..rewrite.defer import Deferral
 from ..trees import first_line
 from . import picture
@@ -50,7 +50,7 @@ class Norm:
     reason: str
     mesh_axes: tuple[str, ...] = ()
     two_pass: bool = False
-    blocker: Place | None = None
+    blocker: Location | None = None
     advice: str = ""
     approximate: bool = False
 
@@ -118,7 +118,7 @@ class Report:
     events: tuple[Event, ...] = ()
     n_operations: int = 0
     programs: Programs | None = field(default=None, compare=False)
-    unseen: dict[Place, int] = field(default_factory=dict)
+    unseen: dict[Location, int] = field(default_factory=dict)
 
     @cached_property
     def cost(self) -> Cost:

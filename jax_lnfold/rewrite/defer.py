@@ -107,7 +107,7 @@ class _Deferrer:
     def closed(self, closed: Any, path: CallPath) -> Any:
         """The jaxpr with its scales deferred, the very same one where there are none."""
         jaxpr = open_jaxpr(closed)
-        if path in self.graph.sealed or self.graph.lanes.get(path, True):
+        if path in self.graph.sealed or self.graph.mesh_axes.get(path, True):
             return closed
         body = self._body(jaxpr, path)
         return closed if body is jaxpr else close(body, consts_of(closed))

@@ -73,6 +73,20 @@ def _axes_of_row(ctx: Context, operand: int) -> AxisMap:
     return {0: ctx.op.path} | {d + 1: d for d in range(len(ctx.out_shape()))}
 
 
+def _axes_of_one_row(ctx: Context, operand: int) -> AxisMap:
+    """All axes but the first, which no other row is in.
+
+    ``(x g)[i] = x[i] g``. Reads no parameters.
+
+    >>> mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    >>> p = jax.sharding.PartitionSpec()
+    >>> same = jax.shard_map(lambda x: x * 2, mesh=mesh, in_specs=p, out_specs=p)
+    >>> axes(same, (5, 3), primitive="device_row")
+    {1: 0, 2: 1}
+    """
+    return {d + 1: d for d in range(len(ctx.out_shape()))}
+
+
 def _pull_stack(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
     """The row of every iteration, for S on its axes.
 
@@ -105,4 +119,5 @@ def _push_stack(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
 
 register(JOINS, Rule(_pull_join, _push_join))
 register("loop_slice", Rule(_pull_slice, _push_slice, axes=_axes_of_row))
+register("device_row", Rule(_pull_slice, _push_slice, axes=_axes_of_one_row))
 register("loop_stack", Rule(_pull_stack, _push_stack))

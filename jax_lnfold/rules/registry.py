@@ -154,7 +154,7 @@ class Rule:
     axes: AxesRule = no_axes
 
 
-OPAQUE = Rule()
+NO_RULE = Rule()
 RULES: dict[str, Rule] = {}
 
 
@@ -173,7 +173,7 @@ def is_nonlinear(name: str) -> bool:
 
 def rule_for(name: str) -> Rule:
     """The rule of a primitive; the opaque rule where there is none."""
-    return RULES.get(name, OPAQUE)
+    return RULES.get(name, NO_RULE)
 
 
 def axis_map(graph: Graph, op: Op, operand: int = 0) -> AxisMap:
