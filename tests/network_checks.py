@@ -18,7 +18,7 @@ from networks import Network
 from partitions import centered, is_uniform, is_zero_mean, uniform_shift
 
 import jax_lnfold
-from jax_lnfold.analysis.facts import Claim
+from jax_lnfold.analysis.claims import Claim
 from jax_lnfold.placement.place import Placement, place
 from jax_lnfold.program.tracing import Traced, trace
 

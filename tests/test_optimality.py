@@ -14,7 +14,8 @@ import numpy as np
 from contracts import fold_checked
 from networks import Network, random_network
 
-from jax_lnfold.analysis.facts import Claim, Facts
+from jax_lnfold.analysis.claims import Claim
+from jax_lnfold.analysis.facts import Facts
 from jax_lnfold.analysis.layer_norms import find_norms
 from jax_lnfold.axes.axis_set import AxisSet
 from jax_lnfold.placement.layer_scale import find_merges

@@ -16,7 +16,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jax_lnfold
-from jax_lnfold.program.devices import collect, per_lane, spread
+from jax_lnfold.program.devices import collect, per_device, spread
 
 AXES = ("data", "model")
 LANES = (("data", 2), ("model", 4))
@@ -92,7 +92,7 @@ def test_lanes_are_the_devices(name: str) -> None:
         zip(inner.invars, jaxpr_as_fun(spread(jax.typeof(GRID), before, LANES))(GRID), strict=True)
     )
     for e in inner.eqns:
-        closed = per_lane(e, LANES)
+        closed = per_device(e, LANES)
         assert closed is not None, e.primitive
         operands = [values[a] for a in e.invars if not isinstance(a, Literal)]
         values.update(zip(e.outvars, jaxpr_as_fun(closed)(*operands), strict=True))

@@ -22,7 +22,8 @@ from ..axes.labels import ALL
 from ..program.graph import Graph, Op
 from ..program.primitives import MOVES, MUL, SCALINGS
 from ..rules import Context, Opaque, rule_for
-from .facts import Claim, Facts
+from .claims import Claim
+from .facts import Facts
 from .shift_tracker import Tracker
 
 _CASTS = frozenset({"convert_element_type", "copy", "stop_gradient", "name", "reduce_precision"})

@@ -6,64 +6,23 @@ LayerNorms that keep their own mean against the centerings that would make it va
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from ..analysis.facts import Blocker, Claim, Facts, solve
+from ..analysis.claims import Claim
+from ..analysis.facts import Facts
 from ..analysis.layer_norms import LayerNorm, find_norms
 from ..axes.axis_set import AxisSet
 from ..plan.edits.affine import AffineEdit
 from ..plan.edits.scale import ScaleEdit
-from ..printable import printable
 from ..program.garbage import collector_paused
-from ..program.graph import Graph, Op
-from ..program.primitives import PRODUCTS
+from ..program.graph import Graph
 from .layer_scale import find_merges
 from .min_cut import MinCut
+from .proof import prove, resting_on_approximations
+from .reasons import Reason, explain
 from .zero_mean import UNIT, ZeroMeanGraph
-
-
-@dataclass(frozen=True, slots=True)
-class Reason:
-    """Why a LayerNorm keeps its mean.
-
-    The `obstacle` keeps its input from being zero-mean, `noticed` is what would notice an explicit
-    centering of the input (None: it would only cost too much). `carry` is the loop on the way from
-    one to the other, `product` a matrix product of data there, which leaves the axes of the mean
-    alone. `leaf` is the parameter that the obstacle keeps from being edited, if any, with its
-    `leaf_path` unless it is all about the stream or an output; `claim` says of which value, along
-    which axes, the obstacle keeps the mean.
-    """
-
-    obstacle: Blocker | None
-    noticed: Blocker | None
-    carry: Op | None = None
-    leaf: int | None = None
-    leaf_path: str = ""
-    product: Op | None = None
-    claim: Claim | None = None
-
-    @property
-    def named(self) -> str:
-        """Which parameter it is, to be put behind a clause."""
-        return f"; this parameter is `{printable(self.leaf_path)}`" if self.leaf_path else ""
-
-    def __str__(self) -> str:
-        """The reason as a sentence without its stop."""
-        carry = f"carry {self.carry.carry} of {self.carry.location()}" if self.carry else ""
-        if self.noticed is None:
-            remedy = "an explicit centering would cost more than it saves"
-        else:
-            remedy = f"an explicit centering would change the result: {self.noticed}"
-        if self.obstacle is None:
-            return remedy
-        if self.leaf is not None:
-            why = f": {self.obstacle}{self.named}"
-            return f"a parameter that feeds {carry or 'it'} cannot be centered{why}"
-        spoilt = f"{carry} cannot be kept so: " if carry else ""
-        return f"its input is not zero-mean: {spoilt}{self.obstacle}; {remedy}"
 
 
 @dataclass(frozen=True)
@@ -140,12 +99,10 @@ def place_within(
     explicit = _by_value(c for c in zero if _is_inserted(search, c, zero))
     edits = _by_value(c for c in zero if search.nodes[c].edit)
     left = {
-        i: _explain(search, (n.x, n.along), zero)
-        for i, n in enumerate(norms.found)
-        if not folded[i]
+        i: explain(search, (n.x, n.along), zero) for i, n in enumerate(norms.found) if not folded[i]
     }
     roots = {i: (n.x, n.along) for i, n in enumerate(norms.found) if folded[i]}
-    _prove(search, zero, explicit, roots.values())
+    prove(search, zero, explicit, roots.values())
     return Placement(
         search=search,
         norms=norms.found,
@@ -154,10 +111,10 @@ def place_within(
         leaf_sets={v: sets for v, sets in edits.items() if v in graph.leaves},
         merges=tuple(merges.values()),
         explicit=explicit,
-        inserted={v: _explain(search, (v, sets[0]), zero) for v, sets in explicit.items()},
+        inserted={v: explain(search, (v, sets[0]), zero) for v, sets in explicit.items()},
         constants={v: sets for v, sets in edits.items() if v not in graph.leaves},
         zero=(*zero, *(c for c, node in search.nodes.items() if node.is_zero)),
-        approximate=_approximate(search, zero, explicit, roots),
+        approximate=resting_on_approximations(search, zero, explicit, roots),
     )
 
 
@@ -206,94 +163,3 @@ def _by_value(claims: Iterable[Claim]) -> dict[int, tuple[AxisSet, ...]]:
         value: tuple(s for s in group if not any(o != s and o.refines(s) for o in group))
         for value, group in sets.items()
     }
-
-
-def _rests_on(
-    search: ZeroMeanGraph,
-    claim: Claim,
-    zero: Container[Claim],
-    explicit: Mapping[int, tuple[AxisSet, ...]],
-) -> Blocker | Iterable[Claim]:
-    """What a claim follows from: nothing if the value is edited or centered there."""
-    value, along = claim
-    resolved = search.resolve(claim)
-    node = search.nodes[resolved]
-    given = node.is_zero or (node.edit and resolved in zero)
-    if given or any(s.refines(along) for s in explicit.get(value, ())):
-        return ()
-    return node.obstacle or Blocker(None, "") if node.needs is None else node.needs
-
-
-def _prove(
-    search: ZeroMeanGraph,
-    zero: Container[Claim],
-    explicit: Mapping[int, tuple[AxisSet, ...]],
-    roots: Iterable[Claim],
-) -> None:
-    """Derive every removed mean again from the edits alone; a failure is a bug of this library."""
-    known: dict[Claim, Blocker | None] = {}
-    for root in roots:
-        blocker = solve(root, lambda claim: _rests_on(search, claim, zero, explicit), known)
-        if blocker is not None:
-            raise AssertionError(f"unproved zero mean, please report this: {blocker}")
-
-
-def _approximate(
-    search: ZeroMeanGraph,
-    zero: Container[Claim],
-    explicit: Mapping[int, tuple[AxisSet, ...]],
-    roots: Mapping[int, Claim],
-) -> frozenset[int]:
-    """Which roots do not follow from the edits without an approximation."""
-    if not any(node.approximate for node in search.nodes.values()):
-        return frozenset()
-
-    def expand(claim: Claim) -> Blocker | Iterable[Claim]:
-        needs = _rests_on(search, claim, zero, explicit)
-        approximate = needs and search.nodes[search.resolve(claim)].approximate
-        return Blocker(None, "") if approximate else needs
-
-    known: dict[Claim, Blocker | None] = {}
-    return frozenset(i for i, root in roots.items() if solve(root, expand, known) is not None)
-
-
-def _explain(search: ZeroMeanGraph, root: Claim, zero: Container[Claim]) -> Reason:
-    """Why a value is not zero-mean for free: the nearest thing that cannot be made so."""
-    start = search.resolve(root)
-    queue, reached_from = deque([start]), {start: start}
-    while queue:
-        claim = queue.popleft()
-        node = search.nodes[claim]
-        if claim != start and (node.is_zero or claim in zero or node.edit):
-            continue
-        if node.needs is None and node.obstacle is not None:
-            chain = [claim]
-            while chain[-1] != start:
-                chain.append(reached_from[chain[-1]])
-            return _reason(search, chain, node.obstacle)
-        for needed in map(search.resolve, node.needs or ()):
-            if needed not in reached_from:
-                reached_from[needed] = claim
-                queue.append(needed)
-    return Reason(None, search.nodes[start].intolerant)
-
-
-def _reason(search: ZeroMeanGraph, chain: Sequence[Claim], obstacle: Blocker) -> Reason:
-    """The reason for the last claim of `chain`, each of which rests on the one before it."""
-    graph = search.facts.graph
-    makers = [made[0] for value, _ in chain if (made := graph.producer[value]) is not None]
-    carry = next((op for op in makers if op.carry is not None), None)
-    leaf, noticed = chain[0][0], search.nodes[chain[-1]].intolerant
-    if leaf not in graph.leaves:
-        # Without this obstacle, what the function returns would be in the way of every edit.
-        returned = (search.facts.intolerant(*c) for c in reversed(chain) if c[0] in graph.outputs)
-        if noticed is None and (nearest := next(filter(None, returned), None)) is not None:
-            return Reason(nearest, noticed, carry, claim=chain[0])
-        behind = makers if not graph.data_free[leaf] else ()
-        product = next((op for op in behind if op.name in PRODUCTS and op != obstacle.op), None)
-        return Reason(obstacle, noticed, carry, product=product, claim=chain[0])
-    # A parameter's shift may pass what a token's own does not: the stream's reason is the nearer.
-    known = noticed if search.nodes[chain[0]].intolerant else None
-    why = known or obstacle
-    path = "" if known or why.is_output else graph.leaves[leaf]
-    return Reason(why, noticed, carry, leaf, path, claim=chain[0])

@@ -15,7 +15,8 @@ from math import prod
 import jax.numpy as jnp
 import numpy as np
 
-from ..analysis.facts import Blocker, Claim, Facts
+from ..analysis.claims import Blocker, Claim
+from ..analysis.facts import Facts
 from ..analysis.layer_norms import Norms
 from ..axes.axis_set import AxisSet
 from ..axes.labels import Labels

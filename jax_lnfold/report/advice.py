@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..analysis.facts import Blocker
+from ..analysis.claims import Blocker
 from ..analysis.layer_norms import LayerNorm
 from ..axes.axis_set import AxisSet
-from ..placement.place import Placement, Reason
+from ..placement.place import Placement
 from ..placement.planning import TRAINING
+from ..placement.reasons import Reason
 from ..program.graph import Graph, Op
 from ..program.primitives import (
     DIV,

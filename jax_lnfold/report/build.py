@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..analysis.layer_norms import LayerNorm
-from ..placement.place import Placement, Reason
+from ..placement.place import Placement
+from ..placement.reasons import Reason
 from ..plan.plan import FoldPlan
 from ..program.graph import OTHER_MEANING, ROWS, Graph, Location, Op
 from ..program.primitives import EXCHANGES, MOVES, NOT_CARRYING

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from networkx.utils import UnionFind
 
-from ..analysis.facts import Blocker, Claim
+from ..analysis.claims import Blocker, Claim
 from ..placement.place import Placement
 from ..program.graph import CallPath, Graph, Location
 
