@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import gcd
+from math import gcd, prod, sqrt
 from typing import Any
 
 import jax
@@ -38,6 +38,25 @@ def group_means(x: Any, along: AxisSet, xp: Any, part: Shape | None = None) -> A
             held = len(along.labels(d)) if part is None else part[d]
             means = _label_means(means, along.labels(d), d, xp, held)
     return means
+
+
+def rounding_of_means(
+    x: Any, dtype: Any, along: AxisSet, xp: Any, part: Shape | None = None
+) -> Any:
+    """How large the mean of every group may be by the rounding of ``x`` to `dtype` alone.
+
+    That is the unit roundoff times the root mean square: means of rounding errors get near it, as
+    numbers of one binade from which one number is taken are all rounded by the same. If ``x`` has
+    no more digits, it is the square root of n as much, for the sum of n numbers is rounded, too.
+    """
+    unit = float(jnp.finfo(dtype).eps) / 2
+    if jnp.finfo(x.dtype).nmant <= jnp.finfo(dtype).nmant:
+        unit *= sqrt(prod(along.shape[d] for d in along.axes))
+    largest = abs(x).max(initial=0)  # squares of larger numbers might overflow
+    scale = xp.where(largest > 0, largest, xp.ones((), largest.dtype))
+    with np.errstate(under="ignore"):
+        squares = group_means(xp.square(abs(x) / scale), along, xp, part)
+    return unit * scale * xp.sqrt(squares)
 
 
 def _label_means(x: Any, labels: np.ndarray, axis: int, xp: Any, held: int) -> Any:

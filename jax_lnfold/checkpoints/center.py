@@ -81,10 +81,10 @@ def _remove(folder: Path) -> None:
 
 def _edited(store: LeafStore, names: Mapping[str, str], path: str, edit: LeafEdit) -> np.ndarray:
     sources = [store.read(names[source]) for source in edit.sources]
-    new, too_large = edit_leaf(store.read(names[path]), sources, edit.recipe, donate=False)
-    if too_large:
+    edited = edit_leaf(store.read(names[path]), sources, edit.recipe, donate=False)
+    if edited.too_large:
         raise overflow_error("source", names[path])
-    return new
+    return edited.leaf
 
 
 def _check_dest(source: Path, dest: Path) -> None:

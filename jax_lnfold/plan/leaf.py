@@ -15,7 +15,7 @@ import numpy as np
 from .._compat import is_tracer
 from ..axes.axis_set import AxisSet
 from ..axes.labels import FREE
-from ..centering import Shape, group_means, widened
+from ..centering import Shape, group_means, rounding_of_means, widened
 
 
 def center_array(x: Any, along: AxisSet, part: Shape | None = None) -> Any:
@@ -52,30 +52,45 @@ class Recipe:
     sets: tuple[AxisSet, ...] = ()
 
 
-def edit_leaf(x: Any, sources: Sequence[Any], recipe: Recipe, donate: bool) -> tuple[Any, Any]:
+class Edited(NamedTuple):
+    """A leaf after its recipe.
+
+    `too_large` is whether finite numbers became too large for the dtype, `same` whether all numbers
+    are as they were (both a bool, maybe on a device).
+    """
+
+    leaf: Any
+    too_large: Any = False
+    same: Any = False
+
+
+def edit_leaf(x: Any, sources: Sequence[Any], recipe: Recipe, donate: bool) -> Edited:
     """One leaf after its recipe.
 
-    Shape, dtype and sharding stay. With `donate` a JAX array gives up its memory. The second
-    result is whether finite numbers became too large for the dtype (a bool, maybe on a device);
-    with `donate` it is false, and to be asked before (see `overflows`).
+    Shape, dtype and sharding stay. Means that are zero up to rounding are left, so that an edit
+    changes nothing the second time; those of tracers are not, for the sake of derivatives. With
+    `donate` a JAX array gives up its memory; nothing is then said of the result: ask `overflows`
+    before.
     """
     if is_tracer(x) or any(map(is_tracer, sources)):
         x = jnp.asarray(x)
-        return _edited(x, *_terms(x, sources, recipe), recipe).astype(x.dtype), False
+        return Edited(_edited(x, *_terms(x, sources, recipe), recipe).astype(x.dtype))
     if not isinstance(x, jax.Array):
         x, noted = np.asarray(x), list[str]()
         with np.errstate(over="call", call=lambda kind, _: noted.append(kind), invalid="ignore"):
             new = _edited_in_blocks(x, *_terms(x, sources, recipe), recipe)
-        if not noted and not recipe.summed and x.dtype.isbuiltin == 1:
-            return new, False  # NumPy notes overflows of its own dtypes, other than in einsum
-        return new, not _finite(new) and all(_finite(np.asarray(v)) for v in (x, *sources))
+        same = np.array_equal(new, x)
+        if same or (not noted and not recipe.summed and x.dtype.isbuiltin == 1):
+            return Edited(new, False, same)  # NumPy notes overflows of its dtypes, not in einsum
+        too_large = not _finite(new) and all(_finite(np.asarray(v)) for v in (x, *sources))
+        return Edited(new, too_large)
     return _compiled_edit(recipe, donate, _sharding_of(x))(x, *sources)
 
 
 def overflows(x: Any, sources: Sequence[Any], recipe: Recipe) -> bool:
     """Whether finite numbers would become too large for the dtype in `edit_leaf`."""
     if not isinstance(x, jax.Array):
-        return bool(edit_leaf(x, sources, recipe, donate=False)[1])
+        return bool(edit_leaf(x, sources, recipe, donate=False).too_large)
     if _compiled_bound(recipe)(x, *sources):
         return False
     return bool(_compiled_check(recipe, _sharding_of(x))(x, *sources))
@@ -131,8 +146,18 @@ def _summed(shift: np.ndarray, kernel: np.ndarray, recipe: Recipe) -> Any:
     return added
 
 
-def _edited(x: Any, added: Any, factor: Any, recipe: Recipe, part: Shape | None = None) -> Any:
-    """The leaf after its recipe, in the dtype of the arithmetic."""
+def _edited(
+    x: Any,
+    added: Any,
+    factor: Any,
+    recipe: Recipe,
+    part: Shape | None = None,
+    settled: bool = False,
+) -> Any:
+    """The leaf after its recipe, in the dtype of the arithmetic.
+
+    Means that are zero up to the rounding of the leaf are left if they may be `settled`.
+    """
     xp = np if isinstance(x, np.ndarray) else jnp
     if recipe.fill is not None:
         return xp.full_like(x, recipe.fill)
@@ -142,9 +167,12 @@ def _edited(x: Any, added: Any, factor: Any, recipe: Recipe, part: Shape | None 
     if factor is not None:
         wide *= factor.astype(wide.dtype, copy=False)
     for along in recipe.sets:
-        wide -= group_means(wide, along, xp, part)
-        if xp is jnp:
-            wide -= group_means(wide, along, xp, part)
+        means = group_means(wide, along, xp, part)
+        left = settled and abs(means) <= rounding_of_means(wide, x.dtype, along, xp, part)
+        wide -= xp.where(left, xp.zeros((), wide.dtype), means)
+        if xp is jnp or wide.dtype == x.dtype:  # what the first pass rounded off
+            means = group_means(wide, along, xp, part)
+            wide -= xp.where(left, xp.zeros((), wide.dtype), means)
     return wide
 
 
@@ -171,28 +199,29 @@ def _edited_in_blocks(x: np.ndarray, added: Any, factor: Any, recipe: Recipe) ->
         return terms if terms is None or axis is None or terms.shape[axis] == 1 else terms[part]
 
     for part in [(...,)] if axis is None else _blocks(x.shape, axis):
-        new[part] = _edited(x[part], cut(added), cut(factor), recipe)
+        new[part] = _edited(x[part], cut(added), cut(factor), recipe, settled=True)
     return new
 
 
 @lru_cache(maxsize=256)
-def _compiled_edit(recipe: Recipe, donate: bool, sharding: Any) -> Callable[..., tuple[Any, Any]]:
+def _compiled_edit(recipe: Recipe, donate: bool, sharding: Any) -> Callable[..., Edited]:
     """The edit under `jit`, so that a sharded leaf stays where it is."""
 
-    def edit(x: Any, *sources: Any) -> tuple[Any, Any]:
+    def edit(x: Any, *sources: Any) -> Edited:
         part = None if sharding is None else sharding.shard_shape(x.shape)
         terms = _terms(x, sources, recipe)
-        new = _edited(x, *terms, recipe, part).astype(x.dtype)
+        new = _edited(x, *terms, recipe, part, settled=True).astype(x.dtype)
         if donate:  # a look at `x` afterwards would take a copy of it
-            return new, False
+            return Edited(new)
 
         def look() -> Any:
             return ~_finite(new) & jnp.stack([_finite(given) for given in (x, *sources)]).all()
 
-        return new, jax.lax.cond(_is_small(x, *terms, recipe), lambda: jnp.array(False), look)
+        too_large = jax.lax.cond(_is_small(x, *terms, recipe), lambda: jnp.array(False), look)
+        return Edited(new, too_large, (new == x).all())
 
     donated = (0,) if donate else ()
-    shardings = (sharding, None)
+    shardings = Edited(sharding, None, None)
     return jax.jit(edit, donate_argnums=donated, out_shardings=shardings, keep_unused=True)
 
 
@@ -222,7 +251,7 @@ def _compiled_bound(recipe: Recipe) -> Callable[..., Any]:
 def _compiled_check(recipe: Recipe, sharding: Any) -> Callable[..., Any]:
     """Whether `_compiled_edit` overflows, without the memory for its result."""
     edit = _compiled_edit(recipe, False, sharding)
-    return jax.jit(lambda x, *sources: edit(x, *sources)[1])
+    return jax.jit(lambda x, *sources: edit(x, *sources).too_large)
 
 
 def _wide_type(x: Any) -> Any:

@@ -70,10 +70,12 @@ class FoldPlan:
         of the ten members of an ensemble. `Folded.apply` proves that its edits are not noticed.
 
         Traceable and differentiable. Leaves that the plan does not edit are returned as they are;
-        edited ones keep shape, dtype and sharding. With `donate`, edited JAX arrays give up their
-        memory and are deleted, unless they stand at several key paths; nothing else of the
-        caller's is ever changed. Everything is checked before the first edit: only if an edit
-        itself fails or is interrupted (no memory, Ctrl-C), arrays donated before it are lost.
+        edited ones keep shape, dtype and sharding. What is centered already is returned as it is:
+        means that are zero up to the rounding of the leaf's dtype are not subtracted again (but of
+        tracers, so that derivatives are those of a projection). With `donate`, edited JAX arrays
+        give up their memory and are deleted, unless they stand at several key paths; nothing else
+        of the caller's is ever changed. Everything is checked before the first edit: only if an
+        edit itself fails or is interrupted (no memory, Ctrl-C), arrays donated before it are lost.
 
         Raises:
             TreeError: key paths or shapes do not fit the plan's, a leaf is no array or a deleted
@@ -98,12 +100,12 @@ class FoldPlan:
         given = {i for i in arrays if donate and places[id(leaves[i])] == 1}
         if given:  # what is donated is gone: look at all leaves first
             plan._refuse({i: overflows(leaves[i], *job) for i, job in jobs.items()})
-        changed = dict(enumerate(leaves))
-        too_large = {}
-        for i, job in jobs.items():
-            changed[i], too_large[i] = edit_leaf(leaves[i], *job, i in given)
-        plan._refuse(jax.device_get(too_large))
-        return treedef.unflatten(changed.values())
+        edited = {i: edit_leaf(leaves[i], *job, i in given) for i, job in jobs.items()}
+        seen = jax.device_get({i: (made.too_large, made.same) for i, made in edited.items()})
+        plan._refuse({i: too_large for i, (too_large, _) in seen.items()})
+        # What is as it was is the caller's own array: nothing is held twice.
+        moved = {i: made.leaf for i, made in edited.items() if i in given or not seen[i][1]}
+        return treedef.unflatten(moved.get(i, x) for i, x in enumerate(leaves))
 
     def leaf_edits(self) -> dict[str, LeafEdit]:
         """What is done to each leaf, by key path.
