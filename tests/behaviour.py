@@ -1,7 +1,7 @@
 """Shows what a change of the library's code changes in what it does: a mere move changes nothing.
 
     python tests/behaviour.py --write before.json      # in the old checkout
-    python tests/behaviour.py --against before.json    # in the new one
+    python tests/behaviour.py --against before.json    # in the new one, or a part: --only "gpt2"
 
 Plans, reports, pictures and folded programs, of the zoo in every spelling and of random networks,
 are compared word by word, but for line numbers.
@@ -76,10 +76,12 @@ def main() -> None:
     what.add_argument("--write", type=Path)
     what.add_argument("--against", type=Path)
     parser.add_argument("--networks", type=int, default=200)
+    parser.add_argument("--only", default="", help="models whose names hold this text")
     options = parser.parse_args()
     found = {
         f"{name}, {kind}": behaviour(model, chosen)
         for name, model in track(models(options.networks), "folding", total=None)
+        if options.only in name
         for kind, chosen in OPTIONS.items()
     }
     if options.write:
@@ -88,12 +90,12 @@ def main() -> None:
     known = json.loads(options.against.read_text())
     changed = [
         (name, part)
-        for name in found.keys() | known.keys()
-        for part in found.get(name, known.get(name))
-        if found.get(name, {}).get(part) != known.get(name, {}).get(part)
+        for name, texts in found.items()
+        for part in texts
+        if texts[part] != known.get(name, {}).get(part)
     ]
     for name, part in sorted(changed)[:20]:
-        texts = (known.get(name, {}).get(part, ""), found.get(name, {}).get(part, ""))
+        texts = (known.get(name, {}).get(part, ""), found[name][part])
         print(f"{name}: {part}", *difflib.unified_diff(*(t.splitlines() for t in texts), n=0))
     print(f"{len(found)} folds, {len(changed)} texts of them changed")
     sys.exit(bool(changed))
