@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
 Model = tuple[Callable[..., Any], Any, tuple[Any, ...]]
 
 
-def models(networks: int) -> Iterator[tuple[str, Model]]:
-    """Every model that is folded, by name."""
-    for case in ZOO:
-        for spelling in NORMS:
+def models(networks: int, only: str) -> Iterator[tuple[str, Model]]:
+    """The models that are folded and whose names hold the text `only`, by name."""
+    for case, spelling in product(ZOO, NORMS):
+        if only in (name := f"{case} {spelling}"):
             built = case.build(spelling)
-            yield f"{case} {spelling}", (built.apply_fn, built.params, built.inputs)
+            yield name, (built.apply_fn, built.params, built.inputs)
     for number in range(networks):
-        network = random_network(number)
-        yield f"network {number}", (network.apply, network.params, network.inputs)
+        if only in (name := f"network {number}"):
+            network = random_network(number)
+            yield name, (network.apply, network.params, network.inputs)
 
 
 def behaviour(model: Model, options: dict[str, Any]) -> dict[str, str]:
@@ -80,8 +82,7 @@ def main() -> None:
     options = parser.parse_args()
     found = {
         f"{name}, {kind}": behaviour(model, chosen)
-        for name, model in track(models(options.networks), "folding", total=None)
-        if options.only in name
+        for name, model in track(models(options.networks, options.only), "folding", total=None)
         for kind, chosen in OPTIONS.items()
     }
     if options.write:
