@@ -18,7 +18,8 @@ from ..rewrite.defer import Deferral
 from ..rules import RULES
 from .advice import advice
 from .events import find_events
-from .report import Insertion, Norm, Programs, Report, ScaleLeft
+from .outcome import Insertion, Norm, Programs, ScaleLeft
+from .report import Report
 
 
 def make_report(
