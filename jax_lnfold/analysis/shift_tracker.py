@@ -126,6 +126,7 @@ class Tracker:
             self.met_stop = True
             (copied,) = (stopped(t) for t in operands if t is not None)
             return self._unless_cancelled(op, operands, copied)
+        # A cast to another kind of number may lose the shift, or a part of it: it is no identity.
         if op.name in IDENTITIES | IDENTITIES_OF_EACH | {STOP} and not self._changes_kind(op):
             return [(op.outputs[i], t) for i, t in enumerate(operands) if t is not None]
         if self._prefers_exact(op, operands, hit):

@@ -204,6 +204,7 @@ class _Walker:
         """Walk into a function that is called."""
         graph, within, start = self.graph, frame.inside(eqn, index), len(self.graph.ops)
         if eqn.primitive.name in CUSTOM_RULES:
+            # Its derivative is of another function: what is changed inside would not be in there.
             graph.sealed.add(within.path)
             graph.captured.update(operands[: eqn.params.get("num_consts", 0)])
         results = self.walk(open_jaxpr(inner), consts_of(inner), operands, within)
