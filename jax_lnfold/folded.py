@@ -1,4 +1,4 @@
-"""What  returns: the folded function with its parameters, plan and report."""
+"""What `fold` returns: the folded function with its parameters, plan and report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .errors import FoldError, NotAnalysedError
 from .options import Options
 from .output_differences import float_outputs, largest, largest_difference
 from .placement.place import Placement, place
-from .placement.planning import make_plan, place_again, with_affine
+from .placement.planning import make_plan, place_again
 from .plan.plan import FoldPlan
 from .program.tracing import Traced, signature, trace
 from .program_cache import ApplyFn, FreshLock, Programs
@@ -153,8 +153,8 @@ class Folded:
 
 def placement_of(traced: Traced, options: Options) -> Placement:
     """Where the program is centered, and what is merged."""
-    placement = place(traced.graph(options.see_through_dropout), options.explicit_cost)
-    return with_affine(placement) if options.fold_affine else placement
+    graph = traced.graph(options.see_through_dropout)
+    return place(graph, options.explicit_cost, options.fold_affine)
 
 
 def rewritten_program(

@@ -15,7 +15,7 @@ from ..plan.file import LeafSpec
 from ..plan.plan import FoldPlan
 from ..program.graph import Graph
 from .absorbing import CannotAbsorb
-from .affine import find_affine, merge_of
+from .affine import merge_of
 from .layer_scale import find_merges
 from .place import Placement, place_within
 
@@ -45,21 +45,6 @@ def make_plan(placement: Placement) -> FoldPlan:
             f"apply_fn: no plan can be made for it ({error.__cause__}); nothing was changed: this "
             "is a bug of jax_lnfold, please report it"
         ) from error
-
-
-def with_affine(placement: Placement) -> Placement:
-    """The placement with every scale and shift that linear layers can take up, and it leaves."""
-    graph = placement.graph
-    merged = {merge.key_path for merge in placement.merges}
-    busy = {path for merge in placement.merges for path in merge.parts}
-    busy |= {graph.leaves[v] for v in placement.leaf_sets}
-    found, left = find_affine(graph)
-    for value, merge in [*found.items()]:
-        if {merge.key_path, merge.shift} & busy:
-            left[value] = "it, or its shift, is edited already so that a LayerNorm folds"
-            del found[value]
-    words = {graph.leaves[v]: why for v, why in left.items() if graph.leaves[v] not in merged}
-    return replace(placement, affine=tuple(found.values()), affine_left=words)
 
 
 def place_again(plan: FoldPlan, graph: Graph, explicit_cost: float) -> Placement:
