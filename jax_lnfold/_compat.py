@@ -54,6 +54,7 @@ __all__ = [
     "manual",
     "open_jaxpr",
     "over_shards",
+    "shape_like",
     "switch",
     "trace_like",
     "trace_settings",
@@ -363,18 +364,19 @@ def is_explicit(aval: Any) -> bool:
     return AxisType.Explicit in aval.sharding.mesh.axis_types
 
 
+def shape_like(aval: Any) -> jax.ShapeDtypeStruct:
+    """What an array of this type is called outside of a trace."""
+    sharding = None if aval.sharding.mesh.empty else aval.sharding
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding)
+
+
 def trace_like(fn: Callable[..., jax.Array], *avals: Any) -> Jaxpr:
     """The jaxpr of a function of arrays, traced where these stand.
 
     Inside of a `shard_map` types say along which mesh axes a value varies, and so must those of
     new equations; there is one array then.
     """
-    likes = [
-        jax.ShapeDtypeStruct(
-            a.shape, a.dtype, sharding=None if a.sharding.mesh.empty else a.sharding
-        )
-        for a in avals
-    ]
+    likes = [shape_like(a) for a in avals]
     if not any(map(varying_axes, avals)):
         return open_jaxpr(jax.make_jaxpr(fn)(*likes))
     (aval,) = avals

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, overload
 
-from .errors import FoldError
+import jax
+import numpy as np
+
+from ._compat import is_tracer
+from .errors import FoldError, TreeError
 from .folded import Folded, placement_of, rewritten_program
+from .folded_functions import FoldedFunctions, check_functions, fold_together
 from .options import Options, check_options
 from .placement.place import Placement
 from .placement.planning import make_plan
@@ -17,8 +22,44 @@ from .report.report import Report
 from .trees import check_leaves
 
 
+@overload
 def fold(
     apply_fn: Callable[..., Any],
+    params: Any,
+    *example_inputs: Any,
+    donate: bool = ...,
+    explicit_cost: float = ...,
+    approximate: Collection[str] = ...,
+    fold_affine: bool = ...,
+    defer_scale: bool = ...,
+    deferred_cost: float | None = ...,
+    optimize: str | None = ...,
+    plan: FoldPlan | None = ...,
+    center: bool = ...,
+    weights: Mapping[str, float] | None = ...,
+) -> Folded: ...
+
+
+@overload
+def fold(
+    apply_fn: Mapping[str, Callable[..., Any]],
+    params: Any,
+    *example_inputs: Mapping[str, Any],
+    donate: bool = ...,
+    explicit_cost: float = ...,
+    approximate: Collection[str] = ...,
+    fold_affine: bool = ...,
+    defer_scale: bool = ...,
+    deferred_cost: float | None = ...,
+    optimize: str | None = ...,
+    plan: FoldPlan | None = ...,
+    center: bool = ...,
+    weights: Mapping[str, float] | None = ...,
+) -> FoldedFunctions: ...
+
+
+def fold(
+    apply_fn: Callable[..., Any] | Mapping[str, Callable[..., Any]],
     params: Any,
     *example_inputs: Any,
     donate: bool = False,
@@ -28,12 +69,16 @@ def fold(
     defer_scale: bool = False,
     deferred_cost: float | None = None,
     optimize: str | None = None,
-) -> Folded:
+    plan: FoldPlan | None = None,
+    center: bool = False,
+    weights: Mapping[str, float] | None = None,
+) -> Folded | FoldedFunctions:
     """Turn the LayerNorms of a model into RMSNorms wherever that is exact.
 
     Args:
         apply_fn: any traceable function ``apply_fn(params, *inputs)``; bind keyword arguments
-            with `functools.partial`.
+            with `functools.partial`. Or several functions of one tree, by name; the example inputs
+            are then one mapping from the names to tuples of inputs.
         params: any pytree of arrays.
         *example_inputs: arrays or `jax.ShapeDtypeStruct`; the folded function takes other shapes,
             too. Without them the analysis waits for the first call ``folded(*inputs)``.
@@ -60,22 +105,37 @@ def fold(
             less than its copy. 0 defers all scales; None is a value for the backend.
         optimize: with ``"auto"``, `fold_affine` and `defer_scale` as they measured best on the
             backend (`jax.default_backend`); see `PRESETS`.
+        plan: follow this one, of another function, process or shape, instead of looking for the
+            best. `params` are then not edited, but must be what ``plan.center`` returns; their
+            leaves may be `jax.ShapeDtypeStruct`, so that programs are compiled before there are
+            weights. A function that notices an edit of the plan is refused.
+        center: with a `plan`, edit `params` as it says.
+        weights: with several functions, how often each of them runs, by name; by default alike.
 
     Returns:
-        The folded function and parameters, with a plan and a report.
+        The folded function and parameters, with a plan and a report. For a mapping of functions, a
+        mapping with the same names: one plan, the optimum for all, one tree that all of them read.
 
     Raises:
         FoldError: `apply_fn` is not callable or traceable, `params` or the inputs hold other
             leaves than arrays, or an option has no such value. Nothing has been changed then.
     """
-    _check_callable(apply_fn)
     options = check_options(
         explicit_cost, approximate, fold_affine, defer_scale, deferred_cost, optimize
     )
     check_donate(donate)
-    check_leaves(params, "params")
+    _check_follow(plan, center)
+    check_leaves(params, "params", abstract=plan is not None and not center)
+    if plan is not None and not center:
+        _check_centered(plan, params)
+    if isinstance(apply_fn, Mapping):
+        inputs = check_functions(apply_fn, example_inputs)
+        return fold_together(apply_fn, params, inputs, bool(donate), options, weights, plan, center)
+    _check_callable(apply_fn)
+    if weights is not None:
+        raise FoldError("weights: there is one function only; leave it out, or pass a mapping")
     check_leaves(example_inputs, "example_inputs", abstract=True)
-    folded = Folded(apply_fn, params, bool(donate), options)
+    folded = Folded(apply_fn, params, bool(donate), options, plan, plan is None or center)
     if example_inputs:
         folded._analyse(example_inputs)
     return folded
@@ -134,6 +194,32 @@ def _analysis(
     check_leaves(inputs, "inputs", abstract=True)
     traced = trace(apply_fn, params, inputs)
     return traced, placement_of(traced, options)
+
+
+def _check_follow(plan: Any, center: Any) -> None:
+    if plan is not None and not isinstance(plan, FoldPlan):
+        raise FoldError(
+            f"plan: a {type(plan).__name__} is no FoldPlan; pass folded.plan, or what "
+            "FoldPlan.from_json reads"
+        )
+    if not isinstance(center, (bool, np.bool_)):
+        raise FoldError(f"center: {center!r} is not a bool; pass True or False")
+    if center and plan is None:
+        raise FoldError("center: there is no plan to center with; pass plan=, or leave it out")
+
+
+def _check_centered(plan: FoldPlan, params: Any) -> None:
+    """The leaves are as the plan leaves them, as far as they have values."""
+    abstract = (
+        isinstance(x, jax.ShapeDtypeStruct) or is_tracer(x) for x in jax.tree.leaves(params)
+    )
+    if any(abstract):
+        plan.fitted(params, abstract=True)
+    elif (path := plan.not_centered(params)) is not None:
+        raise TreeError(
+            f"params: leaf {path!r} is not centered as the plan says; pass center=True to edit it, "
+            "or plan.center(params)"
+        )
 
 
 def _check_callable(apply_fn: Any) -> None:

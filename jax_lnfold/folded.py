@@ -28,9 +28,16 @@ class Folded:
     """A folded model: a pure function `apply`, its `params`, the `plan` and the `report`."""
 
     def __init__(
-        self, apply_fn: Callable[..., Any], params: Any, donate: bool, options: Options
+        self,
+        apply_fn: Callable[..., Any],
+        params: Any,
+        donate: bool,
+        options: Options,
+        plan: FoldPlan | None = None,
+        edits: bool = True,
     ) -> None:
         """Use `fold` instead."""
+        self._followed, self._edits = plan, edits
         self._apply_fn = ApplyFn(apply_fn)
         self._given: Any = params  # until the analysis has run
         self._first_call = FreshLock()
@@ -123,17 +130,23 @@ class Folded:
     def _analyse(self, inputs: tuple[Any, ...]) -> None:
         params = self._given
         traced = trace(self._apply_fn.function, params, inputs)
-        placement = placement_of(traced, self._options)
-        plan = make_plan(placement)
+        if self._followed is None:
+            placement = placement_of(traced, self._options)
+            plan = make_plan(placement)
+        else:
+            plan = self._followed.fitted(params, whole=True, abstract=not self._edits)
+            graph = traced.graph(self._options.see_through_dropout)
+            placement = place_again(plan, graph, self._options.explicit_cost)
         rewritten, deferred = rewritten_program(traced, placement, self._options)
         program = jaxpr_as_fun(rewritten), traced.out_tree
         programs = (lambda: (traced.closed, rewritten)) if traced.reusable else None
         report = make_report(placement, plan, deferred, programs)
         key = signature(params, inputs)
-        measured = report.dropouts > 0 and not any(map(_is_abstract, jax.tree.leaves(inputs)))
+        abstract = any(map(_is_abstract, jax.tree.leaves((self._given, inputs))))
+        measured = report.dropouts > 0 and not abstract
         original = _run(traced.closed, params, inputs) if measured else []
         with jax.ensure_compile_time_eval():  # a first call may be traced: the edit is not
-            self._params = plan.center(params, donate=self._donate)
+            self._params = plan.center(params, donate=self._donate) if self._edits else params
         if measured:
             difference = largest_difference(original, _run(rewritten, self._params, inputs))
             report = replace(report, deviation=difference / (largest(original) or 1.0))

@@ -87,6 +87,27 @@ def edit_leaf(x: Any, sources: Sequence[Any], recipe: Recipe, donate: bool) -> E
     return _compiled_edit(recipe, donate, _sharding_of(x))(x, *sources)
 
 
+def is_edited(x: Any, recipe: Recipe) -> Any:
+    """Whether a leaf is as its recipe leaves it, up to rounding (a bool, maybe on a device).
+
+    What was added to it, or multiplied by, leaves no trace of its own.
+    """
+    if isinstance(x, jax.Array):
+        return _compiled_look(recipe, _sharding_of(x))(x)
+    return _looks_edited(np.asarray(x), recipe)
+
+
+def _looks_edited(x: Any, recipe: Recipe, part: Shape | None = None) -> Any:
+    if recipe.fill is not None:
+        return (x == recipe.fill).all()
+    xp, wide = np if isinstance(x, np.ndarray) else jnp, x.astype(_wide_type(x))
+    found = xp.ones((), bool)
+    for along in recipe.sets:
+        bound = 2 * rounding_of_means(wide, x.dtype, along, xp, part)
+        found &= (abs(group_means(wide, along, xp, part)) <= bound).all()
+    return found
+
+
 def overflows(x: Any, sources: Sequence[Any], recipe: Recipe) -> bool:
     """Whether finite numbers would become too large for the dtype in `edit_leaf`."""
     if not isinstance(x, jax.Array):
@@ -239,6 +260,17 @@ def _is_small(x: Any, added: Any, factor: Any, recipe: Recipe) -> Any:
     largest *= 2.0 ** (1 + len(recipe.sets))  # a mean is no larger; once more for rounding
     sums = largest * float(x.size)
     return (largest < float(jnp.finfo(x.dtype).max)) & (sums < float(jnp.finfo(wide).max))
+
+
+@lru_cache(maxsize=256)
+def _compiled_look(recipe: Recipe, sharding: Any) -> Callable[..., Any]:
+    """`_looks_edited` under `jit`."""
+
+    def look(x: Any) -> Any:
+        part = None if sharding is None else sharding.shard_shape(x.shape)
+        return _looks_edited(x, recipe, part)
+
+    return jax.jit(look)
 
 
 @lru_cache(maxsize=256)

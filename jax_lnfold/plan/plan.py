@@ -22,7 +22,7 @@ from .edits.center import CenterEdit
 from .edits.edit import Edit, LeafEdit
 from .edits.scale import ScaleEdit
 from .file import LeafSpec, check_plan, parse
-from .leaf import Recipe, edit_leaf, overflows
+from .leaf import Recipe, edit_leaf, is_edited, overflows
 from .tree_fit import Fit, names_in
 
 
@@ -107,6 +107,29 @@ class FoldPlan:
         moved = {i: made.leaf for i, made in edited.items() if i in given or not seen[i][1]}
         return treedef.unflatten(moved.get(i, x) for i, x in enumerate(leaves))
 
+    def is_centered(self, params: Any) -> bool:
+        """Whether `params` are as `center` leaves them, up to the rounding of each leaf's dtype.
+
+        What a kernel or a bias has taken up cannot be told from it: of merged scales and shifts
+        it is looked whether they are ones and zeros.
+
+        Raises:
+            TreeError: as for `center`.
+        """
+        return self.not_centered(params) is None
+
+    def not_centered(self, params: Any) -> str | None:
+        """The key path of the first leaf that `is_centered` does not find as it should be."""
+        plan = self.fitted(params)
+        edits = plan.leaf_edits()
+        leaves = zip(plan.leaves, jax.tree.leaves(params), strict=True)
+        looks = {
+            leaf.key_path: is_edited(x, edits[leaf.key_path].recipe)
+            for leaf, x in leaves
+            if leaf.key_path in edits
+        }
+        return next((path for path, done in jax.device_get(looks).items() if not done), None)
+
     def leaf_edits(self) -> dict[str, LeafEdit]:
         """What is done to each leaf, by key path.
 
@@ -126,7 +149,13 @@ class FoldPlan:
             if overflow:
                 raise overflow_error("params", self.leaves[i].key_path)
 
-    def fitted(self, params: Any, whole: bool = False, argument: str = "params") -> FoldPlan:
+    def fitted(
+        self,
+        params: Any,
+        whole: bool = False,
+        argument: str = "params",
+        abstract: bool = False,
+    ) -> FoldPlan:
         """The same edits with the key paths and shapes of `params`, a tree of arrays.
 
         Key paths may end in ``/value``, as those of boxed leaves do, where the plan's do not, and
@@ -136,14 +165,14 @@ class FoldPlan:
         Raises:
             TreeError: this is no such tree, or a leaf of it cannot be edited.
         """
-        found = check_leaves(params, argument)
+        found = check_leaves(params, argument, abstract)
         shapes = {path: np.shape(x) for path, x in found}
         plan = self
         if [*shapes.items()] != [(leaf.key_path, leaf.shape) for leaf in self.leaves]:
             plan = self._refitted(argument, shapes, whole)
         edited = plan.leaf_edits().keys()
         for path, x in found:
-            dtype = jax.typeof(x).dtype
+            dtype = x.dtype if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x).dtype
             if path in edited and not is_editable(dtype):
                 raise TreeError(
                     f"{argument}: leaf {path!r} has dtype {dtype} and cannot be edited; pass "

@@ -47,15 +47,18 @@ def flatten(
     leaves: Sequence[str] = (),
     see_through_dropout: bool = False,
     output_paths: Sequence[OutputPath] = (),
+    runs: Sequence[int] = (),
 ) -> Graph:
     """The graph of `closed`, whose first inputs are the parameter leaves with these key paths.
 
-    The paths of the outputs are what reports call them.
+    The paths of the outputs are what reports call them; `runs` is how often the calls run that are
+    its first equations.
     """
     graph, jaxpr = Graph(), open_jaxpr(closed)
     avals = (v.aval for v in jaxpr.invars)
     inputs = [graph.new_value(aval, (), i < len(leaves), False) for i, aval in enumerate(avals)]
     graph.leaves = dict(zip(inputs, leaves, strict=False))
+    graph.trips |= {(index,): n for index, n in enumerate(runs)}
     frame = _Frame(caller=cache(partial(calling_line, jaxpr.eqns)))
     results = _Walker(graph, see_through_dropout).walk(jaxpr, consts_of(closed), inputs, frame)
     graph.outputs = frozenset(results)

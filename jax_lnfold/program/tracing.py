@@ -21,17 +21,19 @@ from .graph import Graph, OutputPath
 class Traced:
     """The jaxpr of a function of (parameter leaves, input leaves), and the tree it returns.
 
-    `leaves` are the key paths of the parameters, `output_paths` the keys of the outputs.
+    `leaves` are the key paths of the parameters, `output_paths` the keys of the outputs. If it is
+    made of calls of several functions, `runs` says how often each of these runs.
     """
 
     closed: ClosedJaxpr
     out_tree: Any
     leaves: tuple[str, ...]
     output_paths: tuple[OutputPath, ...]
+    runs: tuple[int, ...] = ()
 
     def graph(self, see_through_dropout: bool = False) -> Graph:
         """The flat graph of the program."""
-        return flatten(self.closed, self.leaves, see_through_dropout, self.output_paths)
+        return flatten(self.closed, self.leaves, see_through_dropout, self.output_paths, self.runs)
 
     @property
     def reusable(self) -> bool:

@@ -1,0 +1,108 @@
+"""What `fold` returns for several functions of one parameter tree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from .errors import FoldError
+from .folded import Folded, placement_of
+from .options import Options
+from .placement.planning import make_plan, place_again
+from .plan.plan import FoldPlan
+from .program.joint import joined, whole_weights
+from .program.tracing import trace
+from .report.build import make_report
+from .report.report import Report
+from .rewrite.fold import rewrite
+from .trees import check_leaves
+
+
+class FoldedFunctions(Mapping[str, Folded]):
+    """Functions of one parameter tree, folded together: a mapping from their names.
+
+    They share the edited `params` and the `plan`, which is the optimum for all of them together.
+    The `report` is about all of them: its modules and places begin with the function's name; that
+    of one function alone is ``functions[name].report``.
+    """
+
+    def __init__(self, functions: Mapping[str, Folded], plan: FoldPlan, report: Report) -> None:
+        """Use `fold` instead."""
+        self._functions = dict(functions)
+        self.plan, self.report = plan, report
+
+    @property
+    def params(self) -> Any:
+        """The edited tree, which all functions read."""
+        return next(iter(self._functions.values())).params
+
+    def __getitem__(self, name: str) -> Folded:
+        """One folded function."""
+        return self._functions[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the functions."""
+        return iter(self._functions)
+
+    def __len__(self) -> int:
+        """How many functions there are."""
+        return len(self._functions)
+
+
+def fold_together(
+    functions: Mapping[str, Callable[..., Any]],
+    params: Any,
+    inputs: Mapping[str, tuple[Any, ...]],
+    donate: bool,
+    options: Options,
+    weights: Any,
+    plan: FoldPlan | None,
+    center: bool,
+) -> FoldedFunctions:
+    """One plan for all of these functions, each proved by itself under it before any edit."""
+    runs = whole_weights(weights, [*functions])
+    traced = {name: trace(fn, params, inputs[name]) for name, fn in functions.items()}
+    joint = joined(traced, runs)
+    if plan is None:
+        placement, center = placement_of(joint, options), True
+        plan = make_plan(placement)
+    else:
+        plan = plan.fitted(params, whole=True, abstract=not center)
+        graph = joint.graph(options.see_through_dropout)
+        placement = place_again(plan, graph, options.explicit_cost)
+    for each in traced.values():
+        place_again(plan, each.graph(options.see_through_dropout), options.explicit_cost)
+    report = make_report(
+        placement, plan, (), lambda: (joint.closed, rewrite(joint.closed, placement))
+    )
+    edited = plan.center(params, donate=donate) if center else params
+    folded = {
+        name: Folded(fn, edited, False, options, plan, False) for name, fn in functions.items()
+    }
+    for name, each in folded.items():
+        each._analyse(inputs[name])
+    return FoldedFunctions(folded, plan, report)
+
+
+def check_functions(
+    functions: Mapping[Any, Any], given: tuple[Any, ...]
+) -> dict[str, tuple[Any, ...]]:
+    """The inputs of each function; raises a `FoldError` unless they are there."""
+    if not functions:
+        raise FoldError("apply_fn: an empty mapping; pass at least one function by its name")
+    for name, fn in functions.items():
+        if not isinstance(name, str) or not callable(fn):
+            raise FoldError(
+                f"apply_fn: {name!r}: {type(fn).__name__} is no function by its name; pass a "
+                'mapping such as {"encode": encode, "decode": decode}'
+            )
+    (inputs,) = given if len(given) == 1 else (None,)
+    if not isinstance(inputs, Mapping) or {*inputs} != {*functions}:
+        raise FoldError(
+            f"example_inputs: not one mapping with the inputs of {', '.join(functions)}; pass "
+            "{name: (input, ...)} with a tuple for each function"
+        )
+    found = {n: x if isinstance(x, tuple) else (x,) for n, x in inputs.items()}
+    for name, each in found.items():
+        check_leaves(each, f"example_inputs[{name!r}]", abstract=True)
+    return found
