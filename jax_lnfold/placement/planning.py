@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ..analysis.facts import Facts
 from ..axes.axis_set import AxisSet
-from ..errors import PlanFormatError, PlanMismatchError
+from ..errors import Bug, PlanFormatError, PlanMismatchError
 from ..plan.edits.affine import AffineEdit
 from ..plan.edits.center import CenterEdit
 from ..plan.edits.scale import ScaleEdit
@@ -41,10 +41,7 @@ def make_plan(placement: Placement) -> FoldPlan:
             affine=placement.affine,
         )
     except PlanFormatError as error:
-        raise PlanFormatError(
-            f"apply_fn: no plan can be made for it ({error.__cause__}); nothing was changed: this "
-            "is a bug of jax_lnfold, please report it"
-        ) from error
+        raise Bug(f"apply_fn: no plan can be made for it ({error.__cause__})") from error
 
 
 def with_affine(placement: Placement) -> Placement:

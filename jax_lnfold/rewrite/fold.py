@@ -33,6 +33,7 @@ from .._compat import (
 )
 from ..axes.axis_set import AxisSet
 from ..centering import group_means, widened
+from ..errors import Bug
 from ..placement.place import Placement
 from ..plan.leaf import center_array
 from ..program.graph import CallPath
@@ -57,7 +58,7 @@ def rewrite(closed: ClosedJaxpr, placement: Placement) -> ClosedJaxpr:
     rewriter = _Rewriter(placement)
     rewritten, _ = rewriter.closed(closed, (), {})
     if rewriter.centered != placement.explicit.keys():
-        raise AssertionError("a centering found no place in the program, please report this")
+        raise Bug("apply_fn: a centering found no place in the program")
     return rewritten
 
 
