@@ -59,15 +59,13 @@ def make_report(
     facts = placement.facts
     unknown = (facts.unknown[i] for i in sorted(facts.unknown))
     opaque = Counter(op.eqn.primitive.name for op in unknown)
-    taken_up = {leaf for m in placement.affine for r in m.readers for leaf in (r.kernel, r.bias)}
+    taken_up = {leaf for m in plan.affine for r in m.readers for leaf in (r.kernel, r.bias)}
     edited = (v for v, p in graph.leaves.items() if v in placement.leaf_sets or p in taken_up)
     widened = (v for v in edited if _is_widened(graph, v))
     return Report(
         norms=norms,
         insertions=insertions,
-        edits=plan.edits,
-        scales=plan.scales,
-        affine=plan.affine,
+        plan=plan,
         affine_left=tuple(ScaleLeft(path, why) for path, why in placement.affine_left.items()),
         deferred=deferred,
         opaque=dict(opaque),

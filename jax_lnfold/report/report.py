@@ -16,13 +16,15 @@ from ..errors import NotAnalysedError
 from ..plan.edits.affine import AffineEdit
 from ..plan.edits.center import CenterEdit
 from ..plan.edits.scale import ScaleEdit
+from ..plan.plan import FoldPlan
+from ..printable import counted
 from ..program.graph import Location
 from ..rewrite.defer import Deferral
 from ..trees import first_line
 from . import picture
 from .cost import Cost, measure, si
 from .events import Event
-from .table import Row, counted, grouped, merged, template, to_html, to_rich, to_text
+from .table import Row, grouped, merged, template, to_html, to_rich, to_text
 
 Programs = Callable[[], tuple[ClosedJaxpr, ClosedJaxpr]]
 """The original and the folded program."""
@@ -103,9 +105,7 @@ class Report:
 
     norms: tuple[Norm, ...]
     insertions: tuple[Insertion, ...]
-    edits: tuple[CenterEdit, ...]
-    scales: tuple[ScaleEdit, ...]
-    affine: tuple[AffineEdit, ...]
+    plan: FoldPlan
     deferred: tuple[Deferral, ...]
     opaque: dict[str, int]
     visits: int
@@ -119,6 +119,21 @@ class Report:
     n_operations: int = 0
     programs: Programs | None = field(default=None, compare=False)
     unseen: dict[Location, int] = field(default_factory=dict)
+
+    @property
+    def edits(self) -> tuple[CenterEdit, ...]:
+        """Parameters that are centered."""
+        return self.plan.edits
+
+    @property
+    def scales(self) -> tuple[ScaleEdit, ...]:
+        """Scales that the linear layers before them take up."""
+        return self.plan.scales
+
+    @property
+    def affine(self) -> tuple[AffineEdit, ...]:
+        """Scales and shifts that the linear layers behind them take up."""
+        return self.plan.affine
 
     @cached_property
     def cost(self) -> Cost:
@@ -202,43 +217,58 @@ def headline(report: Report) -> str:
 
 def summary(report: Report) -> list[str]:
     """Counts, and what else there is to know."""
-    lines = [_outcome(report), *map(str, report.insertions)]
+    return [line for section in SECTIONS for line in section(report)]
+
+
+Section = Callable[[Report], Iterable[str]]
+"""Lines below the table, maybe none, about one thing that a report knows."""
+
+
+def _insertions(report: Report) -> Iterable[str]:
+    return map(str, report.insertions)
+
+
+def _deferred(report: Report) -> Iterable[str]:
     if report.deferred:
-        lines.append(f"{counted(len(report.deferred), 'scale')} deferred behind matrix products.")
-    lines += _scales_left(report)
+        yield f"{counted(len(report.deferred), 'scale')} deferred behind matrix products."
+
+
+def _approximation(report: Report) -> Iterable[str]:
     if report.dropouts:
         measured = "not measured: pass arrays to fold"
         if report.deviation is not None:
             measured = f"{report.deviation:.2g} of the largest output on the example inputs"
-        lines.append(
+        yield (
             f"Approximate: {counted(report.dropouts, 'dropout')} taken for the identity; deviation "
             f"{measured}. Without dropout the same parameters are exact."
         )
+
+
+def _rounded(report: Report) -> Iterable[str]:
     if report.rounded:
         some = ", ".join(report.rounded[:3]) + ", ..." * (len(report.rounded) > 3)
-        lines.append(
+        yield (
             f"Rounded once more, as they are stored narrower than used: {some}. "
             "Fold before you cast to avoid that."
         )
+
+
+def _opaque(report: Report) -> Iterable[str]:
     if report.opaque:
         met = ", ".join(f"{name} ({n})" for name, n in report.opaque.items())
-        lines.append(f"Opaque operations met: {met}.")
+        yield f"Opaque operations met: {met}."
+
+
+def _unseen(report: Report) -> Iterable[str]:
     if report.unseen:
         places = (f"{place} x{n}" if n > 1 else str(place) for place, n in report.unseen.items())
-        lines.append(f"LayerNorms are not looked for inside of {', '.join(places)}.")
-    return lines
+        yield f"LayerNorms are not looked for inside of {', '.join(places)}."
 
 
-def _outcome(report: Report) -> str:
+def _outcome(report: Report) -> Iterable[str]:
     """What was folded and changed, as one sentence."""
-    edited = []
-    if report.norms:
-        edited.append(f"{counted(len({e.key_path for e in report.edits}), 'parameter')} centered")
-    if report.scales:
-        edited.append(f"{counted(len(report.scales), 'scale')} merged")
-    if report.affine:
-        taken_up = sum(1 + (edit.shift is not None) for edit in report.affine)
-        edited.append(f"{counted(taken_up, 'scale or shift', 'scales and shifts')} taken up")
+    edited = [CenterEdit.told(())] * (bool(report.norms) and not report.edits)
+    edited += report.plan.told()
     if report.edited_bytes:
         edited[-1] += f" ({si(report.edited_bytes)}B)"
     if report.constants:
@@ -246,19 +276,17 @@ def _outcome(report: Report) -> str:
     if report.norms:
         edited.append(f"{counted(report.n_inserted, 'explicit centering')} inserted")
     elif not (edited or report.deferred):
-        return f"{headline(report)}; nothing was changed."
-    return f"{', '.join((headline(report), *edited))}."
+        return [f"{headline(report)}; nothing was changed."]
+    return [f"{', '.join((headline(report), *edited))}."]
 
 
-def _scales_left(report: Report) -> list[str]:
+def _scales_left(report: Report) -> Iterable[str]:
     """Why scales are not taken up: a line for all that are left for the same reason."""
-    lines = []
     for group in _alike(report.affine_left, lambda s: s.reason):
         of_blocks = _alike(group, lambda s: s.key_path)
         paths = ", ".join(f"`{merged([s.key_path for s in some])}`" for some in of_blocks)
         verb = "Scale {} stays" if len(group) == 1 else "Scales {} stay"
-        lines.append(f"{verb.format(paths)}: {merged([s.reason for s in group])}.")
-    return lines
+        yield f"{verb.format(paths)}: {merged([s.reason for s in group])}."
 
 
 def _alike(
@@ -269,6 +297,19 @@ def _alike(
     for scale in scales:
         found.setdefault(template(text(scale)), []).append(scale)
     return found.values()
+
+
+SECTIONS: tuple[Section, ...] = (
+    _outcome,
+    _insertions,
+    _deferred,
+    _scales_left,
+    _approximation,
+    _rounded,
+    _opaque,
+    _unseen,
+)
+"""What stands below the table, in this order: as text, in colour and as HTML."""
 
 
 def _lines(report: Report) -> list[str]:
