@@ -245,13 +245,13 @@ def test_copies_are_checked() -> None:
 
 def test_a_walk_that_errs_edits_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan is refused by rules that know nothing of how merges are found."""
-    find = jax_lnfold.placement.planning.find_affine
+    find = jax_lnfold.placement.affine.find_affine
 
     def err(*args: Any) -> Any:
         found, left = find(*args)
         return {v: replace(m, readers=m.readers * 2) for v, m in found.items()}, left
 
-    monkeypatch.setattr(jax_lnfold.placement.planning, "find_affine", err)
+    monkeypatch.setattr(jax_lnfold.placement.affine, "find_affine", err)
     params, x = parameters(BLOCK), jnp.ones((3, 4))
     before = snapshot(params)
     with pytest.raises(Bug, match=r"not different leaves.*please report it"):

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any
 
 from ..analysis.claims import Claim
 from ..analysis.facts import Facts
 from ..analysis.layer_norms import LayerNorm, find_norms
 from ..axes.axis_set import AxisSet
-from ..plan.edits.affine import AffineEdit
 from ..plan.edits.scale import ScaleEdit
 from ..program.garbage import collector_paused
 from ..program.graph import Graph
@@ -32,9 +32,9 @@ class Placement:
     Leaves and values are numbers of the graph that the `search` is about. `left` maps positions in
     `norms` to reasons, `inserted` says why what feeds a value of `explicit` was not centered
     instead, `zero` lists what is zero-mean at run time once the centerings are made. The positions
-    in `approximate` are of folded norms that rest on a dropout taken for the identity. What is in
-    `affine` is taken up by the linear layers behind it; `affine_left` says of other scales, by key
-    path, why not.
+    in `approximate` are of folded norms that rest on a dropout taken for the identity. Edits that
+    serve no LayerNorm are in `found`, by the section of a plan; `affine_left` says of scales, by
+    key path, why no linear layer behind them takes them up.
     """
 
     search: ZeroMeanGraph
@@ -48,7 +48,7 @@ class Placement:
     constants: dict[int, tuple[AxisSet, ...]]
     zero: tuple[Claim, ...]
     approximate: frozenset[int] = frozenset()
-    affine: tuple[AffineEdit, ...] = ()
+    found: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     affine_left: dict[str, str] = field(default_factory=dict)
 
     @property

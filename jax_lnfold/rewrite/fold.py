@@ -73,8 +73,9 @@ class _Rewriter:
             for op in norm.sums
         }
         value = {path: v for v, path in self.graph.leaves.items()}
-        self.filled = {value[m.key_path]: float(m.one) for m in placement.affine}
-        self.filled |= {value[m.shift]: 0.0 for m in placement.affine if m.shift is not None}
+        changes = (c for edits in placement.found.values() for e in edits for c in e.changes())
+        fills = ((value[path], change.recipe.fill) for path, change in changes)
+        self.filled = {leaf: number for leaf, number in fills if number is not None}
 
     def closed(
         self, closed: ClosedJaxpr | Jaxpr, path: CallPath, inputs: Mapping[int, float]
