@@ -1,4 +1,4 @@
-"""What  returns: the folded function with its parameters, plan and report."""
+"""What `fold` returns: the folded function with its parameters, plan and report."""
 
 from __future__ import annotations
 
