@@ -89,7 +89,8 @@ class ScaleLeft:
 class Report:
     """The outcome of a fold; `print` shows it as a table.
 
-    `edited_bytes` is the size of the edited parameters, `events` is what the pictures show.
+    `plan` says how parameters are edited, `edited_bytes` is the size of those, `events` is what the
+    pictures show.
     `constants` counts what is centered though it is no parameter, for nothing: it depends on no
     input and no parameter, so that the compiler does it.
     `opaque` counts, by primitive, the operations met of which nothing is known; LayerNorms before
