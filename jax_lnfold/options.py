@@ -41,9 +41,28 @@ def check_options(
     deferred_cost: Any = None,
     optimize: Any = None,
 ) -> Options:
-    """Raise a `FoldError` unless the options have a meaning."""
+    """The options; raises a `FoldError` unless they have a meaning."""
+    cost = _positive(explicit_cost)
+    approximations = _approximations(approximate)
+    _require_bool("fold_affine", fold_affine)
+    _require_bool("defer_scale", defer_scale)
+    deferred = _deferred_cost(deferred_cost)
+    preset = _preset(optimize)
+    return Options(
+        cost,
+        "dropout" in approximations,
+        bool(fold_affine) or "fold_affine" in preset,
+        deferred if defer_scale or "defer_scale" in preset else None,
+    )
+
+
+def _positive(explicit_cost: Any) -> float:
     if not (isinstance(explicit_cost, Real) and 0 < float(explicit_cost) < math.inf):
         raise FoldError(f"explicit_cost: {explicit_cost!r} is not a positive number; try 2.0")
+    return float(explicit_cost)
+
+
+def _approximations(approximate: Any) -> list[Any]:
     is_set = isinstance(approximate, Collection) and not isinstance(approximate, (str, bytes))
     names = list(approximate) if is_set else [None]
     if not all(isinstance(name, str) and name in APPROXIMATIONS for name in names):
@@ -51,24 +70,27 @@ def check_options(
             f'approximate: {approximate!r} is no set of names among {{"dropout"}}; pass '
             'approximate={"dropout"}, or leave it out'
         )
-    for name, flag in (("fold_affine", fold_affine), ("defer_scale", defer_scale)):
-        if not isinstance(flag, (bool, np.bool_)):
-            raise FoldError(f"{name}: {flag!r} is not a bool; pass True or False")
-    if deferred_cost is None:
-        deferred_cost = DEFERRED_COST.get(jax.default_backend(), math.inf)
-    elif not (isinstance(deferred_cost, Real) and float(deferred_cost) >= 0):  # NaN is not
+    return names
+
+
+def _require_bool(name: str, flag: Any) -> None:
+    if not isinstance(flag, (bool, np.bool_)):
+        raise FoldError(f"{name}: {flag!r} is not a bool; pass True or False")
+
+
+def _deferred_cost(cost: Any) -> float:
+    """The cost that was passed, or that of the backend."""
+    if cost is None:
+        return DEFERRED_COST.get(jax.default_backend(), math.inf)
+    if not (isinstance(cost, Real) and float(cost) >= 0):  # NaN is not
         raise FoldError(
-            f"deferred_cost: {deferred_cost!r} is no number from 0 on; pass None for that of the "
-            "backend"
+            f"deferred_cost: {cost!r} is no number from 0 on; pass None for that of the backend"
         )
+    return float(cost)
+
+
+def _preset(optimize: Any) -> frozenset[str]:
+    """The names of the options that `optimize` turns on."""
     if optimize not in (None, "auto"):
         raise FoldError(f'optimize: {optimize!r} is not known; pass "auto" or None')
-    preset: frozenset[str] = frozenset()
-    if optimize == "auto":
-        preset = PRESETS.get(jax.default_backend(), preset)
-    return Options(
-        float(explicit_cost),
-        "dropout" in names,
-        bool(fold_affine) or "fold_affine" in preset,
-        float(deferred_cost) if defer_scale or "defer_scale" in preset else None,
-    )
+    return PRESETS.get(jax.default_backend(), frozenset()) if optimize else frozenset()

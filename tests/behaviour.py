@@ -1,7 +1,7 @@
 """Shows what a change of the library's code changes in what it does: a mere move changes nothing.
 
     python tests/behaviour.py --write before.json      # in the old checkout
-    python tests/behaviour.py --against before.json    # in the new one
+    python tests/behaviour.py --against before.json    # in the new one, or a part: --only "gpt2"
 
 Plans, reports, pictures and folded programs, of the zoo in every spelling and of random networks,
 are compared word by word, but for line numbers.
@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
 Model = tuple[Callable[..., Any], Any, tuple[Any, ...]]
 
 
-def models(networks: int) -> Iterator[tuple[str, Model]]:
-    """Every model that is folded, by name."""
-    for case in ZOO:
-        for spelling in NORMS:
+def models(networks: int, only: str) -> Iterator[tuple[str, Model]]:
+    """The models that are folded and whose names hold the text `only`, by name."""
+    for case, spelling in product(ZOO, NORMS):
+        if only in (name := f"{case} {spelling}"):
             built = case.build(spelling)
-            yield f"{case} {spelling}", (built.apply_fn, built.params, built.inputs)
+            yield name, (built.apply_fn, built.params, built.inputs)
     for number in range(networks):
-        network = random_network(number)
-        yield f"network {number}", (network.apply, network.params, network.inputs)
+        if only in (name := f"network {number}"):
+            network = random_network(number)
+            yield name, (network.apply, network.params, network.inputs)
 
 
 def behaviour(model: Model, options: dict[str, Any]) -> dict[str, str]:
@@ -76,10 +78,11 @@ def main() -> None:
     what.add_argument("--write", type=Path)
     what.add_argument("--against", type=Path)
     parser.add_argument("--networks", type=int, default=200)
+    parser.add_argument("--only", default="", help="models whose names hold this text")
     options = parser.parse_args()
     found = {
         f"{name}, {kind}": behaviour(model, chosen)
-        for name, model in track(models(options.networks), "folding", total=None)
+        for name, model in track(models(options.networks, options.only), "folding", total=None)
         for kind, chosen in OPTIONS.items()
     }
     if options.write:
@@ -88,12 +91,12 @@ def main() -> None:
     known = json.loads(options.against.read_text())
     changed = [
         (name, part)
-        for name in found.keys() | known.keys()
-        for part in found.get(name, known.get(name))
-        if found.get(name, {}).get(part) != known.get(name, {}).get(part)
+        for name, texts in found.items()
+        for part in texts
+        if texts[part] != known.get(name, {}).get(part)
     ]
     for name, part in sorted(changed)[:20]:
-        texts = (known.get(name, {}).get(part, ""), found.get(name, {}).get(part, ""))
+        texts = (known.get(name, {}).get(part, ""), found[name][part])
         print(f"{name}: {part}", *difflib.unified_diff(*(t.splitlines() for t in texts), n=0))
     print(f"{len(found)} folds, {len(changed)} texts of them changed")
     sys.exit(bool(changed))

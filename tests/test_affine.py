@@ -28,7 +28,7 @@ from zoo import ZOO, perturb
 import jax_lnfold
 from jax_lnfold import FoldError, FoldPlan, PlanFormatError, PlanMismatchError, TreeError
 from jax_lnfold.checkpoints.center import center_checkpoint
-from jax_lnfold.report.report import summary
+from jax_lnfold.report.summary import summary
 from jax_lnfold.trees import leaf_paths
 
 fold_affine = partial(fold_checked, fold_affine=True)

@@ -24,7 +24,8 @@ from jax.experimental.pallas import pallas_call
 
 import jax_lnfold
 from jax_lnfold.program.tracing import trace
-from jax_lnfold.report.report import Report, summary
+from jax_lnfold.report.report import Report
+from jax_lnfold.report.summary import summary
 
 D = 12
 NO_MEAN = "does not carry a zero mean from its operands to its result"

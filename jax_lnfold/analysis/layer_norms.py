@@ -24,7 +24,7 @@ from ..program.primitives import MOVES, MUL, SCALINGS
 from ..rules import Context, Opaque, rule_for
 from .claims import Claim
 from .facts import Facts
-from .shift_tracker import Tracker
+from .shift_tracker import Cancelled, Tracker
 
 _CASTS = frozenset({"convert_element_type", "copy", "stop_gradient", "name", "reduce_precision"})
 # What a centered value passes through on its way to the quotient, and a variance besides.
@@ -72,48 +72,72 @@ class Norms:
 
 def find_norms(facts: Facts) -> Norms:
     """Every LayerNorm of the program, foldable or not."""
-    graph = facts.graph
-    every_sum = _sums(graph)
-    sums_of: SumsOf = {}
-    for op, claims in every_sum:
-        for value, axes in claims:
-            sums_of.setdefault(value, []).append((op, axes))
-    found: dict[int, LayerNorm] = {}
-    centered: dict[int, AxisSet] = {}
-    source: dict[Claim, LayerNorm] = {}  # what a centered value is centered from
-    for x, along in _candidates(graph, every_sum):
+    sums = _sums(facts.graph)
+    search = _Search(facts, sums)
+    for x, along in _candidates(facts.graph, sums):
+        search.follow(x, along)
+    norms = [search.found[root] for root in sorted(search.found)]
+    of_batch = tuple(n for n in norms if _is_of_batch(facts, n))
+    return Norms(tuple(n for n in norms if n not in of_batch), search.centered, of_batch)
+
+
+class _Search:
+    """Shifts one candidate after the other and collects what is invariant because of a norm."""
+
+    def __init__(self, facts: Facts, sums: Iterable[Sum]) -> None:
+        self.graph, self.context = facts.graph, facts.context
+        self.sums_of: SumsOf = {}
+        for op, claims in sums:
+            for value, axes in claims:
+                self.sums_of.setdefault(value, []).append((op, axes))
+        self.found: dict[int, LayerNorm] = {}  # by the equation of the root
+        self.centered: dict[int, AxisSet] = {}
+        self.source: dict[Claim, LayerNorm] = {}  # what a centered value is centered from
+
+    def follow(self, x: int, along: AxisSet) -> None:
+        """Shift `x` along `along`, and look at what cancels.
+
+        Products with other values are asked about, or are followed, too: spellings differ in where
+        they scale. What stands behind `stop_gradient` has a shift of its own, or else that of the
+        rest: then values cancel, though their derivatives need not.
+        """
         met_stop = False
         for stops, keep_products in product((True, False), repeat=2):
             if not (stops or met_stop):
                 break
-            tracker = Tracker(graph, x, along, facts.context, keep_products, False, stops, True)
+            tracker = Tracker(
+                self.graph, x, along, self.context, keep_products, False, stops, named=True
+            )
             tracker.run()
             met_stop = met_stop or tracker.met_stop
-            if not tracker.cancelled:
-                continue
-            whole = frozenset(along.axes)
-            sums = {op.index: op for op, axes in tracker.arithmetic.sums if axes == whole}
-            # A mean taken of a value that has none already belongs to the norm that removed it.
-            origin = source.get((x, along))
-            if origin is not None:
-                sums |= {op.index: op for op in origin.sums}
-            norm = origin or LayerNorm(x, along, (), "", *_size(graph, x))
-            for c in tracker.cancelled:
-                if c.centered and stops:  # else its gradients may have a mean
-                    own = centered[c.value] = AxisSet.over(graph.shape(c.value), c.centered)
-                    if c.whole:
-                        source[c.value, own] = replace(norm, sums=_in_order(sums))
-            known_zero = {x} if origin else set()
-            for root, two_pass in _normalising_roots(graph, tracker, sums_of, known_zero):
-                if (known := found.get(root.index)) is not None:
-                    sums |= {op.index: op for op in known.sums}
-                where = root.module or root.location().where
-                found[root.index] = replace(
-                    norm, sums=_in_order(sums), module=where, two_pass=two_pass, root=root
-                )
-    norms = [found[i] for i in sorted(found)]
-    of_batch = tuple(n for n in norms if _is_of_batch(facts, n))
-    return Norms(tuple(n for n in norms if n not in of_batch), centered, of_batch)
+            if tracker.cancelled:
+                self._note(tracker, stops)
+
+    def _note(self, tracker: Tracker, stops: bool) -> None:
+        """Take down the centered values and the norms that a tracker has come upon."""
+        x, along = claim = tracker.root, tracker.along
+        whole = frozenset(along.axes)
+        sums = [op for op, axes in tracker.arithmetic.sums if axes == whole]
+        # A mean taken of a value that has none already belongs to the norm that removed it.
+        origin = self.source.get(claim)
+        norm = origin or LayerNorm(x, along, (), "", *_size(self.graph, x))
+        norm = replace(norm, sums=_in_order((*sums, *norm.sums)))
+        if stops:  # else the gradients of what is centered may have a mean
+            self._note_centered(tracker.cancelled, norm)
+        known_zero = {x} if origin else set()
+        for root, two_pass in _normalising_roots(self.graph, tracker, self.sums_of, known_zero):
+            if (known := self.found.get(root.index)) is not None:
+                norm = replace(norm, sums=_in_order((*norm.sums, *known.sums)))
+            where = root.module or root.location().where
+            self.found[root.index] = replace(norm, module=where, two_pass=two_pass, root=root)
+
+    def _note_centered(self, cancelled: Iterable[Cancelled], norm: LayerNorm) -> None:
+        for c in cancelled:
+            if c.centered:
+                along = AxisSet.over(self.graph.shape(c.value), c.centered)
+                self.centered[c.value] = along
+                if c.whole:
+                    self.source[c.value, along] = norm
 
 
 def _is_of_batch(facts: Facts, norm: LayerNorm) -> bool:
@@ -136,8 +160,10 @@ def _is_of_batch(facts: Facts, norm: LayerNorm) -> bool:
     return given and bool(kept) and all(of_samples(d) is False for d in kept)
 
 
-def _in_order(ops: dict[int, Op]) -> tuple[Op, ...]:
-    return tuple(ops[i] for i in sorted(ops))
+def _in_order(ops: Iterable[Op]) -> tuple[Op, ...]:
+    """Each of the equations once, in program order."""
+    by_index = {op.index: op for op in ops}
+    return tuple(by_index[i] for i in sorted(by_index))
 
 
 def _sums(graph: Graph) -> list[Sum]:
@@ -219,28 +245,30 @@ def _normalising_roots(
 
     With each, whether the variance takes a second pass: it is a mean of squares of that value.
     """
-    centered = {c.value for c in tracker.cancelled if c.whole}
-    variances = {c.value for c in tracker.cancelled if c.quadratic}
-    squares: set[int] = set()
-    for c in tracker.cancelled:
-        if c.whole and c.centered:
-            squares |= _mean_squares(graph, sums_of, c.value, c.centered)
+    cancelled = tracker.cancelled
+    variances = {c.value for c in cancelled if c.quadratic}
+    squares = _mean_squares(graph, sums_of, cancelled)
     if not variances and not squares:
         return []
     second = {op.index for op in _uses_within(graph, _reach(graph, squares, stop=_ROOTS))}
+    centered = {c.value for c in cancelled if c.whole}
     numerators = _reach(graph, centered | known, through=_SCALING)
-    combined = [c for c in tracker.cancelled if c.factors]
-    roots = []
-    for op in _uses_within(graph, _reach(graph, variances | squares, stop=_ROOTS)):
-        if op.name not in _ROOTS:
-            continue
-        scales = _reach(graph, set(op.outputs), avoid=numerators)
-        tokens = {f"{sign}{v}" for v in scales for sign in "*/"}
-        if any(c.factors & tokens for c in combined) or any(
-            _joins(use, v, numerators, scales) for v in scales for use, _ in graph.uses[v]
-        ):
-            roots.append((op, op.index in second))
-    return roots
+    readers = _uses_within(graph, _reach(graph, variances | squares, stop=_ROOTS))
+    roots = (op for op in readers if op.name in _ROOTS)
+    return [
+        (op, op.index in second) for op in roots if _normalises(graph, op, numerators, cancelled)
+    ]
+
+
+def _normalises(
+    graph: Graph, root: Op, numerators: set[int], cancelled: Iterable[Cancelled]
+) -> bool:
+    """Whether what is made of the root scales one of the `numerators`, or what has cancelled."""
+    scales = _reach(graph, set(root.outputs), avoid=numerators)
+    factors = {f"{sign}{v}" for v in scales for sign in "*/"}
+    return any(c.factors & factors for c in cancelled) or any(
+        _joins(use, v, numerators, scales) for v in scales for use, _ in graph.uses[v]
+    )
 
 
 def _joins(op: Op, scale: int, numerators: set[int], scales: set[int]) -> bool:
@@ -251,19 +279,21 @@ def _joins(op: Op, scale: int, numerators: set[int], scales: set[int]) -> bool:
     return other in numerators and other not in scales
 
 
-def _mean_squares(graph: Graph, sums_of: SumsOf, centered: int, axes: frozenset[int]) -> set[int]:
-    """Sums over S of squares of a value centered along `axes`: the two-pass variance."""
-    squares = set()
-    for v in _reach(graph, {centered}, through=_CASTS):
-        for op, _ in graph.uses[v]:
-            if op.is_square:
-                squares.add(op.outputs[0])
-    return {
-        op.outputs[0]
-        for v in squares
-        for op, summed in sums_of.get(v, ())
-        if axes <= {*summed.axes}
-    }
+def _mean_squares(graph: Graph, sums_of: SumsOf, cancelled: Iterable[Cancelled]) -> set[int]:
+    """Sums over S of squares of values centered along S: two-pass variances."""
+    found: set[int] = set()
+    for c in cancelled:
+        if c.whole and c.centered:
+            squares = _squares(graph, c.value)
+            sums = (read for v in squares for read in sums_of.get(v, ()))
+            found |= {op.outputs[0] for op, summed in sums if c.centered <= {*summed.axes}}
+    return found
+
+
+def _squares(graph: Graph, value: int) -> set[int]:
+    """Squares of a value, casts between them included."""
+    copies = _reach(graph, {value}, through=_CASTS)
+    return {op.outputs[0] for v in copies for op, _ in graph.uses[v] if op.is_square}
 
 
 def _reach(

@@ -6,7 +6,7 @@ Examples are in the words of `shift_example`: x is the root, u its shift.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from math import prod
@@ -30,9 +30,15 @@ from .shift_algebra import (
     total,
 )
 
-_EXTREMA = frozenset({"reduce_max", "reduce_min"})
 _DEPTH = 4
 """How far products are taken apart into their factors."""
+
+Operands = list[Tracked | None]
+"""Of each operand how it responds, None if it does not."""
+
+
+class _Notices(Exception):
+    """There is no arithmetic for an operation, or none for it with these operands."""
 
 
 class Arithmetic:
@@ -49,61 +55,107 @@ class Arithmetic:
         self.sums: list[tuple[Op, frozenset[int]]] = []
         self._counts = {n for n in along.shape if isinstance(n, int)}
 
-    def respond(self, op: Op, operands: list[Tracked | None], refusal: str) -> Tracked | None:
+    def respond(self, op: Op, operands: Operands, refusal: str) -> Tracked | None:
         """The response of the output of `op`, None if it never responds.
 
-        Sums, products and moves have methods of their own. Of the others, extrema are shifted as
-        all their elements are, their positions are not, and a maximum with -inf is the identity:
-        ``max_S(x + u) = max_S(x) + u`` and ``(x + u)**2 = x**2 + 2 x u + u**2``. All else notices
-        the shift. Reads `axes` of reductions and `y` of powers.
+        The response r(u) is what is added: ``f(x + u) = f(x) + r(u)``. What stands not among
+        `_RESPONSES`, or is used in a way that has no arithmetic, notices the shift: a `Refused`
+        with the words `refusal`.
+
+        >>> respond(lambda x: jnp.tanh(x), (2, 3), along=[1])
+        refused: notices a shift
+        """
+        if any(t is not None and t.grows for t in operands):
+            return self._grow(op, operands)
+        try:
+            return _RESPONSES.get(op.name, _notice)(self, op, operands)
+        except _Notices:
+            raise Refused(refusal) from None
+
+    def _exponential(self, op: Op, operands: Operands) -> Tracked:
+        """What is shifted in its derivatives alone is multiplied there.
+
+        ``exp(x + u) = exp(x) exp(u)``, if u cancels in the values: they are as far from overflowing
+        as they were.
+
+        >>> respond(lambda x: jnp.exp(x - jax.lax.stop_gradient(x)), (2, 3), along=[1])
+        times exp(-u' + u)
+        >>> respond(jnp.exp, (2, 3), along=[1])
+        refused: ...
+        """
+        t = _shifted(operands)
+        if stopped(t).response:
+            raise _Notices
+        return Tracked(t.response, None, t.dims, grows=True)
+
+    def _position(self, op: Op, operands: Operands) -> Tracked | None:
+        """The largest of numbers that are all shifted alike stays where it is.
+
+        ``argmax_S(x + u) = argmax_S(x)``. Reads `axes`.
+
+        >>> respond(lambda x: x.argmax(1), (2, 3), along=[1])
+        0
+        >>> respond(lambda x: x.argmax(0), (2, 3), along=[1])
+        refused: reduces over positions that are shifted differently
+        """
+        self._check_uniform(_shifted(operands), op.params["axes"])
+        return None
+
+    def _extremum(self, op: Op, operands: Operands) -> Tracked:
+        """The largest of numbers that are all shifted alike is shifted like them.
+
+        ``max_S(x + u) = max_S(x) + u``. Reads `axes`.
 
         >>> respond(lambda x: x.max(1), (2, 3), along=[1])
         u
         >>> respond(lambda x: x.max(0), (2, 3), along=[1])
         refused: reduces over positions that are shifted differently
-        >>> respond(lambda x: x.argmax(1), (2, 3), along=[1])
-        0
+        """
+        t = _shifted(operands)
+        self._check_uniform(t, op.params["axes"])
+        return Tracked(t.response, None, _without(t.dims, op.params["axes"]))
+
+    def _maximum(self, op: Op, operands: Operands) -> Tracked | None:
+        """A maximum with -inf is the identity; any other notices the shift.
+
+        ``max(x + u, -inf) = x + u``.
+
         >>> respond(lambda x: jnp.maximum(x, -jnp.inf), (2, 3), along=[1])
         u
         >>> respond(lambda x: jnp.maximum(x, 0.0), (2, 3), along=[1])
         refused: ...
+        """
+        a, b = operands
+        other = [v for v, t in zip(op.inputs, operands, strict=True) if t is None]
+        number = self.graph.scalar(other[0]) if other else None
+        if number is None or not np.isneginf(float(number)):
+            raise _Notices
+        return a or b
+
+    def _negate(self, op: Op, operands: Operands) -> Tracked:
+        """The response changes its sign.
+
+        ``-(x + r) = -x - r``.
+
+        >>> respond(lambda x: -x, (2, 3), along=[1])
+        -u
+        """
+        return scaled(_single(operands), Fraction(-1))
+
+    def _square(self, op: Op, operands: Operands) -> Tracked:
+        """A square responds as a product does; other powers notice the shift.
+
+        ``(x + u)**2 = x**2 + 2 x u + u**2``. Reads `y` of powers.
+
         >>> respond(lambda x: x**2, (2, 3), along=[1])
         2 x u + u**2
+        >>> respond(lambda x: x**3, (2, 3), along=[1])
+        refused: ...
         """
-        name, first = op.name, operands[0]
-        if any(t is not None and t.grows for t in operands):
-            return self._grow(op, operands)
-        # What responds in its derivatives alone is as far from overflowing as it was.
-        if name == "exp" and first and first.is_shift and not stopped(first).response:
-            return Tracked(first.response, None, first.dims, grows=True)
-        if name in ("argmax", "argmin") and first and first.is_shift:
-            self._check_uniform(first, op.params["axes"])
-            return None
-        if name in MOVES and first:
-            return self._move(op, first)
-        if name == "reduce_sum" and first:
-            return self._sum(op, first)
-        if name in _EXTREMA and first and first.is_shift:
-            self._check_uniform(first, op.params["axes"])
-            dims = tuple(d for k, d in enumerate(first.dims) if k not in op.params["axes"])
-            return Tracked(first.response, None, dims)
-        if name == "neg" and first:
-            return scaled(first, Fraction(-1))
-        if name in ("add", "sub", "add_any"):
-            return self._add(op, operands, Fraction(-1 if name == "sub" else 1))
-        if name in SCALINGS:
-            return self._multiply(op, operands)
-        if (name == "square" or (name == "integer_pow" and op.params["y"] == 2)) and first:
-            return product(first, first)
-        if name == "max" and self._is_minus_infinity(op, operands):
-            return operands[0] or operands[1]
-        raise Refused(refusal)
-
-    def _is_minus_infinity(self, op: Op, operands: list[Tracked | None]) -> bool:
-        """Whether the operand that does not respond is -inf everywhere."""
-        other = [i for i in (0, 1) if operands[i] is None]
-        number = self.graph.scalar(op.inputs[other[0]]) if other else None
-        return number is not None and bool(np.isneginf(float(number)))
+        if not op.is_square:
+            raise _Notices
+        t = _single(operands)
+        return product(t, t)
 
     def _check_uniform(self, t: Tracked, axes: Sequence[int]) -> None:
         """Refuse to reduce over axes along which u differs: neither n u nor a maximum then."""
@@ -112,7 +164,7 @@ class Arithmetic:
             if d is not None and not self.along.uniform_along(d):
                 raise Refused("reduces over positions that are shifted differently")
 
-    def _move(self, op: Op, t: Tracked) -> Tracked:
+    def _move(self, op: Op, operands: Operands) -> Tracked:
         """Axes appear, disappear or swap; those that matter keep their order of elements.
 
         ``move(x + u) = move(x) + move(u)``. Reads `permutation` of a transpose and
@@ -125,6 +177,7 @@ class Arithmetic:
         >>> respond(lambda x: x.reshape(6), (2, 3), along=[1])
         refused: reshapes the shifted value
         """
+        t = _single(operands)
         if t.factors:  # values of the program whose axes would have to move along
             raise Refused("moves the shifted value")
         before, kept = self.graph.shape(op.inputs[0]), axis_map(self.graph, op)
@@ -134,7 +187,7 @@ class Arithmetic:
         back = {o: t.dims[d] for d, o in kept.items()}
         return replace(t, dims=tuple(map(back.get, range(len(self.graph.shape(op.outputs[0]))))))
 
-    def _grow(self, op: Op, operands: list[Tracked | None]) -> Tracked:
+    def _grow(self, op: Op, operands: Operands) -> Tracked:
         """An exponential is multiplied, and so are its sums, products and quotients.
 
         ``exp(x + u) = exp(x) exp(u)``. Only shifts that cancel in the values get here: of others,
@@ -155,11 +208,10 @@ class Arithmetic:
             raise Refused("combines a shifted value with an exponential of it")
         first, name = operands[0], op.name
         if name in MOVES and first:
-            return self._move(op, first)
+            return self._move(op, operands)
         if name == "reduce_sum" and first:
             self._check_uniform(first, op.params["axes"])
-            dims = tuple(d for k, d in enumerate(first.dims) if k not in op.params["axes"])
-            return replace(first, dims=dims)
+            return replace(first, dims=_without(first.dims, op.params["axes"]))
         if name in ("log", "abs") and first:
             return replace(first, grows=name == "abs")
         if name in SCALINGS:
@@ -170,7 +222,7 @@ class Arithmetic:
             return replace(growth, dims=self._aligned(op, parts), grows=True)
         raise Refused("combines an exponential of the shifted value with other values")
 
-    def _sum(self, op: Op, t: Tracked) -> Tracked:
+    def _sum(self, op: Op, operands: Operands) -> Tracked:
         """A sum over n positions counts the shift n times, if it is uniform along them.
 
         ``sum(x + u) = sum(x) + n u``. Reads `axes`.
@@ -180,7 +232,7 @@ class Arithmetic:
         >>> respond(lambda x: x.sum(0), (2, 3), along=[1])
         refused: reduces over positions that are shifted differently
         """
-        axes = op.params["axes"]
+        t, axes = _single(operands), op.params["axes"]
         self._check_uniform(t, axes)
         shape = self.graph.shape(op.inputs[0])
         if t.factors or not all(isinstance(shape[a], int) for a in axes):
@@ -197,10 +249,9 @@ class Arithmetic:
             if isinstance(factor, Sum) and factor.axes:
                 self.sums.append((op, frozenset(factor.axes)))
                 self._counts.add(prod(self.along.shape[d] for d in factor.axes))
-        dims = tuple(d for k, d in enumerate(t.dims) if k not in axes)
-        return replace(result, dims=dims)
+        return replace(result, dims=_without(t.dims, axes))
 
-    def _add(self, op: Op, operands: list[Tracked | None], sign: Fraction) -> Tracked:
+    def _add(self, op: Op, operands: Operands) -> Tracked:
         """Responses add up, and may cancel.
 
         ``(x + r) - (y + s) = (x - y) + (r - s)``.
@@ -212,6 +263,7 @@ class Arithmetic:
         >>> respond(lambda x: x - x.sum(1, keepdims=True) / 4, (2, 3), along=[1])
         1/4 u
         """
+        sign = Fraction(-1 if op.name == "sub" else 1)
         a, b = operands[0], operands[1] and scaled(operands[1], sign)
         if a is None or b is None:
             (t,) = (t for t in (a, b) if t is not None)
@@ -219,7 +271,7 @@ class Arithmetic:
         dims = self._aligned(op, [a, b])
         return replace(total(a, b), dims=dims)
 
-    def _multiply(self, op: Op, operands: list[Tracked | None]) -> Tracked:
+    def _multiply(self, op: Op, operands: Operands) -> Tracked:
         """A factor multiplies the response; two factors that respond make a square of it.
 
         ``(x + r) (y + s) = x y + x s + r y + r s``.
@@ -301,3 +353,44 @@ class Arithmetic:
                 raise Refused("combines positions that are shifted differently")
             dims.append(d)
         return tuple(dims)
+
+
+def _single(operands: Operands) -> Tracked:
+    """The first operand: what a move, say, is told besides must not respond."""
+    if operands[0] is None:
+        raise _Notices
+    return operands[0]
+
+
+def _shifted(operands: Operands) -> Tracked:
+    """The first operand where it is merely shifted."""
+    t = _single(operands)
+    if not t.is_shift:
+        raise _Notices
+    return t
+
+
+def _without(dims: tuple[int | None, ...], axes: Sequence[int]) -> tuple[int | None, ...]:
+    """The root's axes behind those that a reduction over `axes` leaves."""
+    return tuple(d for k, d in enumerate(dims) if k not in axes)
+
+
+Respond = Callable[[Arithmetic, Op, Operands], Tracked | None]
+
+
+def _notice(arithmetic: Arithmetic, op: Op, operands: Operands) -> Tracked | None:
+    raise _Notices
+
+
+_RESPONSES: dict[str, Respond] = {
+    "exp": Arithmetic._exponential,
+    **dict.fromkeys(("argmax", "argmin"), Arithmetic._position),
+    **dict.fromkeys(("reduce_max", "reduce_min"), Arithmetic._extremum),
+    "max": Arithmetic._maximum,
+    **dict.fromkeys(MOVES, Arithmetic._move),
+    "reduce_sum": Arithmetic._sum,
+    "neg": Arithmetic._negate,
+    **dict.fromkeys(("add", "sub", "add_any"), Arithmetic._add),
+    **dict.fromkeys(SCALINGS, Arithmetic._multiply),
+    **dict.fromkeys(("square", "integer_pow"), Arithmetic._square),
+}

@@ -22,17 +22,8 @@ from ..axes.labels import ALL, FREE
 from ..program.graph import JOINS, Graph, Op
 from ..program.primitives import IDENTITIES, IDENTITIES_OF_EACH, MOVES, MUL, SCALINGS, STOP
 from ..rules import Context, Opaque, no_push, rule_for
-from .shift_algebra import (
-    Refused,
-    Sum,
-    Tracked,
-    X,
-    stopped,
-)
+from .shift_algebra import Refused, Sum, Tracked, X, stopped
 from .shift_rules import Arithmetic
-
-_EXTREMA = frozenset({"reduce_max", "reduce_min"})
-
 
 RETURNED = "makes a value that is an output"
 """What is said of the operation whose result a function returns."""
@@ -135,22 +126,28 @@ class Tracker:
             self.met_stop = True
             (copied,) = (stopped(t) for t in operands if t is not None)
             return self._unless_cancelled(op, operands, copied)
+        # A cast to another kind of number may lose the shift, or a part of it: it is no identity.
         if op.name in IDENTITIES | IDENTITIES_OF_EACH | {STOP} and not self._changes_kind(op):
             return [(op.outputs[i], t) for i, t in enumerate(operands) if t is not None]
-        exact, refusal = self._prefers_exact(op, operands, hit), "notices a shift of its operand"
-        if not exact:
-            handed = self._hand_on(op, operands, hit)
-            if handed is None:
-                return []
-            refusal = handed
-            if op.name in SCALINGS:
-                self._suspects[op.index] = (op, handed)
-        try:
-            result = self.arithmetic.respond(op, operands, refusal)
-        except Refused:
-            if exact and self._hand_on(op, operands, hit) is None:
-                return []
-            raise
+        if self._prefers_exact(op, operands, hit):
+            try:
+                return self._follow(op, operands, "notices a shift of its operand")
+            except Refused:
+                if self._hand_on(op, operands, hit) is None:
+                    return []
+                raise
+        why_not = self._hand_on(op, operands, hit)
+        if why_not is None:
+            return []
+        if op.name in SCALINGS:
+            self._suspects[op.index] = (op, why_not)
+        return self._follow(op, operands, why_not)
+
+    def _follow(
+        self, op: Op, operands: list[Tracked | None], refusal: str
+    ) -> list[tuple[int, Tracked]]:
+        """The output of `op` by arithmetic, if it responds."""
+        result = self.arithmetic.respond(op, operands, refusal)
         if result is None:
             return []
         if result.response and not stopped(result).response:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 Run = Callable[[argparse.Namespace], int]
+AddParser = Callable[..., argparse.ArgumentParser]
+"""Adds the parser of a command, see `argparse`."""
 
 
 _CODES = """\
@@ -43,80 +45,90 @@ def parser_for(report: Run, plan: Run, draw: Run, center: Run) -> argparse.Argum
     parser = argparse.ArgumentParser(
         prog="python -m jax_lnfold",
         description="Makes the LayerNorms of a JAX model as cheap as RMSNorms, exactly.",
-        epilog=f"example: python -m jax_lnfold report my_model:target\n\n{_CODES}",
+        epilog=_epilog("report my_model:target"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_report(commands.add_parser, report)
+    _add_plan(commands.add_parser, plan)
+    _add_draw(commands.add_parser, draw)
+    _add_center(commands.add_parser, center)
+    return parser
 
-    def command(run: Run, words: str, text: str, example: str) -> argparse.ArgumentParser:
-        name = run.__name__.strip("_")
-        added = commands.add_parser(
-            name,
-            help=words,
-            description=f"{words[0].upper()}{words[1:]}.\n\n{text}",
-            epilog=f"example: python -m jax_lnfold {name} {example}\n\n{_CODES}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        added.set_defaults(run=run)
-        return added
 
-    of_report = command(
-        report,
-        "report which LayerNorms fold, and why not",
-        _TARGET,
-        "my_model:target --html r.html",
-    )
-    _add_target(of_report)
-    of_report.add_argument(
+def _add_report(add: AddParser, run: Run) -> None:
+    words = "report which LayerNorms fold, and why not"
+    parser = _command(add, run, words, _TARGET, "my_model:target --html r.html")
+    _add_target(parser)
+    parser.add_argument(
         "--html", metavar="FILE", type=Path, help="write a page with a picture, too"
     )
-    of_report.add_argument("--no-cost", action="store_true", help="do not compile to compare costs")
-    of_report.add_argument(
-        "--check", action="store_true", help="exit with 3 if a LayerNorm is left"
-    )
+    parser.add_argument("--no-cost", action="store_true", help="do not compile to compare costs")
+    parser.add_argument("--check", action="store_true", help="exit with 3 if a LayerNorm is left")
+    _add_fold_affine(parser)
 
-    of_plan = command(
-        plan, "write the plan of a fold as JSON", _TARGET, "my_model:target -o plan.json"
-    )
-    _add_target(of_plan)
-    of_plan.add_argument("-o", "--output", metavar="FILE", type=Path, help="instead of stdout")
 
-    for parser_of_plans in (of_report, of_plan):
-        parser_of_plans.add_argument(
-            "--fold-affine",
-            action="store_true",
-            help="move scales and shifts into the linear layers behind them, too",
-        )
+def _add_plan(add: AddParser, run: Run) -> None:
+    words = "write the plan of a fold as JSON"
+    parser = _command(add, run, words, _TARGET, "my_model:target -o plan.json")
+    _add_target(parser)
+    parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="instead of stdout")
+    _add_fold_affine(parser)
 
-    of_draw = command(
-        draw, "draw what a fold does to a model", _TARGET, "my_model:target -o fold.svg"
-    )
-    _add_target(of_draw)
-    of_draw.add_argument(
-        "-o",
-        "--output",
-        metavar="FILE",
-        type=_picture,
-        help="FILE.svg or FILE.dot instead of stdout",
-    )
 
-    of_center = command(
-        center,
-        "center the weights of a checkpoint with a plan",
-        _SOURCE,
-        "plan.json model.safetensors centered.safetensors",
-    )
-    of_center.add_argument("plan", metavar="PLAN", type=Path, help="JSON file that `plan` wrote")
-    of_center.add_argument("source", metavar="SOURCE", type=Path, help="checkpoint to read")
-    of_center.add_argument("dest", metavar="DEST", type=Path, help="checkpoint to make")
-    of_center.add_argument(
+def _add_draw(add: AddParser, run: Run) -> None:
+    words = "draw what a fold does to a model"
+    parser = _command(add, run, words, _TARGET, "my_model:target -o fold.svg")
+    _add_target(parser)
+    instead = "FILE.svg or FILE.dot instead of stdout"
+    parser.add_argument("-o", "--output", metavar="FILE", type=_picture, help=instead)
+
+
+def _add_center(add: AddParser, run: Run) -> None:
+    words = "center the weights of a checkpoint with a plan"
+    example = "plan.json model.safetensors centered.safetensors"
+    parser = _command(add, run, words, _SOURCE, example)
+    parser.add_argument("plan", metavar="PLAN", type=Path, help="JSON file that `plan` wrote")
+    parser.add_argument("source", metavar="SOURCE", type=Path, help="checkpoint to read")
+    parser.add_argument("dest", metavar="DEST", type=Path, help="checkpoint to make")
+    parser.add_argument(
         "--prefix",
         metavar="[OWN=]KEY/PATH",
         default="",
         help="where the tree of the plan is in the checkpoint: with `state`, params/w of the plan "
         "is state/params/w there; with `params=state/weights`, state/weights/w; with `params=`, w",
     )
+
+
+# --- parts of commands ---------------------------------------------------------------------------
+
+
+def _command(
+    add: AddParser, run: Run, words: str, text: str, example: str
+) -> argparse.ArgumentParser:
+    """A command named like the function that it runs."""
+    name = run.__name__.strip("_")
+    parser = add(
+        name,
+        help=words,
+        description=f"{words[0].upper()}{words[1:]}.\n\n{text}",
+        epilog=_epilog(f"{name} {example}"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
     return parser
+
+
+def _epilog(example: str) -> str:
+    return f"example: python -m jax_lnfold {example}\n\n{_CODES}"
+
+
+def _add_fold_affine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--fold-affine",
+        action="store_true",
+        help="move scales and shifts into the linear layers behind them, too",
+    )
 
 
 def _add_target(parser: argparse.ArgumentParser) -> None:

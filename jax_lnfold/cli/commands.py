@@ -21,7 +21,7 @@ from ..checkpoints.signals import Stopped, stoppable
 from ..errors import FoldError
 from ..plan.plan import FoldPlan
 from ..printable import counted, printable
-from ..report.report import rows, summary
+from ..report.summary import rows, summary
 from ..report.table import to_html, to_rich
 from .arguments import parser_for
 from .target import load, place_of_error

@@ -32,6 +32,7 @@ def with_affine(placement: Placement, options: Options) -> Placement:
     busy |= {graph.leaves[v] for v in placement.leaf_sets}
     found, left = find_affine(graph)
     for value, merge in [*found.items()]:
+        # What is merged or centered, and then filled, would not be what the layers take up.
         if {merge.key_path, merge.shift} & busy:
             left[value] = "it, or its shift, is edited already so that a LayerNorm folds"
             del found[value]

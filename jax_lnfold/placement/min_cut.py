@@ -44,7 +44,9 @@ class MinCut:
         return self._numbers.setdefault(node, len(self._numbers))
 
     def _add(self, head: int, tail: int, cost: int | None) -> None:
-        # Kept reversed: of several optima networkx then hands back the one with the fewest *yes*.
+        # Kept reversed, so that *yes* is the target's side: there networkx puts only what the last
+        # flow still lets reach the target, the fewest nodes of all optima. It does not promise to:
+        # `test_cheapest_assignment_with_the_fewest_yes` holds it to that.
         if cost is None:
             self._graph.add_edge(tail, head)  # networkx: no capacity attribute = infinite
             self._graph.edges[tail, head].pop("capacity", None)

@@ -96,38 +96,39 @@ class ZeroMeanGraph:
         return value, along
 
     def _node(self, claim: Claim) -> Node:
+        """How the value of a claim can be zero-mean."""
         value, along = claim
         graph = self.facts.graph
         if along.empty or self._is_zero(value, along):
             return Node(is_zero=True)
         intolerant = self._noticed(value, along)
-        node = Node(intolerant=intolerant)
-        dtype = graph.avals[value].dtype
-        carries = jnp.issubdtype(dtype, jnp.complexfloating) and value not in graph.leaves
-        if not (is_editable(dtype) or carries):
-            coarse = f"its values are {dtype} numbers, which have no digits to spare"
-            floating = jnp.issubdtype(dtype, jnp.floating)
-            node.obstacle = Blocker(
-                None, coarse if floating else "its values are not floating-point numbers"
-            )
-            return node
+        if (coarse := self._too_coarse(value)) is not None:
+            return Node(obstacle=coarse, intolerant=intolerant)
         if value in graph.leaves:
-            node.edit = self._editable(value, along, intolerant)
-            node.obstacle = intolerant or Blocker(
-                None, "a parameter leaf is not edited by the plan"
-            )
-            return node
-        if value in graph.constants:
-            node.edit = intolerant is None and graph.is_editable_constant(value)
-            node.obstacle = intolerant or Blocker(None, "a constant is added along the mean")
-            return node
-        reachable = not graph.is_sealed(value) and graph.on_one_device(value, along) is not None
-        if intolerant is None and reachable:
-            # What depends on constants only is computed once, by the compiler, so a thousandth of
-            # the price. A value computed from parameters is computed in every call: full price.
-            cost = self._insertion_cost(along) * graph.trips[graph.home[value]]
-            node.insert = cost // UNIT if graph.fixed[value] else cost
-        made = graph.producer[value]
+            edit = self._editable(value, along, intolerant)
+            otherwise = Blocker(None, "a parameter leaf is not edited by the plan")
+        elif value in graph.constants:
+            edit = intolerant is None and graph.is_editable_constant(value)
+            otherwise = Blocker(None, "a constant is added along the mean")
+        else:
+            return self._computed(value, along, intolerant)
+        return Node(edit=edit, obstacle=intolerant or otherwise, intolerant=intolerant)
+
+    def _too_coarse(self, value: int) -> Blocker | None:
+        """Why numbers of this kind cannot be centered; complex ones only where computed."""
+        dtype = self.facts.graph.avals[value].dtype
+        is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+        if is_editable(dtype) or (is_complex and value not in self.facts.graph.leaves):
+            return None
+        if jnp.issubdtype(dtype, jnp.floating):
+            return Blocker(None, f"its values are {dtype} numbers, which have no digits to spare")
+        return Blocker(None, "its values are not floating-point numbers")
+
+    def _computed(self, value: int, along: AxisSet, intolerant: Blocker | None) -> Node:
+        """A value that is centered by its operands or, if nothing notices, where it appears."""
+        insert = self._insertion(value, along) if intolerant is None else None
+        node = Node(insert=insert, intolerant=intolerant)
+        made = self.facts.graph.producer[value]
         if made is None:
             node.obstacle = Blocker(None, "it is an input of the function")
             return node
@@ -139,6 +140,16 @@ class ZeroMeanGraph:
             node.needs = [(op.inputs[i], s) for i, s in pulled.needs]
             node.approximate = pulled.approximate
         return node
+
+    def _insertion(self, value: int, along: AxisSet) -> int | None:
+        """What an explicit centering costs, None where the program has no place for one."""
+        graph = self.facts.graph
+        if graph.is_sealed(value) or graph.on_one_device(value, along) is None:
+            return None
+        # What depends on constants only is computed once, by the compiler, so a thousandth of
+        # the price. A value computed from parameters is computed in every call: full price.
+        cost = self._insertion_cost(along) * graph.trips[graph.home[value]]
+        return cost // UNIT if graph.fixed[value] else cost
 
     def _noticed(self, value: int, along: AxisSet) -> Blocker | None:
         """What notices a centering: of the value itself, or of a copy that equations read."""

@@ -77,29 +77,39 @@ def _apart(
     eqns: Sequence[JaxprEqn], stack: JaxprEqn, readers: dict[Any, list[Any]]
 ) -> list[JaxprEqn] | None:
     """The equations with one stack taken apart, None if it does not come to sums of its parts."""
+    steps = _steps(stack, readers)
+    (whole,) = (steps or [stack])[-1].outvars
+    firsts = readers.get(whole, [])
+    layers = [_layers(first, stack.params["axis"], readers) for first in firsts]
+    if not _sum_parts(steps, [parts for _, parts in layers]):
+        return None
+    gone = {id(eqn) for eqn in (stack, *steps, *firsts)}
+    var = stack.outvars[0]
+    instead = {
+        id(last): [eqn for i, end in parts for eqn in _on_part(steps, var, stack.invars[i], end)]
+        for last, parts in layers
+    }
+    kept = (instead.get(id(eqn), [] if id(eqn) in gone else [eqn]) for eqn in eqns)
+    return [eqn for group in kept for eqn in group]
+
+
+def _steps(stack: JaxprEqn, readers: dict[Any, list[Any]]) -> list[JaxprEqn]:
+    """What is done to all of the stack, one after the other: sums over devices and scalings."""
     (var,), steps = stack.outvars, list[JaxprEqn]()
     while (step := _only(readers, var)) is not None and _is_step(step, var):
         steps.append(step)
         (var,) = step.outvars
-    ends: dict[int, list[tuple[int, Var]]] = {}  # last equation -> parts that it makes
-    gone = {id(eqn) for eqn in (stack, *steps)}
-    for layer in readers.get(var, ()):
-        last, parts = _layers(layer, stack.params["axis"], readers)
-        ends[id(last)] = parts
-        gone.add(id(layer))
-    found = [part for parts in ends.values() for part in parts]
+    return steps
+
+
+def _sum_parts(steps: Sequence[JaxprEqn], layers: Sequence[list[tuple[int, Var]]]) -> bool:
+    """Whether the steps sum, and nothing but single layers of their result is read, each once."""
+    parts = [part for some in layers for part in some]
     sums = any(step.primitive.name in _SUMS for step in steps)
-    if not sums or not found or not all(ends.values()) or len({i for i, _ in found}) < len(found):
-        return None
-    if any(_kind(step.outvars[0]) != _kind(end) for step in steps for _, end in found):
-        return None  # the parts would have other types
-    first = stack.outvars[0]
-    instead = {
-        last: [eqn for i, end in parts for eqn in _on_part(steps, first, stack.invars[i], end)]
-        for last, parts in ends.items()
-    }
-    kept = (instead.get(id(eqn), [] if id(eqn) in gone else [eqn]) for eqn in eqns)
-    return [eqn for group in kept for eqn in group]
+    alone = all(layers) and len({i for i, _ in parts}) == len(parts) > 0
+    # Else the steps on a part would make other types than those on the stack.
+    alike = all(_kind(step.outvars[0]) == _kind(end) for step in steps for _, end in parts)
+    return sums and alone and alike
 
 
 def _on_part(steps: Sequence[JaxprEqn], var: Var, part: Any, end: Var) -> list[JaxprEqn]:

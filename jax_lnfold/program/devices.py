@@ -62,7 +62,7 @@ def per_device(eqn: JaxprEqn, mesh_axes: MeshAxes) -> ClosedJaxpr | None:
     arrays = (s for s, a in zip(shapes, eqn.invars, strict=True) if not isinstance(a, Literal))
     try:
         closed = jax.make_jaxpr(all_lanes if direct else batched)(*arrays)
-    except Exception:  # no batching rule, or one that fails: the operation is opaque
+    except Exception:  # a batching rule of any package may fail in any way; opaque is always sound
         return None
     made = [with_mesh_axes(v.aval, ()).shape for v in open_jaxpr(closed).outvars]
     return (

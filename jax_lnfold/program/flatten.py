@@ -10,19 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from .._compat import (
     CUSTOM_RULES,
+    Body,
     ClosedJaxpr,
     Control,
     Jaxpr,
     JaxprEqn,
     Literal,
     Manual,
+    Var,
     call_jaxpr,
     consts_of,
     control_flow,
@@ -77,6 +79,17 @@ class _Frame:
         return replace(self, path=(*self.path, *key), calls=(eqn, *self.calls))
 
 
+class _WalkedBody(NamedTuple):
+    """A body of a loop or a conditional: its carries and results, and the frame of what joins them.
+
+    Carries and rows are made where the body begins, in no call but those around the equation.
+    """
+
+    border: _Frame
+    carries: Sequence[int]
+    results: Sequence[int]
+
+
 class _Walker:
     def __init__(self, graph: Graph, see_through_dropout: bool) -> None:
         self.graph, self.see_through_dropout = graph, see_through_dropout
@@ -91,55 +104,42 @@ class _Walker:
         graph.mesh_axes[path] = frame.mesh_axes
         if path not in graph.trips:
             graph.trips[path] = graph.trips[path[:-1]]
-
-        def constant(value: Any, aval: Any) -> int:
-            number = graph.new_constant(value, aval, path)
-            return self._spread(number, (), frame) if frame.mesh_axes else number
-
-        def read(atom: Any) -> int:
-            return constant(atom.val, atom.aval) if isinstance(atom, Literal) else env[atom]
-
         for var, const in zip(jaxpr.constvars, consts, strict=True):
-            env[var] = constant(const, var.aval)
+            env[var] = self._constant(const, var.aval, frame)
             graph.bound.add(env[var])
         for index, eqn in enumerate(jaxpr.eqns):
-            names = "" if path in graph.stand_ins else str(eqn.source_info.name_stack)
-            here = replace(frame, module="/".join(p for p in (frame.module, names) if p))
-            if is_stranger(eqn):
-                results = self._operation(eqn, index, map(read, eqn.invars), here, OTHER_MEANING)
-                env.update(zip(eqn.outvars, results, strict=True))
-                continue
-            inner, control, devices = call_jaxpr(eqn), control_flow(eqn), manual(eqn)
-            branching = control is not None and eqn.primitive.name != "scan"
-            if frame.mesh_axes and (devices or branching):
-                # Devices may branch differently: a result need not be that of one branch.
-                results = self._operation(eqn, index, map(read, eqn.invars), here, OTHER_MEANING)
-            elif control is not None:
-                results = self._control(eqn, index, control, [*map(read, eqn.invars)], here)
-            elif devices is not None:
-                results = self._devices(eqn, index, devices, [*map(read, eqn.invars)], here)
-            elif inner is not None:
-                operands = [read(a) for a in eqn.invars]
-                if eqn.primitive.name in CUSTOM_RULES:
-                    graph.sealed.add((*path, index))
-                    graph.captured.update(operands[: eqn.params.get("num_consts", 0)])
-                within, start = here.inside(eqn, index), len(graph.ops)
-                results = self.walk(open_jaxpr(inner), consts_of(inner), operands, within)
-                if within.path in graph.sealed:
-                    self._settle_unread(results, start, within.path, path)
-            elif (
-                frame.mesh_axes
-                and not has_effects(eqn)
-                and (all_lanes := per_device(eqn, frame.mesh_axes))
-            ):
-                operands = [env[a] for a in eqn.invars if not isinstance(a, Literal)]
-                results = self._stand_in(all_lanes, operands, here.inside(eqn, index))
-                self._settle(results, (*path, index), path)
-            else:  # per device, a rule would be about other axes
-                role = OTHER_MEANING if frame.mesh_axes else ""
-                results = self._operation(eqn, index, map(read, eqn.invars), here, role)
+            results = self._equation(eqn, index, frame)
             env.update(zip(eqn.outvars, results, strict=True))
-        return [read(a) for a in jaxpr.outvars]
+        return [self._read(a, frame) for a in jaxpr.outvars]
+
+    def _constant(self, value: Any, aval: Any, frame: _Frame) -> int:
+        number = self.graph.new_constant(value, aval, frame.path)
+        return self._spread(number, (), frame) if frame.mesh_axes else number
+
+    def _read(self, atom: Any, frame: _Frame) -> int:
+        if isinstance(atom, Literal):
+            return self._constant(atom.val, atom.aval, frame)
+        return self.graph.env[frame.path][atom]
+
+    def _equation(self, eqn: JaxprEqn, index: int, frame: _Frame) -> list[int]:
+        """Add what an equation does; the values of its results."""
+        names = "" if frame.path in self.graph.stand_ins else str(eqn.source_info.name_stack)
+        here = replace(frame, module="/".join(p for p in (frame.module, names) if p))
+        if (meaning := _for_all_devices(eqn, frame)) is not None:
+            given = [self._read(a, frame) for a in eqn.invars if not isinstance(a, Literal)]
+            results = self._stand_in(meaning, given, here.inside(eqn, index))
+            self._settle(results, (*frame.path, index), frame.path)
+            return results
+        operands = [self._read(a, frame) for a in eqn.invars]
+        if _has_other_meaning(eqn, frame):
+            return self._operation(eqn, index, operands, here, OTHER_MEANING)
+        if (control := control_flow(eqn)) is not None:
+            return self._control(eqn, index, control, operands, here)
+        if (devices := manual(eqn)) is not None:
+            return self._devices(eqn, index, devices, operands, here)
+        if (inner := call_jaxpr(eqn)) is not None:
+            return self._call(eqn, index, inner, operands, here)
+        return self._operation(eqn, index, operands, here)
 
     def _add(
         self,
@@ -167,10 +167,15 @@ class _Walker:
         return op
 
     def _operation(
-        self, eqn: JaxprEqn, index: int, operands: Iterable[int], frame: _Frame, role: str
+        self,
+        eqn: JaxprEqn,
+        index: int,
+        inputs: Sequence[int],
+        frame: _Frame,
+        role: str = "",
     ) -> list[int]:
         """An equation that is not walked into."""
-        graph, inputs = self.graph, [*operands]
+        graph = self.graph
         free = not has_effects(eqn) and all(graph.data_free[v] for v in inputs)
         fixed = free and all(graph.fixed[v] for v in inputs)
         avals = (with_mesh_axes(v.aval, frame.mesh_axes) for v in eqn.outvars)
@@ -186,6 +191,25 @@ class _Walker:
             note_noise(graph, eqn.primitive.name, inputs, results)
         pairs = zip(inputs, eqn.invars, strict=True)
         graph.literals.update(v for v, a in pairs if isinstance(a, Literal))
+        return results
+
+    def _call(
+        self,
+        eqn: JaxprEqn,
+        index: int,
+        inner: ClosedJaxpr | Jaxpr,
+        operands: Sequence[int],
+        frame: _Frame,
+    ) -> list[int]:
+        """Walk into a function that is called."""
+        graph, within, start = self.graph, frame.inside(eqn, index), len(self.graph.ops)
+        if eqn.primitive.name in CUSTOM_RULES:
+            # Its derivative is of another function: what is changed inside would not be in there.
+            graph.sealed.add(within.path)
+            graph.captured.update(operands[: eqn.params.get("num_consts", 0)])
+        results = self.walk(open_jaxpr(inner), consts_of(inner), operands, within)
+        if within.path in graph.sealed:
+            self._settle_unread(results, start, within.path, frame.path)
         return results
 
     def _stand_in(self, closed: ClosedJaxpr, operands: Sequence[int], frame: _Frame) -> list[int]:
@@ -256,40 +280,81 @@ class _Walker:
         self, eqn: JaxprEqn, index: int, control: Control, operands: Sequence[int], frame: _Frame
     ) -> list[int]:
         """Walk into a loop or a conditional, with operations for what it does to its values."""
-        graph = self.graph
         self._add(eqn, frame, [operands[i] for i in control.observed], (), "observe")
-        starts = [operands[i] for i in control.carries]
-        carried: list[tuple[int, int, _Frame]] = []  # carries inside the bodies, which one each is
-        ends: list[list[int]] = []
-        for number, body in enumerate(control.bodies):
-            jaxpr, within = open_jaxpr(body.jaxpr), frame.inside(eqn, index, number)
-            around = replace(within, calls=frame.calls)
-            # Symbolic sizes count once, here and in the sizes of values.
-            length = control.length if isinstance(control.length, int) else 1
-            graph.trips[within.path] = graph.trips[frame.path] * length
-            taken = [operands[i] for i in body.operands]
-            avals = (with_mesh_axes(v.aval, frame.mesh_axes) for v in jaxpr.invars[len(taken) :])
-            own = [graph.new_value(aval, within.path, False, False) for aval in avals]
-            carried += [(value, k, around) for k, value in enumerate(own[: len(starts)])]
-            for row, i in zip(own[len(starts) :], control.slices, strict=True):
-                graph.data_free[row] = graph.data_free[operands[i]]
-                self._add(eqn, around, (operands[i],), (row,), "loop_slice")
-            ends.append(self.walk(jaxpr, consts_of(body.jaxpr), [*taken, *own], within))
+        bodies = [
+            self._control_body(
+                eqn, control, body, operands, frame, frame.inside(eqn, index, number)
+            )
+            for number, body in enumerate(control.bodies)
+        ]
         if control.is_loop:
-            tests = [value for end in ends[:-1] for value in end]
+            tests = [value for body in bodies[:-1] for value in body.results]
             self._add(eqn, frame, tests, (), "observe")
-        avals = (with_mesh_axes(v.aval, frame.mesh_axes) for v in eqn.outvars)
-        results = [graph.new_value(aval, frame.path, False, False) for aval in avals]
-        for value, k, around in carried:
-            self._add(eqn, around, (starts[k], ends[-1][k]), (value,), "loop_carry", k)
+        results = self._new_values(eqn.outvars, frame)
+        starts, ends = [operands[i] for i in control.carries], bodies[-1].results
+        for body in bodies:
+            for k, value in enumerate(body.carries):
+                self._add(eqn, body.border, (starts[k], ends[k]), (value,), "loop_carry", k)
         for k, value in enumerate(results):
             if not control.is_loop:
-                self._add(eqn, frame, [end[k] for end in ends], (value,), "branch_result")
+                branches = [body.results[k] for body in bodies]
+                self._add(eqn, frame, branches, (value,), "branch_result")
             elif k < len(starts):
-                self._add(eqn, frame, (starts[k], ends[-1][k]), (value,), "loop_result", k)
+                self._add(eqn, frame, (starts[k], ends[k]), (value,), "loop_result", k)
             else:
-                self._add(eqn, frame, (ends[-1][k],), (value,), "loop_stack")
+                self._add(eqn, frame, (ends[k],), (value,), "loop_stack")
         return results
+
+    def _control_body(
+        self,
+        eqn: JaxprEqn,
+        control: Control,
+        body: Body,
+        operands: Sequence[int],
+        frame: _Frame,
+        within: _Frame,
+    ) -> _WalkedBody:
+        """Walk into one of the bodies of a loop or a conditional in `frame`."""
+        graph, jaxpr = self.graph, open_jaxpr(body.jaxpr)
+        border = replace(within, calls=frame.calls)
+        # Symbolic sizes count once, here and in the sizes of values.
+        length = control.length if isinstance(control.length, int) else 1
+        graph.trips[within.path] = graph.trips[frame.path] * length
+        taken = [operands[i] for i in body.operands]
+        own = self._new_values(jaxpr.invars[len(taken) :], within)
+        carries, rows = own[: len(control.carries)], own[len(control.carries) :]
+        for row, i in zip(rows, control.slices, strict=True):
+            graph.data_free[row] = graph.data_free[operands[i]]
+            self._add(eqn, border, (operands[i],), (row,), "loop_slice")
+        results = self.walk(jaxpr, consts_of(body.jaxpr), [*taken, *own], within)
+        return _WalkedBody(border, carries, results)
+
+    def _new_values(self, variables: Iterable[Var], frame: _Frame) -> list[int]:
+        """Values of variables that depend on the data, as far as is known."""
+        avals = (with_mesh_axes(v.aval, frame.mesh_axes) for v in variables)
+        return [self.graph.new_value(aval, frame.path, False, False) for aval in avals]
+
+
+def _for_all_devices(eqn: JaxprEqn, frame: _Frame) -> ClosedJaxpr | None:
+    """The program that a single operation inside of a `shard_map` is for all devices, if known."""
+    if not frame.mesh_axes or is_stranger(eqn) or has_effects(eqn):
+        return None
+    if control_flow(eqn) is not None or manual(eqn) is not None or call_jaxpr(eqn) is not None:
+        return None
+    return per_device(eqn, frame.mesh_axes)
+
+
+def _has_other_meaning(eqn: JaxprEqn, frame: _Frame) -> bool:
+    """Whether no rule for its primitive may be asked about it, nor what is inside of it."""
+    if is_stranger(eqn):
+        return True
+    if not frame.mesh_axes:
+        return False
+    if control_flow(eqn) is not None:
+        # Devices may branch differently: a result need not be that of one branch.
+        return eqn.primitive.name != "scan"
+    # Per device, a rule would be about other axes.
+    return manual(eqn) is not None or call_jaxpr(eqn) is None
 
 
 def _is_coarse(eqn: JaxprEqn) -> bool:

@@ -18,7 +18,8 @@ from ..rewrite.defer import Deferral
 from ..rules import RULES
 from .advice import advice
 from .events import find_events
-from .report import Insertion, Norm, Programs, Report, ScaleLeft
+from .outcome import Insertion, Norm, Programs, ScaleLeft
+from .report import Report
 
 
 def make_report(
@@ -28,24 +29,51 @@ def make_report(
     programs: Programs | None,
 ) -> Report:
     """Put a placement into words."""
-    graph = placement.graph
-    norms = tuple(
-        Norm(
-            path=norm.module or "(top level)",
-            axes=tuple(d for d in norm.along.axes if d < _local_rank(graph, norm.x)),
-            shape=graph.shape(norm.x)[: _local_rank(graph, norm.x)],
-            count=norm.count,
-            folded=folded,
-            reason=str(placement.left.get(i, "")),
-            mesh_axes=_mesh_axes(graph, norm),
-            two_pass=norm.two_pass,
-            blocker=_blocker(placement.left.get(i)),
-            advice=advice(placement, placement.left[i]) if i in placement.left else "",
-            approximate=i in placement.approximate,
-        )
-        for i, (norm, folded) in enumerate(zip(placement.norms, placement.folded, strict=True))
+    graph, facts = placement.graph, placement.facts
+    unknown = (facts.unknown[i] for i in sorted(facts.unknown))
+    hiding = (op.location() for op in graph.ops if _may_hide_norms(graph, op))
+    return Report(
+        norms=tuple(_norm(placement, i) for i in range(len(placement.norms))),
+        insertions=_insertions(placement),
+        plan=plan,
+        affine_left=tuple(ScaleLeft(path, why) for path, why in placement.affine_left.items()),
+        deferred=deferred,
+        opaque=dict(Counter(op.eqn.primitive.name for op in unknown)),
+        visits=facts.visits,
+        rounded=_rounded(graph, plan),
+        dropouts=len(facts.dropouts),
+        constants=len(placement.constants) + sum(graph.fixed[v] for v in placement.explicit),
+        edited_bytes=_edited_bytes(graph, plan),
+        events=find_events(placement),
+        n_operations=len(graph.ops),
+        programs=programs,
+        unseen=dict(Counter(hiding)),
     )
-    insertions = tuple(
+
+
+def _norm(placement: Placement, i: int) -> Norm:
+    """What became of the LayerNorm at position `i`."""
+    graph, norm, reason = placement.graph, placement.norms[i], placement.left.get(i)
+    rank = _local_rank(graph, norm.x)
+    return Norm(
+        path=norm.module or "(top level)",
+        axes=tuple(d for d in norm.along.axes if d < rank),
+        shape=graph.shape(norm.x)[:rank],
+        count=norm.count,
+        folded=placement.folded[i],
+        reason=str(reason or ""),
+        mesh_axes=_mesh_axes(graph, norm),
+        two_pass=norm.two_pass,
+        blocker=_blocker(reason),
+        advice=advice(placement, reason) if reason else "",
+        approximate=i in placement.approximate,
+    )
+
+
+def _insertions(placement: Placement) -> tuple[Insertion, ...]:
+    """Explicit centerings that are computed in a call: the compiler does those of constants."""
+    graph = placement.graph
+    return tuple(
         Insertion(
             _origin(placement, value),
             graph.on_one_device(value, along) or along,
@@ -56,29 +84,12 @@ def make_report(
         for along in sets
         if not along.trivial and not graph.fixed[value]
     )
-    facts = placement.facts
-    unknown = (facts.unknown[i] for i in sorted(facts.unknown))
-    opaque = Counter(op.eqn.primitive.name for op in unknown)
-    taken_up = {leaf for m in plan.affine for r in m.readers for leaf in (r.kernel, r.bias)}
-    edited = (v for v, p in graph.leaves.items() if v in placement.leaf_sets or p in taken_up)
-    widened = (v for v in edited if _is_widened(graph, v))
-    return Report(
-        norms=norms,
-        insertions=insertions,
-        plan=plan,
-        affine_left=tuple(ScaleLeft(path, why) for path, why in placement.affine_left.items()),
-        deferred=deferred,
-        opaque=dict(opaque),
-        visits=facts.visits,
-        rounded=tuple(graph.leaves[v] for v in widened),
-        dropouts=len(facts.dropouts),
-        constants=len(placement.constants) + sum(graph.fixed[v] for v in placement.explicit),
-        edited_bytes=_edited_bytes(graph, plan),
-        events=find_events(placement),
-        n_operations=len(graph.ops),
-        programs=programs,
-        unseen=dict(Counter(op.location() for op in graph.ops if _may_hide_norms(graph, op))),
-    )
+
+
+def _rounded(graph: Graph, plan: FoldPlan) -> tuple[str, ...]:
+    """Key paths of edited leaves that are used with more digits than they are stored with."""
+    computed = {p for p, edit in plan.leaf_edits().items() if edit.recipe.fill is None}
+    return tuple(p for v, p in graph.leaves.items() if p in computed and _is_widened(graph, v))
 
 
 def _may_hide_norms(graph: Graph, op: Op) -> bool:

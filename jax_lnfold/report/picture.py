@@ -1,7 +1,7 @@
 """Pictures of the zero-mean graph: SVG, which needs nothing else, and DOT for Graphviz.
 
-Streams are vertical lines, laid out by `layout`; what writes into them and what reads them stands
-in rows from top to bottom, in program order.
+Streams are vertical lines, laid out by `picture_rows`; what writes into them and what reads them
+stands in rows from top to bottom, in program order.
 """
 
 from __future__ import annotations

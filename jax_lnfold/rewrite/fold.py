@@ -37,20 +37,11 @@ from ..errors import Bug
 from ..placement.place import Placement
 from ..plan.leaf import center_array
 from ..program.graph import CallPath
-from ..program.primitives import DIV, MOVES, MUL
+from .algebra import Numbers, known_result, surviving_operand
 from .jaxprs import live, reading, same
-
-_KEEPS_NUMBERS = MOVES | frozenset(
-    "convert_element_type copy stop_gradient sharding_constraint".split()
-)
-_KEEPS_ZERO = frozenset("neg square integer_pow reduce_sum".split())
-
-_NEUTRAL = {"add": 0, "sub": 0, MUL: 1, DIV: 1}
 
 Known = dict[Var, float]
 """Values of a jaxpr all of whose elements are known to be 0, or all to be 1."""
-Numbers = list[float | None]
-"""The number that all elements of an operand are, if it is known."""
 
 
 def rewrite(closed: ClosedJaxpr, placement: Placement) -> ClosedJaxpr:
@@ -86,7 +77,7 @@ class _Rewriter:
         """
         jaxpr = open_jaxpr(closed)
         env = self.graph.env[path]
-        body, outputs = self._body(jaxpr, path, inputs)
+        body, outputs = _Body(self, jaxpr, path, inputs).rewritten()
         old = consts_of(closed)
         consts = [self._edited(env[v], c) for v, c in zip(jaxpr.constvars, old, strict=True)]
         if body is jaxpr and all(a is b for a, b in zip(consts, old, strict=True)):
@@ -98,107 +89,13 @@ class _Rewriter:
             const = center_array(np.asarray(const), along)
         return const
 
-    def _literal(self, atom: Any, value: int) -> Any:
+    def literal(self, atom: Any, value: int) -> Any:
+        """An operand: a number in the program is centered where the placement says so."""
         if not isinstance(atom, Literal) or value not in self.placement.constants:
             return atom
         return Literal(self._edited(value, atom.val), atom.aval)
 
-    def _body(
-        self, jaxpr: Jaxpr, path: CallPath, inputs: Mapping[int, float]
-    ) -> tuple[Jaxpr, dict[int, float]]:
-        env = self.graph.env[path]
-        renamed: dict[Var, Any] = {}
-        returned: dict[int, Any] = {}  # values that outputs see as they were
-        known: Known = {jaxpr.invars[i]: number for i, number in inputs.items()}
-        eqns: list[JaxprEqn] = []
-
-        def read(atom: Any) -> Any:
-            while isinstance(atom, Var) and atom in renamed:
-                atom = renamed[atom]
-            return atom
-
-        def center(var: Var) -> None:
-            """Center a value right where it appears, for all equations that read it."""
-            value = env.get(var)
-            if value is None or value in self.centered or self.graph.centered_at(value) != path:
-                return
-            if value in self.graph.outputs:
-                returned[value] = read(var)
-            for spread in self.placement.explicit.get(value, ()):
-                self.centered.add(value)
-                along = self.graph.on_one_device(value, spread)
-                assert along is not None
-                centered = Var(var.aval)
-                if along.trivial:
-                    eqns.extend(_constant(centered, 0))
-                    known[centered] = 0
-                else:
-                    eqns.append(_centering(read(var), along, centered))
-                renamed[var] = centered
-
-        for var in (*jaxpr.constvars, *jaxpr.invars):
-            center(var)
-            if not path and (number := self.filled.get(env[var])) is not None:
-                filled = renamed[var] = Var(var.aval)
-                eqns += _constant(filled, number)
-                known[filled] = number
-        for index, eqn in enumerate(jaxpr.eqns):
-            invars, site = [read(a) for a in eqn.invars], (*path, index)
-            if site in self.graph.op_at:
-                pairs = zip(invars, self.graph.op_at[site].inputs, strict=True)
-                invars = [self._literal(a, v) for a, v in pairs]
-            if site in self.graph.op_at or site in self.graph.stand_ins:
-                numbers = [known.get(a) if isinstance(a, Var) else None for a in invars]
-                if (number := self._number(eqn, site, numbers)) is not None:
-                    (result,) = eqn.outvars
-                    known[result] = number
-                    eqns += _constant(result, number) or [reading(eqn, invars)]
-                elif (keep := self._survivor(eqn, site, invars, numbers)) is not None:
-                    renamed[eqn.outvars[0]] = keep
-                else:
-                    eqns.append(reading(eqn, invars))
-            elif (control := control_flow(eqn)) is not None:
-                eqns.append(self._control(eqn, control, site, invars, known))
-            else:
-                new, results = self._call(eqn, site, invars, known)
-                eqns.append(new)
-                known |= {eqn.outvars[i]: number for i, number in results.items()}
-            for var in eqn.outvars:
-                center(var)
-        values = (env.get(a) if isinstance(a, Var) else None for a in jaxpr.outvars)
-        pairs = zip(values, jaxpr.outvars, strict=True)
-        outvars = [returned[v] if v in returned else read(a) for v, a in pairs]
-        results = _by_position(outvars, known)
-        if same(eqns, jaxpr.eqns) and same(outvars, jaxpr.outvars):
-            return jaxpr, results
-        return jaxpr.replace(eqns=live(eqns, outvars), outvars=outvars), results
-
-    def _call(
-        self, eqn: JaxprEqn, site: CallPath, invars: list[Any], known: Known
-    ) -> tuple[JaxprEqn, dict[int, float]]:
-        inner = call_jaxpr(eqn)
-        assert inner is not None
-        body, results = self.closed(inner, site, _by_position(invars, known))
-        if body is inner:
-            return reading(eqn, invars), results
-        return eqn.replace(params=with_call_jaxpr(eqn, body), invars=invars), results
-
-    def _control(
-        self, eqn: JaxprEqn, control: Control, site: CallPath, invars: list[Any], known: Known
-    ) -> JaxprEqn:
-        bodies = {}
-        for number, body in enumerate(control.bodies):
-            # Rows of ones are ones; of carries nothing is known.
-            before, rows = ([invars[i] for i in part] for part in (body.operands, control.slices))
-            read = [*before, *[None] * len(control.carries), *rows]
-            new, _ = self.closed(body.jaxpr, (*site, number), _by_position(read, known))
-            if new is not body.jaxpr:
-                bodies[body.key] = new
-        if not bodies:
-            return reading(eqn, invars)
-        return eqn.replace(params=with_bodies(eqn, bodies), invars=invars)
-
-    def _number(self, eqn: JaxprEqn, site: CallPath, numbers: Numbers) -> float | None:
+    def known_result(self, eqn: JaxprEqn, site: CallPath, numbers: Numbers) -> float | None:
         """The number that every element of the result is proved to be, if it is zero or one."""
         if (stand_in := self.graph.stand_ins.get(site)) is not None:
             arrays = [n for n, a in zip(numbers, eqn.invars, strict=True) if isinstance(a, Var)]
@@ -206,48 +103,135 @@ class _Rewriter:
             _, results = self.closed(stand_in, site, given)
             return results[0] if len(results) == len(eqn.outvars) == 1 else None
         op = self.graph.op_at[site]
-        name = op.name
-        if op.index in self.zero_sums:
-            return 0
-        if name in _KEEPS_NUMBERS:
-            return numbers[0]
-        if name == MUL and numbers == [1, 1]:
-            return 1
-        hit = [n == 0 for n in numbers]
-        if name == DIV:
-            finite = self._is_finite(op.inputs[1]) and self.graph.scalar(op.inputs[1]) != 0
-            return 0 if hit[0] and (finite or numbers[1] == 1) else None
-        if name in ("add", "sub"):
-            added = map(self.graph.scalar, op.inputs)
-            one = name == "add" and any(hit) and any(n is not None and n == 1 for n in added)
-            return 0 if all(hit) else 1 if one else None
-        if name == MUL:
-            # 0 * c needs a finite c: a known number or one in the program.
-            pairs = zip(numbers, op.inputs, strict=True)
-            finite = all(n is not None or self._is_finite(v) for n, v in pairs)
-            return 0 if any(hit) and finite else None
-        if name == "integer_pow" and eqn.params["y"] <= 0:
-            return None
-        return 0 if name in _KEEPS_ZERO and any(hit) else None
+        return 0 if op.index in self.zero_sums else known_result(self.graph, op, numbers)
 
-    def _is_finite(self, value: int) -> bool:
-        number = self.graph.scalar(value)
-        return number is not None and bool(np.isfinite(number))
 
-    def _survivor(self, eqn: JaxprEqn, site: CallPath, invars: list[Any], numbers: Numbers) -> Any:
-        """The operand that a sum with zero or a product with one comes down to, else None."""
-        op, name = self.graph.op_at.get(site), eqn.primitive.name
-        if name not in _NEUTRAL or (op is not None and op.name != name):
-            return None
-        neutral = [n == _NEUTRAL[name] for n in numbers]
-        if neutral[1]:
-            keep = invars[0]
-        elif neutral[0] and name in ("add", MUL):
-            keep = invars[1]
+class _Body:
+    """A jaxpr while it is rewritten: the new equations, what they read, and what is known of it."""
+
+    def __init__(
+        self, rewriter: _Rewriter, jaxpr: Jaxpr, path: CallPath, inputs: Mapping[int, float]
+    ) -> None:
+        self.rewriter, self.jaxpr, self.path = rewriter, jaxpr, path
+        self.graph, self.placement = rewriter.graph, rewriter.placement
+        self.env = self.graph.env[path]
+        self.renamed: dict[Var, Any] = {}
+        self.returned: dict[int, Any] = {}  # values that outputs see as they were
+        self.known: Known = {jaxpr.invars[i]: number for i, number in inputs.items()}
+        self.eqns: list[JaxprEqn] = []
+
+    def rewritten(self) -> tuple[Jaxpr, dict[int, float]]:
+        """The new jaxpr, the very same where nothing changes, and the outputs that are known."""
+        jaxpr = self.jaxpr
+        for var in (*jaxpr.constvars, *jaxpr.invars):
+            self._center(var)
+            self._fill(var)
+        for index, eqn in enumerate(jaxpr.eqns):
+            self._equation(eqn, (*self.path, index))
+            for var in eqn.outvars:
+                self._center(var)
+        outvars = [self._output(atom) for atom in jaxpr.outvars]
+        results = _by_position(outvars, self.known)
+        if same(self.eqns, jaxpr.eqns) and same(outvars, jaxpr.outvars):
+            return jaxpr, results
+        return jaxpr.replace(eqns=live(self.eqns, outvars), outvars=outvars), results
+
+    def _read(self, atom: Any) -> Any:
+        while isinstance(atom, Var) and atom in self.renamed:
+            atom = self.renamed[atom]
+        return atom
+
+    def _output(self, atom: Any) -> Any:
+        value = self.env.get(atom) if isinstance(atom, Var) else None
+        return self.returned[value] if value in self.returned else self._read(atom)
+
+    def _center(self, var: Var) -> None:
+        """Center a value right where it appears, for all equations that read it."""
+        value, centered_values = self.env.get(var), self.rewriter.centered
+        if value is None or value in centered_values:
+            return
+        if self.graph.centered_at(value) != self.path:
+            return
+        if value in self.graph.outputs:
+            self.returned[value] = self._read(var)
+        for spread in self.placement.explicit.get(value, ()):
+            centered_values.add(value)
+            along = self.graph.on_one_device(value, spread)
+            assert along is not None
+            centered = Var(var.aval)
+            if along.trivial:
+                self.eqns += _constant(centered, 0)
+                self.known[centered] = 0
+            else:
+                self.eqns.append(_centering(self._read(var), along, centered))
+            self.renamed[var] = centered
+
+    def _fill(self, var: Var) -> None:
+        """Put a number in place of a scale or shift that linear layers have taken up."""
+        number = None if self.path else self.rewriter.filled.get(self.env[var])
+        if number is not None:
+            filled = self.renamed[var] = Var(var.aval)
+            self.eqns += _constant(filled, number)
+            self.known[filled] = number
+
+    def _equation(self, eqn: JaxprEqn, site: CallPath) -> None:
+        invars = [self._read(atom) for atom in eqn.invars]
+        if (op := self.graph.op_at.get(site)) is not None:
+            pairs = zip(invars, op.inputs, strict=True)
+            invars = [self.rewriter.literal(atom, value) for atom, value in pairs]
+        if op is not None or site in self.graph.stand_ins:
+            self._operation(eqn, site, invars)
+        elif (control := control_flow(eqn)) is not None:
+            self._control(eqn, control, site, invars)
         else:
-            return None
+            self._call(eqn, site, invars)
+
+    def _operation(self, eqn: JaxprEqn, site: CallPath, invars: list[Any]) -> None:
+        """A number where the result is known, the operand that is left of it, or the operation."""
+        numbers = [self.known.get(a) if isinstance(a, Var) else None for a in invars]
+        if (number := self.rewriter.known_result(eqn, site, numbers)) is not None:
+            (result,) = eqn.outvars
+            self.known[result] = number
+            self.eqns += _constant(result, number) or [reading(eqn, invars)]
+        elif (left := self._surviving(eqn, site, invars, numbers)) is not None:
+            self.renamed[eqn.outvars[0]] = left
+        else:
+            self.eqns.append(reading(eqn, invars))
+
+    def _surviving(
+        self, eqn: JaxprEqn, site: CallPath, invars: list[Any], numbers: Numbers
+    ) -> Var | None:
+        op = self.graph.op_at.get(site)
+        position = surviving_operand(op.name if op else eqn.primitive.name, numbers)
+        left = None if position is None else invars[position]
         # A renamed result must have the very type of the old one.
-        return keep if isinstance(keep, Var) and keep.aval == eqn.outvars[0].aval else None
+        return left if isinstance(left, Var) and left.aval == eqn.outvars[0].aval else None
+
+    def _call(self, eqn: JaxprEqn, site: CallPath, invars: list[Any]) -> None:
+        inner = call_jaxpr(eqn)
+        assert inner is not None
+        body, results = self.rewriter.closed(inner, site, _by_position(invars, self.known))
+        self.known |= {eqn.outvars[i]: number for i, number in results.items()}
+        if body is inner:
+            self.eqns.append(reading(eqn, invars))
+        else:
+            params = with_call_jaxpr(eqn, body)
+            self.eqns.append(eqn.replace(params=params, invars=invars))
+
+    def _control(self, eqn: JaxprEqn, control: Control, site: CallPath, invars: list[Any]) -> None:
+        bodies = {}
+        for number, body in enumerate(control.bodies):
+            # Rows of ones are ones; of carries nothing is known.
+            before, rows = ([invars[i] for i in part] for part in (body.operands, control.slices))
+            read = [*before, *[None] * len(control.carries), *rows]
+            known = _by_position(read, self.known)
+            new, _ = self.rewriter.closed(body.jaxpr, (*site, number), known)
+            if new is not body.jaxpr:
+                bodies[body.key] = new
+        if bodies:
+            self.eqns.append(eqn.replace(params=with_bodies(eqn, bodies), invars=invars))
+        else:
+            self.eqns.append(reading(eqn, invars))
 
 
 def _by_position(atoms: Sequence[Any], known: Known) -> dict[int, float]:

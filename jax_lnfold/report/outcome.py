@@ -1,0 +1,133 @@
+"""What a fold does to every LayerNorm of a program, and why some are left alone: plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from .._compat import ClosedJaxpr
+from ..axes.axis_set import AxisSet
+from ..plan.edits.affine import AffineEdit
+from ..plan.edits.center import CenterEdit
+from ..plan.edits.scale import ScaleEdit
+from ..plan.plan import FoldPlan
+from ..program.graph import Location
+from ..rewrite.defer import Deferral
+from .events import Event
+
+Programs = Callable[[], tuple[ClosedJaxpr, ClosedJaxpr]]
+"""The original and the folded program."""
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """One LayerNorm: module path, axes averaged over, input shape, and what became of it.
+
+    Inside of a `shard_map` the shape is that of one shard, and `mesh_axes` are the mesh axes that
+    the mean spans besides. `count` is how often it runs in one call. `reason` is empty when
+    `folded`, and otherwise names the operation in the way with its module path and source line;
+    `blocker` is that operation. `two_pass` if its variance takes a second pass over the input.
+    `approximate` if it is folded although dropout before it leaves it a mean.
+    """
+
+    path: str
+    axes: tuple[int, ...]
+    shape: tuple[int, ...]
+    count: int
+    folded: bool
+    reason: str
+    mesh_axes: tuple[str, ...] = ()
+    two_pass: bool = False
+    blocker: Location | None = None
+    advice: str = ""
+    approximate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Insertion:
+    """One explicit centering put into the program: after which operation, along which axes.
+
+    `reason` says what keeps its value from being zero-mean by itself, `advice` what could be
+    changed about that; both may be empty.
+    """
+
+    after: str
+    along: AxisSet
+    reason: str = ""
+    advice: str = ""
+
+    def __str__(self) -> str:
+        """The centering in sentences."""
+        words = f"Inserted after {self.after}, along {self.along}"
+        words += f": {self.reason}." if self.reason else "."
+        return words + (f" To do without, {self.advice}." if self.advice else "")
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleLeft:
+    """A scale (its key path) that no linear layer takes up, and why; `fold_affine` asked for it."""
+
+    key_path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a fold found and did, as plain data.
+
+    `plan` says how parameters are edited, `edited_bytes` is the size of those, `events` is what the
+    pictures show.
+    `constants` counts what is centered though it is no parameter, for nothing: it depends on no
+    input and no parameter, so that the compiler does it.
+    `opaque` counts, by primitive, the operations met of which nothing is known; LayerNorms before
+    or behind them stay as they are. `visits` is how often the analysis looked at an equation.
+    `rounded` are key paths of edited leaves whose dtype has fewer digits than the arithmetic they
+    are used in: they are rounded once more, as they would not be if they were edited before a cast.
+    `unseen` counts, by place, operations that run what cannot be looked into: LayerNorms in there
+    are not found. `dropouts` counts the dropouts taken for the identity, `deviation` is the largest
+    difference of an output that they caused on the example inputs, relative to the largest output
+    (None if the inputs were shapes only). With `fold_affine`, `affine_left` are the scales that
+    stay.
+    """
+
+    norms: tuple[Norm, ...]
+    insertions: tuple[Insertion, ...]
+    plan: FoldPlan
+    deferred: tuple[Deferral, ...]
+    opaque: dict[str, int]
+    visits: int
+    affine_left: tuple[ScaleLeft, ...] = ()
+    rounded: tuple[str, ...] = ()
+    dropouts: int = 0
+    deviation: float | None = None
+    constants: int = 0
+    edited_bytes: int = 0
+    events: tuple[Event, ...] = ()
+    n_operations: int = 0
+    programs: Programs | None = field(default=None, compare=False)
+    unseen: dict[Location, int] = field(default_factory=dict)
+
+    @property
+    def edits(self) -> tuple[CenterEdit, ...]:
+        """Parameters that are centered."""
+        return self.plan.edits
+
+    @property
+    def scales(self) -> tuple[ScaleEdit, ...]:
+        """Scales that the linear layers before them take up."""
+        return self.plan.scales
+
+    @property
+    def affine(self) -> tuple[AffineEdit, ...]:
+        """Scales and shifts that the linear layers behind them take up."""
+        return self.plan.affine
+
+    @property
+    def n_folded(self) -> int:
+        """LayerNorms that run as RMSNorms in the folded program."""
+        return sum(norm.folded for norm in self.norms)
+
+    @property
+    def n_inserted(self) -> int:
+        """Explicit centerings in the folded program."""
+        return len(self.insertions)

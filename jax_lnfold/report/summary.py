@@ -1,0 +1,133 @@
+"""The outcome of a fold in words: rows of a table, and the sentences below it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from ..plan.edits.center import CenterEdit
+from ..printable import counted
+from .cost import si
+from .outcome import Outcome, ScaleLeft
+from .table import Row, grouped, merged, template
+
+
+def rows(outcome: Outcome) -> list[Row]:
+    """One row per LayerNorm, in model order, or per group of them in repeated blocks."""
+    return grouped(
+        Row(
+            path=norm.path,
+            shape="x".join(map(str, norm.shape)),
+            axes=", ".join(map(str, (*norm.axes, *norm.mesh_axes))),
+            variance="two-pass" if norm.two_pass else "one-pass",
+            folded=norm.folded,
+            approximate=norm.approximate,
+            words=(norm.reason, norm.advice),
+            place=(norm.blocker.file, norm.blocker.line) if norm.blocker else None,
+            runs=norm.count,
+        )
+        for norm in outcome.norms
+    )
+
+
+def headline(outcome: Outcome) -> str:
+    """How many LayerNorms are folded."""
+    if not outcome.norms:
+        return "No LayerNorm found"
+    return f"{outcome.n_folded} of {counted(len(outcome.norms), 'LayerNorm')} folded"
+
+
+def summary(outcome: Outcome) -> list[str]:
+    """Counts, and what else there is to know."""
+    return [line for section in SECTIONS for line in section(outcome)]
+
+
+Section = Callable[[Outcome], Iterable[str]]
+"""Lines below the table, maybe none, about one thing that a report knows."""
+
+
+def _insertions(outcome: Outcome) -> Iterable[str]:
+    return map(str, outcome.insertions)
+
+
+def _deferred(outcome: Outcome) -> Iterable[str]:
+    if outcome.deferred:
+        yield f"{counted(len(outcome.deferred), 'scale')} deferred behind matrix products."
+
+
+def _approximation(outcome: Outcome) -> Iterable[str]:
+    if outcome.dropouts:
+        measured = "not measured: pass arrays to fold"
+        if outcome.deviation is not None:
+            measured = f"{outcome.deviation:.2g} of the largest output on the example inputs"
+        yield (
+            f"Approximate: {counted(outcome.dropouts, 'dropout')} taken for the identity; "
+            f"deviation {measured}. Without dropout the same parameters are exact."
+        )
+
+
+def _rounded(outcome: Outcome) -> Iterable[str]:
+    if outcome.rounded:
+        some = ", ".join(outcome.rounded[:3]) + ", ..." * (len(outcome.rounded) > 3)
+        yield (
+            f"Rounded once more, as they are stored narrower than used: {some}. "
+            "Fold before you cast to avoid that."
+        )
+
+
+def _opaque(outcome: Outcome) -> Iterable[str]:
+    if outcome.opaque:
+        met = ", ".join(f"{name} ({n})" for name, n in outcome.opaque.items())
+        yield f"Opaque operations met: {met}."
+
+
+def _unseen(outcome: Outcome) -> Iterable[str]:
+    if outcome.unseen:
+        places = (f"{place} x{n}" if n > 1 else str(place) for place, n in outcome.unseen.items())
+        yield f"LayerNorms are not looked for inside of {', '.join(places)}."
+
+
+def _outcome(outcome: Outcome) -> Iterable[str]:
+    """What was folded and changed, as one sentence."""
+    edited = [CenterEdit.told(())] * (bool(outcome.norms) and not outcome.edits)
+    edited += outcome.plan.told()
+    if outcome.edited_bytes:
+        edited[-1] += f" ({si(outcome.edited_bytes)}B)"
+    if outcome.constants:
+        edited.append(f"{counted(outcome.constants, 'constant')} centered")
+    if outcome.norms:
+        edited.append(f"{counted(outcome.n_inserted, 'explicit centering')} inserted")
+    elif not (edited or outcome.deferred):
+        return [f"{headline(outcome)}; nothing was changed."]
+    return [f"{', '.join((headline(outcome), *edited))}."]
+
+
+def _scales_left(outcome: Outcome) -> Iterable[str]:
+    """Why scales are not taken up: a line for all that are left for the same reason."""
+    for group in _alike(outcome.affine_left, lambda s: s.reason):
+        of_blocks = _alike(group, lambda s: s.key_path)
+        paths = ", ".join(f"`{merged([s.key_path for s in some])}`" for some in of_blocks)
+        verb = "Scale {} stays" if len(group) == 1 else "Scales {} stay"
+        yield f"{verb.format(paths)}: {merged([s.reason for s in group])}."
+
+
+def _alike(
+    scales: Iterable[ScaleLeft], text: Callable[[ScaleLeft], str]
+) -> Iterable[list[ScaleLeft]]:
+    """Those whose texts differ in numbers only together."""
+    found: dict[str, list[ScaleLeft]] = {}
+    for scale in scales:
+        found.setdefault(template(text(scale)), []).append(scale)
+    return found.values()
+
+
+SECTIONS: tuple[Section, ...] = (
+    _outcome,
+    _insertions,
+    _deferred,
+    _scales_left,
+    _approximation,
+    _rounded,
+    _opaque,
+    _unseen,
+)
+"""What stands below the table, in this order: as text, in colour and as HTML."""
