@@ -23,3 +23,11 @@ class PlanMismatchError(FoldError):
 
 class PlanFormatError(FoldError):
     """A plan is not readable: broken JSON, another version, or parts that do not fit together."""
+
+
+class Bug(FoldError):
+    """The library contradicts itself: it has noticed before anything was changed, and stops."""
+
+    def __str__(self) -> str:
+        """The problem, and what to do."""
+        return f"{super().__str__()}; this is a bug of jax_lnfold, please report it"

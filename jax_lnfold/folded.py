@@ -12,8 +12,8 @@ from ._compat import ClosedJaxpr, is_tracer, jaxpr_as_fun
 from .errors import FoldError, NotAnalysedError
 from .options import Options
 from .output_differences import float_outputs, largest, largest_difference
-from .placement.place import Placement, place
-from .placement.planning import make_plan, place_again
+from .placement.place import Placement
+from .placement.planning import make_plan, place_again, place_all
 from .plan.plan import FoldPlan
 from .program.tracing import Traced, signature, trace
 from .program_cache import ApplyFn, FreshLock, Programs
@@ -166,8 +166,7 @@ class Folded:
 
 def placement_of(traced: Traced, options: Options) -> Placement:
     """Where the program is centered, and what is merged."""
-    graph = traced.graph(options.see_through_dropout)
-    return place(graph, options.explicit_cost, options.fold_affine)
+    return place_all(traced.graph(options.see_through_dropout), options)
 
 
 def rewritten_program(

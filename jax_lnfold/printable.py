@@ -1,4 +1,4 @@
-"""Text from names that anybody may have chosen, as it can be shown to people."""
+"""Text as it can be shown to people, also from names that anybody may have chosen."""
 
 from __future__ import annotations
 
@@ -11,3 +11,8 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def counted(n: int, noun: str, plural: str = "") -> str:
+    """``1 leaf``, ``2 leaves``; the plural is that with an s unless given."""
+    return f"{n} {noun}" if n == 1 else f"{n} {plural or noun + 's'}"

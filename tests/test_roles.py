@@ -17,6 +17,7 @@ from contracts import assert_identical, fold_checked, relative_difference, snaps
 
 import jax_lnfold
 from jax_lnfold import FoldPlan, PlanFormatError
+from jax_lnfold.errors import Bug
 from jax_lnfold.plan.edits.scale import ScaleEdit
 
 Params = dict[str, jax.Array]
@@ -244,15 +245,15 @@ def test_copies_are_checked() -> None:
 
 def test_a_walk_that_errs_edits_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan is refused by rules that know nothing of how merges are found."""
-    find = jax_lnfold.placement.place.find_affine
+    find = jax_lnfold.placement.affine.find_affine
 
     def err(*args: Any) -> Any:
         found, left = find(*args)
         return {v: replace(m, readers=m.readers * 2) for v, m in found.items()}, left
 
-    monkeypatch.setattr(jax_lnfold.placement.place, "find_affine", err)
+    monkeypatch.setattr(jax_lnfold.placement.affine, "find_affine", err)
     params, x = parameters(BLOCK), jnp.ones((3, 4))
     before = snapshot(params)
-    with pytest.raises(PlanFormatError, match=r"not different leaves.*please report it"):
+    with pytest.raises(Bug, match=r"not different leaves.*please report it"):
         jax_lnfold.fold(block, params, x, fold_affine=True, donate=True)
     assert_identical(params, before)

@@ -58,7 +58,7 @@ class Arithmetic:
     def respond(self, op: Op, operands: Operands, refusal: str) -> Tracked | None:
         """The response of the output of `op`, None if it never responds.
 
-        The response r(u) is what is added: ``f(x + u) = f(x) + r(u)``. What stands not among
+        The response r(u) is what is added: ``f(x + u) = f(x) + r(u)``. What is not among
         `_RESPONSES`, or is used in a way that has no arithmetic, notices the shift: a `Refused`
         with the words `refusal`.
 

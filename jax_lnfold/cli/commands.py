@@ -20,9 +20,9 @@ from ..checkpoints.center import Edits, center_checkpoint
 from ..checkpoints.signals import Stopped, stoppable
 from ..errors import FoldError
 from ..plan.plan import FoldPlan
-from ..printable import printable
+from ..printable import counted, printable
 from ..report.summary import rows, summary
-from ..report.table import counted, to_html, to_rich
+from ..report.table import to_html, to_rich
 from .arguments import parser_for
 from .target import load, place_of_error
 
@@ -118,8 +118,7 @@ def _center(args: argparse.Namespace) -> int:
         raise FoldError(f"plan: {args.plan} is not text; pass what `plan` wrote") from error
     with stoppable():
         done = center_checkpoint(plan, args.source, args.dest, args.prefix, _tracked)
-    what = [counted(len(plan.edits), "parameter") + " centered"]
-    what += [counted(len(plan.scales), "scale") + " merged"] * bool(plan.scales)
+    what = plan.told() or ["nothing to edit"]
     size = f"{decimal(done.nbytes)} in {counted(done.leaves, 'leaf', 'leaves')}"
     print(f"{', '.join(what)}: {size} of {printable(str(args.dest))}")
     return DONE

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ..program.graph import ROWS, CallPath, Graph, Op
 from ..program.primitives import IDENTITIES, MOVES
 from ..rules import AxisMap, axis_map
@@ -39,3 +41,8 @@ def moved_places(places: AxisPlaces, axes: AxisMap) -> AxisPlaces:
     if any(isinstance(p, int) and p not in axes for p in places):
         raise CannotAbsorb("its axes are cut, repeated, merged or split")
     return tuple(axes[p] if isinstance(p, int) else p for p in places)
+
+
+def are_seen(graph: Graph, leaves: Iterable[int]) -> bool:
+    """Whether the program uses one of these leaf values."""
+    return any(graph.uses[leaf] or leaf in graph.outputs for leaf in leaves)

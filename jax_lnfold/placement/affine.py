@@ -7,16 +7,53 @@ layer whose kernel nobody else reads, a shift when these layers have a bias of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from heapq import heappop, heappush
 
+from ..errors import PlanMismatchError
+from ..options import Options
 from ..plan.edits.affine import AffineEdit, AffineReader
 from ..program.graph import Graph, Op
 from ..program.primitives import DIV, LINEAR, MUL
-from .absorbing import AxisPlaces, CannotAbsorb, candidates, carried, moved_places
+from .absorbing import AxisPlaces, CannotAbsorb, are_seen, candidates, carried, moved_places
 from .linear_readers import axes_of_product, kernel_axes, source_of, summed_axes, with_bias
+from .place import Placement
 from .scaled_values import Scaled, moved
+
+
+def with_affine(placement: Placement, options: Options) -> Placement:
+    """The placement with every scale and shift that linear layers can take up, and it leaves."""
+    if not options.fold_affine:
+        return placement
+    graph = placement.graph
+    merged = {merge.key_path for merge in placement.merges}
+    busy = {path for merge in placement.merges for path in merge.parts}
+    busy |= {graph.leaves[v] for v in placement.leaf_sets}
+    found, left = find_affine(graph)
+    for value, merge in [*found.items()]:
+        # What is merged or centered, and then filled, would not be what the layers take up.
+        if {merge.key_path, merge.shift} & busy:
+            left[value] = "it, or its shift, is edited already so that a LayerNorm folds"
+            del found[value]
+    words = {graph.leaves[v]: why for v, why in left.items() if graph.leaves[v] not in merged}
+    found_too = {**placement.found, "affine": tuple(found.values())}
+    return replace(placement, found=found_too, affine_left=words)
+
+
+def check_affine(edit: AffineEdit, value: Mapping[str, int], graph: Graph) -> None:
+    """Not all readers of the plan need be in this trace, but none may be another one."""
+    try:
+        here = merge_of(graph, value[edit.key_path])
+        same = replace(here, readers=edit.readers) == edit and {*here.readers} <= {*edit.readers}
+        seen = {*here.parts} if same else set()
+    except CannotAbsorb:
+        seen = set[str]()
+    if are_seen(graph, (value[path] for path in {*edit.parts} - seen)):
+        raise PlanMismatchError(
+            f"inputs: for these inputs the scale {edit.key_path!r}, or what takes it up, is used "
+            "in another way than in the example the plan was made for; fold again with these inputs"
+        )
 
 
 def find_affine(graph: Graph) -> tuple[dict[int, AffineEdit], dict[int, str]]:

@@ -7,18 +7,17 @@ LayerNorms that keep their own mean against the centerings that would make it va
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any
 
 from ..analysis.claims import Claim
 from ..analysis.facts import Facts
 from ..analysis.layer_norms import LayerNorm, find_norms
 from ..axes.axis_set import AxisSet
-from ..plan.edits.affine import AffineEdit
 from ..plan.edits.scale import ScaleEdit
 from ..program.garbage import collector_paused
 from ..program.graph import Graph
-from .affine import find_affine
 from .layer_scale import find_merges
 from .min_cut import MinCut
 from .proof import prove, resting_on_approximations
@@ -33,9 +32,9 @@ class Placement:
     Leaves and values are numbers of the graph that the `search` is about. `left` maps positions in
     `norms` to reasons, `inserted` says why what feeds a value of `explicit` was not centered
     instead, `zero` lists what is zero-mean at run time once the centerings are made. The positions
-    in `approximate` are of folded norms that rest on a dropout taken for the identity. What is in
-    `affine` is taken up by the linear layers behind it; `affine_left` says of other scales, by key
-    path, why not.
+    in `approximate` are of folded norms that rest on a dropout taken for the identity. Edits that
+    serve no LayerNorm are in `found`, by the section of a plan; `affine_left` says of scales, by
+    key path, why no linear layer behind them takes them up.
     """
 
     search: ZeroMeanGraph
@@ -49,7 +48,7 @@ class Placement:
     constants: dict[int, tuple[AxisSet, ...]]
     zero: tuple[Claim, ...]
     approximate: frozenset[int] = frozenset()
-    affine: tuple[AffineEdit, ...] = ()
+    found: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     affine_left: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -63,16 +62,8 @@ class Placement:
         return self.facts.graph
 
 
-def place(graph: Graph, explicit_cost: float = 2.0, fold_affine: bool = False) -> Placement:
-    """The cheapest centerings for a program, with the fewest scales merged that they need.
-
-    With `fold_affine`, linear layers take up all other scales and shifts that they can.
-    """
-    placement = _with_fewest_merges(graph, explicit_cost)
-    return _with_affine(placement) if fold_affine else placement
-
-
-def _with_fewest_merges(graph: Graph, explicit_cost: float) -> Placement:
+def place(graph: Graph, explicit_cost: float = 2.0) -> Placement:
+    """The cheapest centerings for a program, with the fewest scales merged that they need."""
     merges = find_merges(graph)
     placement = place_within(Facts(graph, frozenset(merges)), merges, explicit_cost)
     needed = {v: m for v, m in merges.items() if _is_needed(m, placement)}
@@ -85,22 +76,6 @@ def _with_fewest_merges(graph: Graph, explicit_cost: float) -> Placement:
 def _is_needed(merge: ScaleEdit, placement: Placement) -> bool:
     edited = {placement.graph.leaves[v] for v in placement.leaf_sets}
     return any(path in edited for path, _ in merge.targets)
-
-
-def _with_affine(placement: Placement) -> Placement:
-    """The scales and shifts that centerings leave alone, and linear layers can take up."""
-    graph = placement.graph
-    merged = {merge.key_path for merge in placement.merges}
-    busy = {path for merge in placement.merges for path in merge.parts}
-    busy |= {graph.leaves[v] for v in placement.leaf_sets}
-    found, left = find_affine(graph)
-    for value, merge in [*found.items()]:
-        # What is merged or centered, and then filled, would not be what the layers take up.
-        if {merge.key_path, merge.shift} & busy:
-            left[value] = "it, or its shift, is edited already so that a LayerNorm folds"
-            del found[value]
-    words = {graph.leaves[v]: why for v, why in left.items() if graph.leaves[v] not in merged}
-    return replace(placement, affine=tuple(found.values()), affine_left=words)
 
 
 @collector_paused()

@@ -2,28 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 from ..analysis.facts import Facts
 from ..axes.axis_set import AxisSet
-from ..errors import PlanFormatError, PlanMismatchError
-from ..plan.edits.affine import AffineEdit
+from ..errors import Bug, PlanFormatError, PlanMismatchError
+from ..options import Options
 from ..plan.edits.center import CenterEdit
 from ..plan.edits.scale import ScaleEdit
 from ..plan.file import LeafSpec
 from ..plan.plan import FoldPlan
 from ..program.graph import Graph
-from .absorbing import CannotAbsorb
-from .affine import merge_of
+from .absorbing import are_seen
+from .affine import check_affine, with_affine
 from .layer_scale import find_merges
-from .place import Placement, place_within
+from .place import Placement, place, place_within
 
 TRAINING = (
     'this is dropout: fold the model as it runs without it, or pass approximate={"dropout"} to '
     "fold, which takes it for the identity in training"
 )
 """What to do about dropout in the way."""
+
+
+class Finder(NamedTuple):
+    """How edits of one kind are found, of those that serve no LayerNorm.
+
+    `find` adds them to a placement if the options ask for them; `check` raises a
+    `PlanMismatchError` if another trace, with leaf values by key path, would notice one of a plan.
+    """
+
+    find: Callable[[Placement, Options], Placement]
+    check: Callable[[Any, Mapping[str, int], Graph], None]
+
+
+FINDERS: dict[str, Finder] = {"affine": Finder(with_affine, check_affine)}
+"""By the section of a plan that they fill, in the order in which they search."""
+
+
+def place_all(graph: Graph, options: Options) -> Placement:
+    """The cheapest centerings for a program, and all other edits that the options ask for."""
+    placement = place(graph, options.explicit_cost)
+    for finder in FINDERS.values():
+        placement = finder.find(placement, options)
+    return placement
 
 
 def make_plan(placement: Placement) -> FoldPlan:
@@ -38,13 +62,10 @@ def make_plan(placement: Placement) -> FoldPlan:
                 for along in sets
             ),
             scales=placement.merges,
-            affine=placement.affine,
+            **placement.found,
         )
     except PlanFormatError as error:
-        raise PlanFormatError(
-            f"apply_fn: no plan can be made for it ({error.__cause__}); nothing was changed: this "
-            "is a bug of jax_lnfold, please report it"
-        ) from error
+        raise Bug(f"apply_fn: no plan can be made for it ({error.__cause__})") from error
 
 
 def place_again(plan: FoldPlan, graph: Graph, explicit_cost: float) -> Placement:
@@ -58,9 +79,11 @@ def place_again(plan: FoldPlan, graph: Graph, explicit_cost: float) -> Placement
     merges = _merges_again(plan, value, graph)
     _check_centerings(facts, fixed)
     placement = place_within(facts, merges, explicit_cost, fixed)
-    for affine in plan.affine:
-        _check_affine(affine, value, graph)
-    return replace(placement, affine=plan.affine)
+    found = {name: plan.sections[name] for name in FINDERS}
+    for name, edits in found.items():
+        for edit in edits:
+            FINDERS[name].check(edit, value, graph)
+    return replace(placement, found=found)
 
 
 def _merges_again(plan: FoldPlan, value: Mapping[str, int], graph: Graph) -> dict[int, ScaleEdit]:
@@ -71,32 +94,12 @@ def _merges_again(plan: FoldPlan, value: Mapping[str, int], graph: Graph) -> dic
         here = found.get(scale)
         if here is not None and {*here.targets} == {*edit.targets}:
             merges[scale] = here
-        elif _are_seen(graph, (value[path] for path in edit.parts)):
+        elif are_seen(graph, (value[path] for path in edit.parts)):
             raise PlanMismatchError(
                 f"inputs: for these inputs the scale {edit.key_path!r} is used in another way than "
                 "in the example the plan was made for; fold again with these inputs"
             )
     return merges
-
-
-def _check_affine(edit: AffineEdit, value: Mapping[str, int], graph: Graph) -> None:
-    """Not all readers of the plan need be in this trace, but none may be another one."""
-    try:
-        here = merge_of(graph, value[edit.key_path])
-        same = replace(here, readers=edit.readers) == edit and {*here.readers} <= {*edit.readers}
-        seen = {*here.parts} if same else set()
-    except CannotAbsorb:
-        seen = set[str]()
-    if _are_seen(graph, (value[path] for path in {*edit.parts} - seen)):
-        raise PlanMismatchError(
-            f"inputs: for these inputs the scale {edit.key_path!r}, or what takes it up, is used "
-            "in another way than in the example the plan was made for; fold again with these inputs"
-        )
-
-
-def _are_seen(graph: Graph, leaves: Iterable[int]) -> bool:
-    """Whether the program uses one of these leaf values."""
-    return any(graph.uses[leaf] or leaf in graph.outputs for leaf in leaves)
 
 
 def _check_centerings(facts: Facts, fixed: Mapping[int, tuple[AxisSet, ...]]) -> None:

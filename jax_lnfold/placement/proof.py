@@ -6,6 +6,7 @@ from collections.abc import Container, Iterable, Mapping
 
 from ..analysis.claims import Blocker, Claim, solve
 from ..axes.axis_set import AxisSet
+from ..errors import Bug
 from .zero_mean import ZeroMeanGraph
 
 
@@ -36,7 +37,7 @@ def prove(
     for root in roots:
         blocker = solve(root, lambda claim: _rests_on(search, claim, zero, explicit), known)
         if blocker is not None:
-            raise AssertionError(f"unproved zero mean, please report this: {blocker}")
+            raise Bug(f"apply_fn: a removed mean is not proved ({blocker})")
 
 
 def resting_on_approximations(

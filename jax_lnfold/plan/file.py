@@ -11,12 +11,6 @@ from typing import Any
 from ..errors import PlanFormatError
 from .edits.edit import Edit, integers
 
-VERSIONS = (2, 3, 4)
-"""Versions that can be read: 3 adds ``affine`` to 2, and 4 adds ``one`` to that.
-
-Each is written only where that is used.
-"""
-
 
 @dataclass(frozen=True, slots=True)
 class LeafSpec:
@@ -42,17 +36,18 @@ def parse(text: str, kinds: Mapping[str, type[Edit]]) -> dict[str, Any]:
     except (TypeError, ValueError, RecursionError) as error:
         raise PlanFormatError(f"text: not JSON ({error}); pass what `to_json` wrote") from error
     version = data.get("version") if isinstance(data, dict) else None
-    if version not in VERSIONS or type(version) is not int:
+    versions = sorted({version for kind in kinds.values() for version in kind.VERSIONS})
+    if version not in versions or type(version) is not int:
         raise PlanFormatError(
             f"text: plan version {version!r}, this library reads versions "
-            f"{' and '.join(map(str, VERSIONS))}; make the plan again with `fold` or `plan_fold`"
+            f"{' and '.join(map(str, versions))}; make the plan again with `fold` or `plan_fold`"
         )
     try:
         leaves = tuple(LeafSpec(x["key_path"], integers(x["shape"])) for x in data["leaves"])
         sections = {
             name: tuple(kind.from_json(edit, version) for edit in data[name])
             for name, kind in kinds.items()
-            if version >= kind.SINCE
+            if version >= kind.VERSIONS[0]
         }
         check_plan(leaves, sections)
     except (KeyError, TypeError, ValueError) as error:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +29,41 @@ def center_array(x: Any, along: AxisSet, part: Shape | None = None) -> Any:
     return _edited(x, None, None, Recipe(sets=(along,)), part).astype(x.dtype, copy=False)
 
 
-class Factor(NamedTuple):
+class Multiplier(ABC):
+    """What a leaf is multiplied by, made from `takes` leaves: a frozen dataclass."""
+
+    __slots__ = ()
+    takes: ClassVar[int] = 1
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is a leaf as it is stored."""
+        return False
+
+    @abstractmethod
+    def value(self, sources: Sequence[Any], shape: Shape, dtype: Any, xp: Any) -> Any:
+        """The multiplier for an array of `shape`: as many axes, of the same sizes or of 1.
+
+        An array of `xp`, NumPy or `jax.numpy`, and of the `dtype` of the arithmetic.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Factor(Multiplier):
     """A factor runs along `axes` of what it scales; it is a leaf plus the number `plus`."""
 
     axes: tuple[int, ...]
     plus: int = 0
+
+    @property
+    def plain(self) -> bool:
+        """Nothing is added."""
+        return not self.plus
+
+    def value(self, sources: Sequence[Any], shape: Shape, dtype: Any, xp: Any) -> Any:
+        """The leaf with its axes where they are in `shape`, plus the number."""
+        aligned = _aligned(xp.asarray(sources[0], dtype), self.axes, shape, xp)
+        return aligned + self.plus if self.plus else aligned
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +79,7 @@ class Recipe:
     fill: float | None = None
     axes: tuple[int, ...] = ()
     summed: tuple[int, ...] = ()
-    factors: tuple[Factor, ...] = ()
+    factors: tuple[Multiplier, ...] = ()
     sets: tuple[AxisSet, ...] = ()
 
 
@@ -141,12 +172,12 @@ def _terms(x: Any, sources: Sequence[Any], recipe: Recipe) -> tuple[Any, Any]:
             aligned = _aligned(jnp.asarray(shift, wide), recipe.axes, kernel.shape, jnp)
             added = (aligned * kernel).sum(axis=recipe.summed)
         added = added.reshape(x.shape)
-    elif not recipe.sets and [f.plus for f in recipe.factors] == [0] and rest[0].dtype == x.dtype:
-        wide = x.dtype
-    for source, (axes, plus) in zip(rest, recipe.factors, strict=True):
-        aligned = _aligned(xp.asarray(source, wide), axes, x.shape, xp)
-        aligned = aligned + plus if plus else aligned
-        factor = aligned if factor is None else factor * aligned
+    elif not recipe.sets and [f.plain for f in recipe.factors] == [True]:
+        wide = x.dtype if rest[0].dtype == x.dtype else wide
+    for multiplier in recipe.factors:
+        taken, rest = rest[: multiplier.takes], rest[multiplier.takes :]
+        value = multiplier.value(taken, x.shape, wide, xp)
+        factor = value if factor is None else factor * value
     return added, factor
 
 

@@ -62,6 +62,10 @@ class FoldPlan:
         """Of the plan file: 2, 3 if scales are taken up by what reads them, 4 if 1 is added."""
         return max((edit.version for edits in self.sections.values() for edit in edits), default=2)
 
+    def told(self) -> list[str]:
+        """How many leaves are edited, and how: a clause for every kind in use."""
+        return [KINDS[name].told(edits) for name, edits in self.sections.items() if edits]
+
     def center(self, params: Any, donate: bool = False) -> Any:
         """The edited copy of `params`, a tree like that the plan was made for.
 
@@ -236,7 +240,7 @@ class FoldPlan:
         sections = {
             name: [edit.to_json(version) for edit in edits]
             for name, edits in self.sections.items()
-            if version >= KINDS[name].SINCE
+            if version >= KINDS[name].VERSIONS[0]
         }
         leaves = [asdict(leaf) for leaf in self.leaves]
         return json.dumps({"leaves": leaves, **sections, "version": version}, indent=1)

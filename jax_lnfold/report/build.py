@@ -35,14 +35,12 @@ def make_report(
     return Report(
         norms=tuple(_norm(placement, i) for i in range(len(placement.norms))),
         insertions=_insertions(placement),
-        edits=plan.edits,
-        scales=plan.scales,
-        affine=plan.affine,
+        plan=plan,
         affine_left=tuple(ScaleLeft(path, why) for path, why in placement.affine_left.items()),
         deferred=deferred,
         opaque=dict(Counter(op.eqn.primitive.name for op in unknown)),
         visits=facts.visits,
-        rounded=_rounded(placement),
+        rounded=_rounded(graph, plan),
         dropouts=len(facts.dropouts),
         constants=len(placement.constants) + sum(graph.fixed[v] for v in placement.explicit),
         edited_bytes=_edited_bytes(graph, plan),
@@ -88,12 +86,10 @@ def _insertions(placement: Placement) -> tuple[Insertion, ...]:
     )
 
 
-def _rounded(placement: Placement) -> tuple[str, ...]:
+def _rounded(graph: Graph, plan: FoldPlan) -> tuple[str, ...]:
     """Key paths of edited leaves that are used with more digits than they are stored with."""
-    graph = placement.graph
-    taken_up = {leaf for m in placement.affine for r in m.readers for leaf in (r.kernel, r.bias)}
-    edited = (v for v, p in graph.leaves.items() if v in placement.leaf_sets or p in taken_up)
-    return tuple(graph.leaves[v] for v in edited if _is_widened(graph, v))
+    computed = {p for p, edit in plan.leaf_edits().items() if edit.recipe.fill is None}
+    return tuple(p for v, p in graph.leaves.items() if p in computed and _is_widened(graph, v))
 
 
 def _may_hide_norms(graph: Graph, op: Op) -> bool:

@@ -10,6 +10,7 @@ from ..axes.axis_set import AxisSet
 from ..plan.edits.affine import AffineEdit
 from ..plan.edits.center import CenterEdit
 from ..plan.edits.scale import ScaleEdit
+from ..plan.plan import FoldPlan
 from ..program.graph import Location
 from ..rewrite.defer import Deferral
 from .events import Event
@@ -74,7 +75,8 @@ class ScaleLeft:
 class Outcome:
     """What a fold found and did, as plain data.
 
-    `edited_bytes` is the size of the edited parameters, `events` is what the pictures show.
+    `plan` says how parameters are edited, `edited_bytes` is the size of those, `events` is what the
+    pictures show.
     `constants` counts what is centered though it is no parameter, for nothing: it depends on no
     input and no parameter, so that the compiler does it.
     `opaque` counts, by primitive, the operations met of which nothing is known; LayerNorms before
@@ -90,9 +92,7 @@ class Outcome:
 
     norms: tuple[Norm, ...]
     insertions: tuple[Insertion, ...]
-    edits: tuple[CenterEdit, ...]
-    scales: tuple[ScaleEdit, ...]
-    affine: tuple[AffineEdit, ...]
+    plan: FoldPlan
     deferred: tuple[Deferral, ...]
     opaque: dict[str, int]
     visits: int
@@ -106,6 +106,21 @@ class Outcome:
     n_operations: int = 0
     programs: Programs | None = field(default=None, compare=False)
     unseen: dict[Location, int] = field(default_factory=dict)
+
+    @property
+    def edits(self) -> tuple[CenterEdit, ...]:
+        """Parameters that are centered."""
+        return self.plan.edits
+
+    @property
+    def scales(self) -> tuple[ScaleEdit, ...]:
+        """Scales that the linear layers before them take up."""
+        return self.plan.scales
+
+    @property
+    def affine(self) -> tuple[AffineEdit, ...]:
+        """Scales and shifts that the linear layers behind them take up."""
+        return self.plan.affine
 
     @property
     def n_folded(self) -> int:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from ..plan.edits.center import CenterEdit
+from ..printable import counted
 from .cost import si
 from .outcome import Outcome, ScaleLeft
-from .table import Row, counted, grouped, merged, template
+from .table import Row, grouped, merged, template
 
 
 def rows(outcome: Outcome) -> list[Row]:
@@ -36,43 +38,58 @@ def headline(outcome: Outcome) -> str:
 
 def summary(outcome: Outcome) -> list[str]:
     """Counts, and what else there is to know."""
-    lines = [_outcome(outcome), *map(str, outcome.insertions)]
+    return [line for section in SECTIONS for line in section(outcome)]
+
+
+Section = Callable[[Outcome], Iterable[str]]
+"""Lines below the table, maybe none, about one thing that a report knows."""
+
+
+def _insertions(outcome: Outcome) -> Iterable[str]:
+    return map(str, outcome.insertions)
+
+
+def _deferred(outcome: Outcome) -> Iterable[str]:
     if outcome.deferred:
-        lines.append(f"{counted(len(outcome.deferred), 'scale')} deferred behind matrix products.")
-    lines += _scales_left(outcome)
+        yield f"{counted(len(outcome.deferred), 'scale')} deferred behind matrix products."
+
+
+def _approximation(outcome: Outcome) -> Iterable[str]:
     if outcome.dropouts:
         measured = "not measured: pass arrays to fold"
         if outcome.deviation is not None:
             measured = f"{outcome.deviation:.2g} of the largest output on the example inputs"
-        lines.append(
+        yield (
             f"Approximate: {counted(outcome.dropouts, 'dropout')} taken for the identity; "
             f"deviation {measured}. Without dropout the same parameters are exact."
         )
+
+
+def _rounded(outcome: Outcome) -> Iterable[str]:
     if outcome.rounded:
         some = ", ".join(outcome.rounded[:3]) + ", ..." * (len(outcome.rounded) > 3)
-        lines.append(
+        yield (
             f"Rounded once more, as they are stored narrower than used: {some}. "
             "Fold before you cast to avoid that."
         )
+
+
+def _opaque(outcome: Outcome) -> Iterable[str]:
     if outcome.opaque:
         met = ", ".join(f"{name} ({n})" for name, n in outcome.opaque.items())
-        lines.append(f"Opaque operations met: {met}.")
+        yield f"Opaque operations met: {met}."
+
+
+def _unseen(outcome: Outcome) -> Iterable[str]:
     if outcome.unseen:
         places = (f"{place} x{n}" if n > 1 else str(place) for place, n in outcome.unseen.items())
-        lines.append(f"LayerNorms are not looked for inside of {', '.join(places)}.")
-    return lines
+        yield f"LayerNorms are not looked for inside of {', '.join(places)}."
 
 
-def _outcome(outcome: Outcome) -> str:
+def _outcome(outcome: Outcome) -> Iterable[str]:
     """What was folded and changed, as one sentence."""
-    edited = []
-    if outcome.norms:
-        edited.append(f"{counted(len({e.key_path for e in outcome.edits}), 'parameter')} centered")
-    if outcome.scales:
-        edited.append(f"{counted(len(outcome.scales), 'scale')} merged")
-    if outcome.affine:
-        taken_up = sum(1 + (edit.shift is not None) for edit in outcome.affine)
-        edited.append(f"{counted(taken_up, 'scale or shift', 'scales and shifts')} taken up")
+    edited = [CenterEdit.told(())] * (bool(outcome.norms) and not outcome.edits)
+    edited += outcome.plan.told()
     if outcome.edited_bytes:
         edited[-1] += f" ({si(outcome.edited_bytes)}B)"
     if outcome.constants:
@@ -80,19 +97,17 @@ def _outcome(outcome: Outcome) -> str:
     if outcome.norms:
         edited.append(f"{counted(outcome.n_inserted, 'explicit centering')} inserted")
     elif not (edited or outcome.deferred):
-        return f"{headline(outcome)}; nothing was changed."
-    return f"{', '.join((headline(outcome), *edited))}."
+        return [f"{headline(outcome)}; nothing was changed."]
+    return [f"{', '.join((headline(outcome), *edited))}."]
 
 
-def _scales_left(outcome: Outcome) -> list[str]:
+def _scales_left(outcome: Outcome) -> Iterable[str]:
     """Why scales are not taken up: a line for all that are left for the same reason."""
-    lines = []
     for group in _alike(outcome.affine_left, lambda s: s.reason):
         of_blocks = _alike(group, lambda s: s.key_path)
         paths = ", ".join(f"`{merged([s.key_path for s in some])}`" for some in of_blocks)
         verb = "Scale {} stays" if len(group) == 1 else "Scales {} stay"
-        lines.append(f"{verb.format(paths)}: {merged([s.reason for s in group])}.")
-    return lines
+        yield f"{verb.format(paths)}: {merged([s.reason for s in group])}."
 
 
 def _alike(
@@ -103,3 +118,16 @@ def _alike(
     for scale in scales:
         found.setdefault(template(text(scale)), []).append(scale)
     return found.values()
+
+
+SECTIONS: tuple[Section, ...] = (
+    _outcome,
+    _insertions,
+    _deferred,
+    _scales_left,
+    _approximation,
+    _rounded,
+    _opaque,
+    _unseen,
+)
+"""What stands below the table, in this order: as text, in colour and as HTML."""

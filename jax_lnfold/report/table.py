@@ -71,11 +71,6 @@ def template(text: str) -> str:
     return _NUMBER.sub("#", text)
 
 
-def counted(n: int, noun: str, plural: str = "") -> str:
-    """``1 leaf``, ``2 leaves``; the plural is that with an s unless given."""
-    return f"{n} {noun}" if n == 1 else f"{n} {plural or noun + 's'}"
-
-
 def merged(texts: Sequence[str]) -> str:
     """Texts that differ in numbers only as one: ``block_{0-11}/norm``."""
     words = _NUMBER.split(texts[0])

@@ -33,6 +33,7 @@ from .._compat import (
 )
 from ..axes.axis_set import AxisSet
 from ..centering import group_means, widened
+from ..errors import Bug
 from ..placement.place import Placement
 from ..plan.leaf import center_array
 from ..program.graph import CallPath
@@ -48,7 +49,7 @@ def rewrite(closed: ClosedJaxpr, placement: Placement) -> ClosedJaxpr:
     rewriter = _Rewriter(placement)
     rewritten, _ = rewriter.closed(closed, (), {})
     if rewriter.centered != placement.explicit.keys():
-        raise AssertionError("a centering found no place in the program, please report this")
+        raise Bug("apply_fn: a centering found no place in the program")
     return rewritten
 
 
@@ -63,8 +64,9 @@ class _Rewriter:
             for op in norm.sums
         }
         value = {path: v for v, path in self.graph.leaves.items()}
-        self.filled = {value[m.key_path]: float(m.one) for m in placement.affine}
-        self.filled |= {value[m.shift]: 0.0 for m in placement.affine if m.shift is not None}
+        changes = (c for edits in placement.found.values() for e in edits for c in e.changes())
+        fills = ((value[path], change.recipe.fill) for path, change in changes)
+        self.filled = {leaf: number for leaf, number in fills if number is not None}
 
     def closed(
         self, closed: ClosedJaxpr | Jaxpr, path: CallPath, inputs: Mapping[int, float]

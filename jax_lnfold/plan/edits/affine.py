@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Self
 
+from ...printable import counted
 from ..leaf import Factor, Recipe
 from ..tree_fit import Fit
 from .edit import Edit, LeafEdit, Shapes, check_axes, integers
@@ -49,13 +50,19 @@ class AffineEdit(Edit):
     readers: tuple[AffineReader, ...]
     one: int = 1
 
-    SINCE: ClassVar[int] = 3
+    VERSIONS: ClassVar[tuple[int, ...]] = (3, 4)
     NAMES: ClassVar[str] = "scales and readers"
 
     @property
     def version(self) -> int:
         """`one` came later."""
-        return self.SINCE if self.one == 1 else 4
+        return self.VERSIONS[self.one != 1]
+
+    @classmethod
+    def told(cls, edits: Sequence[Any]) -> str:
+        """``3 scales and shifts taken up``."""
+        leaves = sum(1 + (edit.shift is not None) for edit in edits)
+        return f"{counted(leaves, 'scale or shift', 'scales and shifts')} taken up"
 
     @property
     def parts(self) -> Iterator[str]:

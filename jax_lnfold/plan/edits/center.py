@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 from ...axes.axis_set import AxisSet
 from ...axes.labels import ALL, FREE, Labels
-from ...printable import printable
+from ...printable import counted, printable
 from ..leaf import Recipe
 from ..tree_fit import Fit
 from .edit import Edit, LeafEdit, Shapes, integers
@@ -24,6 +24,11 @@ class CenterEdit(Edit):
     def __str__(self) -> str:
         """The edit in words, ``a/b/kernel centered along axis 1``."""
         return f"{printable(self.key_path)} centered along {self.along}"
+
+    @classmethod
+    def told(cls, edits: Sequence[Any]) -> str:
+        """``3 parameters centered``, each of them along one set or several."""
+        return f"{counted(len({edit.key_path for edit in edits}), 'parameter')} centered"
 
     @property
     def axes(self) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Self
 
@@ -39,19 +39,25 @@ class LeafEdit:
 class Edit(ABC):
     """One edit of a parameter tree, as plain data: a frozen dataclass of key paths and axes.
 
-    A plan has a field for each kind, which is the section of its file, too. `SINCE` is the first
-    version of plan files that have the kind, `NAMES` says what its leaves are, all of which must be
-    different, within the section, too, unless it is empty.
+    A plan has a field for each kind, which is the section of its file, too. `VERSIONS` are those of
+    plan files that came with something of the kind, the first one with the section. `NAMES` says
+    what its leaves are, all of which must be different, within the section, too, unless it is
+    empty.
     """
 
     __slots__ = ()
-    SINCE: ClassVar[int] = 2
+    VERSIONS: ClassVar[tuple[int, ...]] = (2,)
     NAMES: ClassVar[str] = ""
 
     @property
     def version(self) -> int:
         """The first version of plan files that can say what this edit says."""
-        return self.SINCE
+        return self.VERSIONS[0]
+
+    @classmethod
+    @abstractmethod
+    def told(cls, edits: Sequence[Any]) -> str:
+        """What reports say of all edits of this kind, ``2 scales merged``."""
 
     @property
     @abstractmethod

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+from ...printable import counted
 from ..leaf import Factor, Recipe
 from ..tree_fit import Fit
 from .edit import Edit, LeafEdit, Shapes, check_axes, integers
@@ -22,6 +23,11 @@ class ScaleEdit(Edit):
     targets: tuple[tuple[str, tuple[int, ...]], ...]
 
     NAMES: ClassVar[str] = "scales and their targets"
+
+    @classmethod
+    def told(cls, edits: Sequence[Any]) -> str:
+        """``2 scales merged``."""
+        return f"{counted(len(edits), 'scale')} merged"
 
     @property
     def parts(self) -> Iterator[str]:

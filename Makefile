@@ -1,0 +1,47 @@
+# What a contributor needs: `make setup` once, then `make check`. `make` lists the targets.
+# In another environment: `make check PYTHON=python`.
+
+VENV ?= .venv
+PYTHON ?= $(VENV)/bin/python
+# The tests that `make quick` runs: those of the whole house, or of a room, `make quick ROOM=rules`.
+ROOM ?=
+HOUSE = $(shell find tests -name test_architecture.py -o -name test_contributing.py)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup hooks check quick lint types test quickstart format full
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' Makefile
+
+setup: ## make .venv with the library, its tests and its tools
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install -e '.[examples,test,dev]'
+
+hooks: ## check every commit before it is made
+	$(PYTHON) -m pip install pre-commit
+	$(PYTHON) -m pre_commit install
+
+check: lint types test quickstart ## all that a change must pass, in this environment
+
+quick: lint types ## lint, types and the tests of one room: make quick ROOM=rules
+	$(PYTHON) -m pytest $(if $(ROOM),tests/$(ROOM),$(HOUSE))
+
+lint:
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+types:
+	$(PYTHON) -m pyright --pythonpath $(PYTHON)
+
+test:
+	$(PYTHON) -m pytest
+
+quickstart:
+	$(PYTHON) .ci/quickstart.py
+
+format: ## let ruff mend what it can
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+full: ## check a fresh environment with the oldest Python, and one with a newer Python and jax
+	bash .ci/run
