@@ -72,15 +72,13 @@ def fold_together(
         placement = place_again(plan, graph, options.explicit_cost)
     for each in traced.values():
         place_again(plan, each.graph(options.see_through_dropout), options.explicit_cost)
-    report = make_report(
-        placement, plan, (), lambda: (joint.closed, rewrite(joint.closed, placement))
-    )
+    programs = joint.closed, rewrite(joint.closed, placement)
+    report = make_report(placement, plan, (), lambda: programs)
     edited = plan.center(params, donate=donate) if center else params
-    folded = {
-        name: Folded(fn, edited, False, options, plan, False) for name, fn in functions.items()
-    }
-    for name, each in folded.items():
-        each._analyse(inputs[name])
+    folded = {}
+    for name, fn in functions.items():
+        folded[name] = Folded(fn, edited, False, options, plan, edits=False)
+        folded[name]._analyse(inputs[name])
     return FoldedFunctions(folded, plan, report)
 
 

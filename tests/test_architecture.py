@@ -25,6 +25,7 @@ FLOORS = [
     {"report"},
     {"program_cache"},
     {"folded"},
+    {"folded_functions"},
     {"api"},
     {"widening"},
     {"cli", "verification"},

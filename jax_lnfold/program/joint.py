@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fractions import Fraction
-from math import lcm
+from math import inf, lcm
 from numbers import Real
 from typing import Any
 
@@ -57,7 +57,7 @@ def whole_weights(weights: Any, names: list[str]) -> dict[str, int]:
             f"weights: {weights!r} is no mapping with a number for each of {', '.join(names)}; "
             "pass how often each function runs, or leave it out"
         )
-    bad = {n: w for n, w in weights.items() if not (isinstance(w, Real) and 0 < w < float("inf"))}
+    bad = {n: w for n, w in weights.items() if not (isinstance(w, Real) and 0 < float(w) < inf)}
     if bad:
         name, weight = next(iter(bad.items()))
         raise FoldError(
