@@ -11,7 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contracts import (
+
+import jax_lnfold
+from jax_lnfold.report.report import Report
+from tests.helpers.contracts import (
     assert_identical,
     check_contracts,
     count_equations,
@@ -20,11 +23,8 @@ from contracts import (
     relative_difference,
     snapshot,
 )
-from zoo import perturb
-from zoo.base import floats, initial, tokens
-
-import jax_lnfold
-from jax_lnfold.report.report import Report
+from tests.models.zoo import perturb
+from tests.models.zoo.base import floats, initial, tokens
 
 Array = jax.Array
 Layer = Callable[[Array], Any]

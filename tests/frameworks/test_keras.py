@@ -15,19 +15,19 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
-from contracts import (
+from keras import layers, ops
+
+import jax_lnfold
+from jax_lnfold.report.report import Report
+from tests.helpers.contracts import (
     check_contracts,
     count_equations,
     count_reductions,
     fold_checked,
     relative_difference,
 )
-from keras import layers, ops
-from zoo import perturb
-from zoo.base import floats, tokens
-
-import jax_lnfold
-from jax_lnfold.report.report import Report
+from tests.models.zoo import perturb
+from tests.models.zoo.base import floats, tokens
 
 Layer = Callable[..., Any]
 Build = Callable[[Any], Any]

@@ -13,7 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contracts import (
+from flax.core import FrozenDict, freeze
+from flax.linen import partitioning
+from flax.training.train_state import TrainState
+from jax.sharding import Mesh
+
+import jax_lnfold
+from tests.helpers.contracts import (
     assert_drop_in,
     check_contracts,
     count_equations,
@@ -21,13 +27,7 @@ from contracts import (
     relative_difference,
     snapshot,
 )
-from flax.core import FrozenDict, freeze
-from flax.linen import partitioning
-from flax.training.train_state import TrainState
-from jax.sharding import Mesh
-from zoo import perturb
-
-import jax_lnfold
+from tests.models.zoo import perturb
 
 Array = jax.Array
 Body = Callable[[nn.Module, Array, Array], Array]

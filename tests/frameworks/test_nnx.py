@@ -11,11 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contracts import check_contracts, count_equations, fold_checked, relative_difference, snapshot
 from flax import nnx
-from zoo import perturb
 
 import jax_lnfold
+from tests.helpers.contracts import (
+    check_contracts,
+    count_equations,
+    fold_checked,
+    relative_difference,
+    snapshot,
+)
+from tests.models.zoo import perturb
 
 Array = jax.Array
 Make = Callable[[nnx.Rngs], Callable[[Array], Array]]

@@ -18,12 +18,12 @@ import equinox as eqx
 import jax
 import keras_hub.models as kh
 import pytest
-from contracts import check_contracts, snapshot
 from equimo.models import convnext, vit
 from esm2quinox import ESM2
-from zoo.base import VOCAB, floats, lengths_mask, perturb, tokens
 
 import jax_lnfold
+from tests.helpers.contracts import check_contracts, snapshot
+from tests.models.zoo.base import VOCAB, floats, lengths_mask, perturb, tokens
 
 D, HEADS, HIDDEN, POSITIONS = 12, 3, 20, 16
 OUTPUT = "makes a value that is an output"

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 import transformers as hf
-from contracts import assert_identical, check_contracts, fold_checked, snapshot
-from zoo.base import VOCAB, floats, initial, lengths_mask, perturb, tokens
 
 import jax_lnfold
+from tests.helpers.contracts import assert_identical, check_contracts, fold_checked, snapshot
+from tests.models.zoo.base import VOCAB, floats, initial, lengths_mask, perturb, tokens
 
 D, HEADS, HIDDEN, POSITIONS = 12, 3, 20, 16
 Batch = dict[str, Any]
