@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jax_lnfold.cli import main
+from jax_lnfold.cli.commands import main
 
 HELPER = Path(__file__).with_name("two_processes.py")
 

@@ -1,8 +1,8 @@
 """Random networks: a fold computes the same function, and everything it rests on is true.
 
-`python -m tests.whole.test_random_programs --programs 10000` checks many, with a summary. The network of
-a number is always the same: ``--first 123 --programs 1`` checks one again, and shows what fails in
-as few steps as fail.
+`python -m tests.whole.test_random_programs --programs 10000` checks many, with a summary. The
+network of a number is always the same: ``--first 123 --programs 1`` checks one again, and shows
+what fails in as few steps as fail.
 """
 
 from __future__ import annotations
