@@ -145,7 +145,8 @@ def registrations(node: ast.AST) -> Iterator[tuple[ast.AST, str]]:
         yield new, word
     match node:
         case ast.Call(ast.Name("register"), [ast.Name("NONLINEAR"), rule]):
-            (named,) = (s for s in tree("program/primitives").body if "NONLINEAR =" in ast.unparse(s)[:12])
+            known = tree("program/primitives").body
+            (named,) = (s for s in known if ast.unparse(s).startswith("NONLINEAR ="))
             for word in chain.from_iterable(words_of(n) for n in ast.walk(named)):
                 linear = f"register('{word}', Rule(_pull_sum, _push_sum))"
                 rest = f"register(NONLINEAR - {{'{word}'}}, {ast.unparse(rule)})"
