@@ -241,10 +241,7 @@ def no_mean(x: Array, axes: Axes) -> float:
 
 
 def check_folds(
-    apply: Apply,
-    features: tuple[int, ...],
-    params: Any = None,
-    sums: tuple[int, ...] | None = None,
+    apply: Apply, features: tuple[int, ...], params: Any = None, sums: tuple[int, ...] | None = None
 ) -> None:
     """One LayerNorm is found and folded at no cost, and only the second moment is still summed.
 

@@ -281,10 +281,7 @@ KINDS = {
 
 @pytest.mark.parametrize(("save", "count"), KINDS.values(), ids=KINDS)
 def test_damaged_checkpoints(
-    tmp_path: Path,
-    save: Callable[[Path], None],
-    count: int,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, save: Callable[[Path], None], count: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What is not found out, as bytes of arrays are not protected, is centered as it stands."""
     rng, outcomes, compared = random.Random(0), Counter[int](), 0

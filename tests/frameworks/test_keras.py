@@ -173,10 +173,7 @@ LEFT: dict[str, tuple[Build, str]] = {
         "layer_normalization",
     ),
     "activation": (lambda x: NORM()(dense(activation="relu")(x)), "max"),
-    "maximum pooling": (
-        lambda x: NORM()(layers.MaxPooling1D(2)(dense()(x))),
-        "reduce_window_max",
-    ),
+    "maximum pooling": (lambda x: NORM()(layers.MaxPooling1D(2)(dense()(x))), "reduce_window_max"),
     "maximum": (lambda x: NORM()(layers.Maximum()([dense()(x), dense()(x)])), "max"),
     "multiply": (lambda x: NORM()(layers.Multiply()([dense()(x), dense()(x)])), "mul"),
     "concatenate features": (

@@ -98,10 +98,7 @@ def check_same(
 
 
 def sensitivity(
-    traced: Traced,
-    network: Network,
-    want: list[Any],
-    measure: Callable[[Any, Any], float],
+    traced: Traced, network: Network, want: list[Any], measure: Callable[[Any, Any], float]
 ) -> float:
     """What rounding the parameters and x does to the results: much only at kinks and jumps."""
     rng, inputs = np.random.default_rng(0), network.inputs

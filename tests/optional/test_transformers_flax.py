@@ -159,9 +159,7 @@ CLIP_VISION = hf.CLIPVisionConfig(**VIT_SIZES, projection_dim=7)
 CLIP = hf.CLIPConfig(CLIP_TEXT.to_dict(), CLIP_VISION.to_dict(), projection_dim=7)
 BEIT = partial(hf.BeitConfig, **VIT_SIZES, use_relative_position_bias=True)
 DINOV2 = partial(
-    hf.Dinov2Config,
-    **{k: v for k, v in VIT_SIZES.items() if k != "intermediate_size"},
-    mlp_ratio=3,
+    hf.Dinov2Config, **{k: v for k, v in VIT_SIZES.items() if k != "intermediate_size"}, mlp_ratio=3
 )
 WAV2VEC2 = hf.Wav2Vec2Config(
     **{
@@ -233,15 +231,7 @@ CASES = (
     Case(hf.FlaxGPT2Model, GPT2(), TEXTS, 5, 5),
     Case(hf.FlaxGPT2LMHeadModel, GPT2(), TEXTS, 5, 5, 1, "tied"),
     Case(hf.FlaxGPT2LMHeadModel, GPT2(tie_word_embeddings=False), TEXTS, 5, 5, note="untied"),
-    Case(
-        hf.FlaxGPT2LMHeadModel,
-        GPT2(add_cross_attention=True),
-        CROSS,
-        7,
-        7,
-        1,
-        "cross-attention",
-    ),
+    Case(hf.FlaxGPT2LMHeadModel, GPT2(add_cross_attention=True), CROSS, 7, 7, 1, "cross-attention"),
     Case(hf.FlaxGPTNeoForCausalLM, GPT_NEO, TEXTS, 5, 5, 1),
     Case(hf.FlaxGPTJForCausalLM, GPTJ(), TEXTS, 3, 3),
     Case(hf.FlaxXGLMForCausalLM, XGLM, TEXTS, 5, 5, 1),
@@ -279,13 +269,7 @@ CASES = (
     Case(hf.FlaxRobertaForSequenceClassification, hf.RobertaConfig(**BERT_SIZES), TEXTS, 5, 1),
     Case(hf.FlaxElectraModel, hf.ElectraConfig(**BERT_SIZES, embedding_size=10), TEXTS, 5, 1),
     Case(hf.FlaxAlbertModel, hf.AlbertConfig(**BERT_SIZES, embedding_size=10), TEXTS, 5, 1),
-    Case(
-        hf.FlaxRoFormerModel,
-        hf.RoFormerConfig(**BERT_SIZES, embedding_size=D),
-        TEXTS,
-        5,
-        1,
-    ),
+    Case(hf.FlaxRoFormerModel, hf.RoFormerConfig(**BERT_SIZES, embedding_size=D), TEXTS, 5, 1),
     Case(
         hf.FlaxBigBirdModel,
         hf.BigBirdConfig(**BERT_SIZES, attention_type="original_full"),
@@ -303,12 +287,7 @@ CASES = (
     ),
     # Pre-LN after an embedding norm: 2L+2, one centering.
     Case(
-        hf.FlaxRobertaPreLayerNormModel,
-        hf.RobertaPreLayerNormConfig(**BERT_SIZES),
-        TEXTS,
-        6,
-        6,
-        1,
+        hf.FlaxRobertaPreLayerNormModel, hf.RobertaPreLayerNormConfig(**BERT_SIZES), TEXTS, 6, 6, 1
     ),
     # BART: both embedding norms of (1+2L) + (1+3L), none if the shared table is tied.
     Case(hf.FlaxBartModel, hf.BartConfig(**BART_SIZES), TRANSLATIONS, 12, 2),

@@ -619,10 +619,7 @@ def test_layers_in_a_scan() -> None:
     folded = fold_affine(apply, params, x)
     assert folded.report.n_folded == 2
     (first, second) = folded.report.affine
-    assert {first.key_path, second.key_path} == {
-        "params/layers/norm/scale",
-        "params/last/scale",
-    }
+    assert {first.key_path, second.key_path} == {"params/layers/norm/scale", "params/last/scale"}
     (reader,) = next(e for e in folded.report.affine if "layers" in e.key_path).readers
     assert (reader.axes, reader.summed) == ((0, 1), (1,))
 

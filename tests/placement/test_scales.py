@@ -27,18 +27,6 @@ def head(p: Params, s: jax.Array) -> jax.Array:
     return nn.standardize(s) @ p["v"]
 
 
-def plain(p: Params, x: jax.Array) -> jax.Array:
-    return head(p, (x @ p["w"] + p["b"]) * p["g"])
-
-
-def scale_first(p: Params, x: jax.Array) -> jax.Array:
-    return head(p, p["g"] * (x @ p["w"]))
-
-
-def on_a_branch(p: Params, x: jax.Array) -> jax.Array:
-    return head(p, x @ p["u"] + p["g"] * (x @ p["w"] + p["b"]))
-
-
 def masked(p: Params, x: jax.Array) -> jax.Array:
     keep = x[..., :1] > 0
     return head(p, jnp.where(keep, x @ p["w"] / 0.9, 0.0) * p["g"])
@@ -55,22 +43,14 @@ def module_twice(p: Params, x: jax.Array) -> jax.Array:
     return head(p, sum(branches, x @ p["u"]))
 
 
-def summed_over_tokens(p: Params, x: jax.Array) -> jax.Array:
-    return head(p, (x @ p["w"]).sum(1) * p["g"])
-
-
-def two_scales(p: Params, x: jax.Array) -> jax.Array:
-    return head(p, (x @ p["w"]) * p["g"] + (x @ p["u"]) * p["h"])
-
-
 FOLDS: dict[str, tuple[Model, int]] = {
-    "plain": (plain, 1),
-    "scale first": (scale_first, 1),
-    "on a branch": (on_a_branch, 1),
+    "plain": (lambda p, x: head(p, (x @ p["w"] + p["b"]) * p["g"]), 1),
+    "scale first": (lambda p, x: head(p, p["g"] * (x @ p["w"])), 1),
+    "on a branch": (lambda p, x: head(p, x @ p["u"] + p["g"] * (x @ p["w"] + p["b"])), 1),
     "masked": (masked, 1),
     "module applied twice": (module_twice, 1),
-    "summed over tokens": (summed_over_tokens, 1),
-    "two scales": (two_scales, 2),
+    "summed over tokens": (lambda p, x: head(p, (x @ p["w"]).sum(1) * p["g"]), 1),
+    "two scales": (lambda p, x: head(p, (x @ p["w"]) * p["g"] + (x @ p["u"]) * p["h"]), 2),
 }
 
 
@@ -84,58 +64,22 @@ def test_scale_is_merged(name: str) -> None:
         assert np.all(folded.params[scale.key_path] == 1)
 
 
-def squared(p: Params, x: jax.Array) -> jax.Array:
-    return head(p, (x @ p["w"]) * p["g"] * p["g"])
-
-
-def chained(p: Params, x: jax.Array) -> jax.Array:
-    return head(p, ((x @ p["w"]) * p["g"] + x @ p["u"]) * p["g"])
-
-
-def scale_read_elsewhere(p: Params, x: jax.Array) -> Any:
-    return head(p, (x @ p["w"]) * p["g"]), jnp.tanh(p["g"])
-
-
-def scale_returned(p: Params, x: jax.Array) -> Any:
-    return head(p, (x @ p["w"]) * p["g"]), p["g"]
-
-
 def unscaled_read_elsewhere(p: Params, x: jax.Array) -> Any:
     s = x @ p["w"]
     return head(p, s * p["g"]), jnp.tanh(s)
 
 
-def kernel_read_elsewhere(p: Params, x: jax.Array) -> Any:
-    return head(p, (x @ p["w"]) * p["g"]), jnp.tanh(x @ p["w"])
-
-
-def after_a_nonlinearity(p: Params, x: jax.Array) -> jax.Array:
-    return head(p, jnp.tanh(x @ p["w"]) * p["g"])
-
-
-def constant_term(p: Params, x: jax.Array) -> jax.Array:
-    return head(p, (x @ p["w"] + 1.0) * p["g"])
-
-
-def data_term(p: Params, x: jax.Array) -> jax.Array:
-    return head(p, (x @ p["w"] + jnp.tile(x[..., :4], 3)) * p["g"])
-
-
-def scale_of_tokens(p: Params, x: jax.Array) -> jax.Array:
-    return head(p, (x @ p["w"]) * jnp.tanh(p["g"]))
-
-
 LEFT: dict[str, Model] = {
-    "scale squared": squared,
-    "scale at two depths": chained,
-    "scale read elsewhere": scale_read_elsewhere,
-    "scale returned": scale_returned,
+    "scale squared": lambda p, x: head(p, (x @ p["w"]) * p["g"] * p["g"]),
+    "scale at two depths": lambda p, x: head(p, ((x @ p["w"]) * p["g"] + x @ p["u"]) * p["g"]),
+    "scale read elsewhere": lambda p, x: (head(p, (x @ p["w"]) * p["g"]), jnp.tanh(p["g"])),
+    "scale returned": lambda p, x: (head(p, (x @ p["w"]) * p["g"]), p["g"]),
     "unscaled value read elsewhere": unscaled_read_elsewhere,
-    "kernel read elsewhere": kernel_read_elsewhere,
-    "after a nonlinearity": after_a_nonlinearity,
-    "constant term": constant_term,
-    "data term": data_term,
-    "function of the scale": scale_of_tokens,
+    "kernel read elsewhere": lambda p, x: (head(p, (x @ p["w"]) * p["g"]), jnp.tanh(x @ p["w"])),
+    "after a nonlinearity": lambda p, x: head(p, jnp.tanh(x @ p["w"]) * p["g"]),
+    "constant term": lambda p, x: head(p, (x @ p["w"] + 1.0) * p["g"]),
+    "data term": lambda p, x: head(p, (x @ p["w"] + jnp.tile(x[..., :4], 3)) * p["g"]),
+    "function of the scale": lambda p, x: head(p, (x @ p["w"]) * jnp.tanh(p["g"])),
 }
 
 

@@ -80,14 +80,7 @@ def squared(x: jax.Array, key: jax.Array) -> jax.Array:
     return linen(x * x, key)
 
 
-NOT_DROPOUTS = [
-    zero_or_other,
-    drops_by_data,
-    drops_by_data_and_noise,
-    gaussian,
-    one_left,
-    squared,
-]
+NOT_DROPOUTS = [zero_or_other, drops_by_data, drops_by_data_and_noise, gaussian, one_left, squared]
 
 
 def network(drop: Drop) -> Any:

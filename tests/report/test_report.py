@@ -82,7 +82,7 @@ BLOCKED: dict[str, list[Blocked]] = {
             r"DiT/blocks/block_\d",
             "gate",
             GATE,
-        ),
+        )
     ],
     "convnext": [
         Blocked(r".*stage_._./norm", "conv_general_dilated", r".*/depthwise", "Conv"),

@@ -38,12 +38,7 @@ strange.def_abstract_eval(lambda s: s)
 
 PARAMS: dict[str, jax.ShapeDtypeStruct] = {
     name: jax.ShapeDtypeStruct(shape, jnp.float32)
-    for name, shape in {
-        "stem": (7, D),
-        "first": (D, D),
-        "second": (D, D),
-        "head": (D, 3),
-    }.items()
+    for name, shape in {"stem": (7, D), "first": (D, D), "second": (D, D), "head": (D, 3)}.items()
 }
 X = jax.ShapeDtypeStruct((2, 5, 7), jnp.float32)
 Start = Callable[[Any, jax.Array], jax.Array]
@@ -226,10 +221,7 @@ SCALED: dict[str, tuple[Start, str]] = {
         GATE,
     ),
     "a gate from data": (on_stem(lambda p, s: s * jnp.tanh(s[:, :1] @ p["gate"])), GATE),
-    "a gated layer": (
-        on_stem(lambda p, s: jax.nn.sigmoid(s @ p["gate"]) * (s @ p["gate2"])),
-        GATE,
-    ),
+    "a gated layer": (on_stem(lambda p, s: jax.nn.sigmoid(s @ p["gate"]) * (s @ p["gate2"])), GATE),
     "a scale of a nonlinearity": (
         on_stem(lambda p, s: jnp.tanh(s) * p["g"]),
         "end with a linear layer after this scale",
@@ -551,10 +543,7 @@ def test_what_is_not_looked_into(primitive: str) -> None:
     report = report_of(apply)
     ((place, count),) = report.unseen.items()
     assert (place.primitive, count) == (primitive, 2)
-    assert summary(report) == [
-        NOTHING,
-        f"LayerNorms are not looked for inside of {place} x2.",
-    ]
+    assert summary(report) == [NOTHING, f"LayerNorms are not looked for inside of {place} x2."]
     both = summary(report_of(lambda p, x: jax.nn.standardize(apply(p, x)) @ p["head"]))
     assert both[0].startswith("0 of 1 LayerNorm folded")
     assert both[-1] == f"LayerNorms are not looked for inside of {place} x2."
@@ -623,10 +612,7 @@ MORE_STARTS: dict[str, tuple[Start, str]] = {
         on_stem(lambda p, s: jnp.take_along_axis(s, jnp.argsort(s, -1), -1)),
         "",
     ),
-    "the largest token": (
-        on_stem(lambda p, s: s - s + s.max(1, keepdims=True)),
-        NONLINEARITY,
-    ),
+    "the largest token": (on_stem(lambda p, s: s - s + s.max(1, keepdims=True)), NONLINEARITY),
     "an input": (lambda p, x: wide(x), INPUT),
     "an input without a rule": (lambda p, x: jnp.sort(wide(x)), LAST),
     "a function of a parameter": (lambda p, x: x @ jnp.tanh(p["stem"]), STORE),

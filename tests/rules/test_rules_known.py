@@ -341,11 +341,7 @@ PULLS: dict[str, Known] = {
         "tile", lambda x: jnp.tile(x, (1, 2)), [(5, 3)], (A, A), {0: (A, F)}, exact=False
     ),
     "unstack: a region": Known(
-        "unstack",
-        lambda x: tuple(lax.unstack(x, 0)),
-        [(3, 2, 6)],
-        (F, A),
-        {0: ((0, -1, -1), F, A)},
+        "unstack", lambda x: tuple(lax.unstack(x, 0)), [(3, 2, 6)], (F, A), {0: ((0, -1, -1), F, A)}
     ),
     "stack: a region of one operand": Known(
         "stack",
@@ -598,11 +594,7 @@ PUSHES: dict[str, Known] = {
         "slice", lambda x: x[:, 2:5], [(2, 6)], (F, HALVES), {0: (F, (0, 1, 1))}
     ),
     "unstack: a shifted region": Known(
-        "unstack",
-        lambda x: tuple(lax.unstack(x, 0)),
-        [(3, 2, 6)],
-        ((-1, 0, -1), F, A),
-        {1: (F, A)},
+        "unstack", lambda x: tuple(lax.unstack(x, 0)), [(3, 2, 6)], ((-1, 0, -1), F, A), {1: (F, A)}
     ),
     "split along the mean": Known(
         "split", lambda x: lax.split(x, (2, 4), 1), [(2, 6)], (F, A), {0: (F, A), 1: (F, A)}

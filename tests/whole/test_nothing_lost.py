@@ -44,13 +44,7 @@ def model(p: Params, x: Array) -> Array:
 
 
 def make_params(seed: int = 0) -> Params:
-    shapes = {
-        "stem": (DIN, D),
-        "bias": (D,),
-        "layer": (D, D),
-        "scale": (D,),
-        "head": (D, OUT),
-    }
+    shapes = {"stem": (DIN, D), "bias": (D,), "layer": (D, D), "scale": (D,), "head": (D, OUT)}
     rng = np.random.default_rng(seed)
     return {name: jnp.asarray(rng.normal(0.4, 1.0, shape)) for name, shape in shapes.items()}
 

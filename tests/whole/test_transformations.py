@@ -206,21 +206,9 @@ def grad(f: ApplyFn) -> ApplyFn:
     return jax.grad(partial(loss, f), argnums=1)
 
 
-def hessian_product(f: ApplyFn) -> ApplyFn:
-    return lambda p, x: jax.jvp(partial(grad(f), p), (x,), (tangent(x),))
-
-
 def recurrent(f: ApplyFn) -> ApplyFn:
     """The output is the next input."""
     return lambda p, x: lax.scan(lambda x, c: (f(p, x) * c, x.sum()), x, jnp.array([1.0, 0.3]))
-
-
-def repeated(f: ApplyFn) -> ApplyFn:
-    return lambda p, x: lax.fori_loop(0, 2, lambda i, x: f(p, x) + i, x)
-
-
-def chosen(f: ApplyFn) -> ApplyFn:
-    return lambda p, x: lax.cond(x[0, 0, 0] > 0, f, lambda p, x: -x, p, x)
 
 
 Transform = Callable[[ApplyFn], ApplyFn]
@@ -233,8 +221,8 @@ VALUES: dict[str, Transform] = {
     ),
     "map": lambda f: lambda p, x: lax.map(partial(f, p), several(x)),
     "scan": recurrent,
-    "fori_loop": repeated,
-    "cond": chosen,
+    "fori_loop": lambda f: lambda p, x: lax.fori_loop(0, 2, lambda i, x: f(p, x) + i, x),
+    "cond": lambda f: lambda p, x: lax.cond(x[0, 0, 0] > 0, f, lambda p, x: -x, p, x),
 }
 # name: (transformation, how many sums over the features each mean causes in it)
 TRANSFORMS: dict[str, tuple[Transform, int]] = {
@@ -253,7 +241,7 @@ TRANSFORMS: dict[str, tuple[Transform, int]] = {
         2,
     ),
     "grad of scan": (lambda f: grad(lambda p, x: recurrent(f)(p, x)[0]), 2),
-    "jvp of grad": (hessian_product, 4),
+    "jvp of grad": (lambda f: lambda p, x: jax.jvp(partial(grad(f), p), (x,), (tangent(x),)), 4),
 }
 
 
@@ -476,10 +464,7 @@ def test_export_with_gradients_for_other_platforms(small: Model) -> None:
     assert again.platforms == platforms
     want, got = (
         jax.jit(jax.grad(partial(loss, f), (0, 1)))(p, LONGER)
-        for f, p in (
-            (small.apply, small.params),
-            (again.call, small.folded.params),
-        )
+        for f, p in ((small.apply, small.params), (again.call, small.folded.params))
     )
     assert agree(want, (small.folded.plan.center(got[0]), got[1]), within=CLOSE)
 
@@ -906,20 +891,22 @@ def host_sum(calls: Calls, v: Array) -> np.ndarray:
     return np.tanh(np.sum(v))
 
 
-def watch_io(calls: Calls, seen: Array) -> Array:
-    return io_callback(partial(host_sum, calls), jax.ShapeDtypeStruct((), seen.dtype), seen)
-
-
-def watch_pure(calls: Calls, seen: Array) -> Array:
-    return jax.pure_callback(partial(host_sum, calls), jax.ShapeDtypeStruct((), seen.dtype), seen)
-
-
 # name: (callback, its primitive)
 WATCHES: dict[str, tuple[Watch, str]] = {
     "debug.callback": (watch_debug, "debug_callback"),
     "ordered io_callback": (watch_ordered, "io_callback"),
-    "io_callback": (watch_io, "io_callback"),
-    "pure_callback": (watch_pure, "pure_callback"),
+    "io_callback": (
+        lambda calls, seen: io_callback(
+            partial(host_sum, calls), jax.ShapeDtypeStruct((), seen.dtype), seen
+        ),
+        "io_callback",
+    ),
+    "pure_callback": (
+        lambda calls, seen: jax.pure_callback(
+            partial(host_sum, calls), jax.ShapeDtypeStruct((), seen.dtype), seen
+        ),
+        "pure_callback",
+    ),
 }
 # What the callback reads of a stream and its norm, and whether a shift of the stream changes it.
 SEEN: dict[str, tuple[Callable[[Array, Array], Array], bool]] = {
@@ -1220,7 +1207,7 @@ UNTRUE_DERIVATIVES: dict[str, Callable[[Array], Array]] = {
 }
 # What has the rule does not depend on the mean: the gradients are promised, too.
 TRUE_DERIVATIVES: dict[str, Callable[[Array], Array]] = {
-    "rule behind the norm": lambda s: gate(True)(layer_norm(s)),
+    "rule behind the norm": lambda s: gate(True)(layer_norm(s))
 }
 
 
@@ -1270,10 +1257,7 @@ STOPPED: dict[str, tuple[Callable[[Array], Array], bool]] = {
     "norm for the values alone": (lambda s: layer_norm(s) + (s - stop(s)), False),
     "norm for the gradients alone": (lambda s: layer_norm(s) + (stop(s) - s), False),
     "mean": (stopped(lambda s: stop(mean(s))), False),
-    "mean, also in the variance": (
-        lambda s: rms_norm(s - stop(mean(s))),
-        False,
-    ),
+    "mean, also in the variance": (lambda s: rms_norm(s - stop(mean(s))), False),
     "mean and variance": (
         stopped(lambda s: stop(mean(s)), lambda s: stop(s.var(-1)[..., None])),
         False,

@@ -212,10 +212,7 @@ NEARLY: dict[str, tuple[Norm, Norm]] = {
         lambda x: scaled(x - 0.9 * mean(x), var(x)),
         lambda x: scaled(x - 1.0 * mean(x), var(x)),
     ),
-    "mean added": (
-        lambda x: scaled(x + mean(x), var(x)),
-        lambda x: scaled(x - mean(x), var(x)),
-    ),
+    "mean added": (lambda x: scaled(x + mean(x), var(x)), lambda x: scaled(x - mean(x), var(x))),
     "mean added back": (
         lambda x: scaled(x - mean(x), var(x)) + mean(x),
         lambda x: scaled(x - mean(x), var(x)) + var(x),

@@ -198,16 +198,8 @@ def low(fn: Fn) -> Fn:
     return lambda x: fn(x.astype(jnp.bfloat16))
 
 
-def halving(x: jax.Array) -> jax.Array:
-    return lax.while_loop(lambda c: c[0] < 4, lambda c: (c[0] + 1, jnp.tanh(c[1])), (0, x))[1]
-
-
 def until_large(row: jax.Array) -> jax.Array:
     return lax.while_loop(lambda r: r.sum() < 10, lambda r: r + 1.5, row)
-
-
-def scanned(x: jax.Array) -> Any:
-    return lax.scan(lambda c, r: (jnp.tanh(c + r), c * r), x[0], x, reverse=True)
 
 
 def mapped(x: jax.Array) -> jax.Array:
@@ -269,8 +261,10 @@ WIDENED: dict[str, Fn] = {
     "custom_jvp, forward": own_jvp,
     "custom_vjp, forward": own_vjp,
     "composite": lambda x: lax.composite(lambda x: jnp.sin(x), "own.sin")(x),
-    "scan": scanned,
-    "while": halving,
+    "scan": lambda x: lax.scan(lambda c, r: (jnp.tanh(c + r), c * r), x[0], x, reverse=True),
+    "while": lambda x: lax.while_loop(
+        lambda c: c[0] < 4, lambda c: (c[0] + 1, jnp.tanh(c[1])), (0, x)
+    )[1],
     "while, vmapped": jax.vmap(until_large),
     "cond": lambda x: lax.cond(x[0, 0] > 0, jnp.sin, jnp.cos, x),
     "switch": lambda x: lax.switch(jnp.argmax(x[1]), [jnp.sin, jnp.cos] * 3, x),
@@ -319,13 +313,9 @@ def cut(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def twice(x: jax.Array) -> jax.Array:
-    return cut(cut(x) * 3)
-
-
 KEPT: dict[str, tuple[Fn, tuple[str, ...]]] = {
     "bits": (cut, ("bitcast_convert_type",)),
-    "bits twice": (twice, ("2 x bitcast_convert_type",)),
+    "bits twice": (lambda x: cut(cut(x) * 3), ("2 x bitcast_convert_type",)),
     "bits in a loop": (
         lambda x: lax.fori_loop(0, 5, lambda _, c: cut(c), x),
         ("bitcast_convert_type",),

@@ -49,12 +49,7 @@ def run(code: str) -> tuple[str, str]:
 
 @pytest.mark.parametrize(
     "question",
-    [
-        "What is it?",
-        "<image>\nWhat is it?",
-        "What is it?\n<image>",
-        " \n What <image>is it?\t",
-    ],
+    ["What is it?", "<image>\nWhat is it?", "What is it?\n<image>", " \n What <image>is it?\t"],
 )
 def test_first_question(tokenizer: Any, question: str) -> None:
     """The video is in front, wherever the placeholder was, or without one."""

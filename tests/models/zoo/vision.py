@@ -11,15 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .base import Array, Case, Factory, floats, recipe
-from .layers import (
-    Attention,
-    Block,
-    FusedAttention,
-    Mlp,
-    Stack,
-    drop_path,
-    quick_gelu,
-)
+from .layers import Attention, Block, FusedAttention, Mlp, Stack, drop_path, quick_gelu
 from .relative import relative_index
 
 IMAGES = (floats(2, 8, 12, 3),), (floats(3, 8, 12, 3),)
