@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from itertools import combinations
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -37,16 +38,33 @@ Answer = Mapping[int, Sequence[Given]] | None
 """Entries for each operand (pull) or output (push) named; None where the rule must refuse."""
 
 
+class Asked(NamedTuple):
+    """A question to a rule, about an output (pull) or an operand (push)."""
+
+    rule: str
+    question: str
+    along: Sequence[Given]
+    answer: Answer
+    position: int = 0
+    exact: bool = True
+
+
 class Known(NamedTuple):
-    """A question about output or operand `position` of the first equation of `primitive`."""
+    """What is asked about the first equation of `primitive` in a function."""
 
     primitive: str
     fn: Callable[..., Any]
     operands: Sequence[Any]
-    asked: Sequence[Given]
-    answer: Answer
-    position: int = 0
-    exact: bool = True
+    asked: Asked
+
+
+pull, push = partial(Asked, "pull"), partial(Asked, "push")
+
+
+def about(
+    primitive: str, fn: Callable[..., Any], operands: Sequence[Any]
+) -> Callable[..., list[Known]]:
+    return lambda *questions: [Known(primitive, fn, operands, asked) for asked in questions]
 
 
 def conv(groups: int = 1) -> Callable[[Any, Any], Any]:
@@ -97,613 +115,377 @@ def repeated(v: Any) -> Any:
 HALVES = (0, 0, 0, 1, 1, 1)
 PAIRS = (0, 0, 1, 1, 2, 2)
 
-PULLS: dict[str, Known] = {
-    "sum: both operands": Known("add", jnp.add, [(2, 6), (2, 6)], (F, A), {0: (F, A), 1: (F, A)}),
-    "sum with a per-token operand: that one must be zero": Known(
-        "add", jnp.add, [(2, 6), (2, 1)], (F, A), {0: (F, A), 1: (F, F)}
+KNOWN: list[Known] = [
+    *about("add", jnp.add, [(2, 6), (2, 6)])(
+        pull("sum: both operands", (F, A), {0: (F, A), 1: (F, A)})
     ),
-    "sum with a scalar": Known("sub", jnp.subtract, [(2, 6), ()], (F, A), {0: (F, A), 1: ()}),
-    "product with a per-token factor": Known("mul", times, [(2, 6), (2, 1)], (F, A), {0: (F, A)}),
-    "product of two that are uniform: rather zero-mean than zero": Known(
-        "mul", lambda g, v: g * repeated(v), [(2, 1), (2,)], (F, A), {1: (F, A)}
+    *about("add", jnp.add, [(2, 6), (2, 1)])(
+        pull("sum with a per-token operand: that one must be zero", (F, A), {0: (F, A), 1: (F, F)})
     ),
-    "product of two that are uniform, the other way round": Known(
-        "mul", lambda g, v: repeated(v) * g, [(2, 1), (2,)], (F, A), {0: (F, A)}
+    *about("sub", jnp.subtract, [(2, 6), ()])(
+        pull("sum with a scalar", (F, A), {0: (F, A), 1: ()})
     ),
-    "product with a per-channel factor": Known("mul", times, [(2, 6), (1, 6)], (F, A), None),
-    "product with a per-channel factor, other mean": Known(
-        "mul", times, [(2, 6), (1, 6)], (A, F), {0: (A, F)}
+    *about("mul", times, [(2, 6), (2, 1)])(
+        pull("product with a per-token factor", (F, A), {0: (F, A)}),
+        pull("product with a per-token factor, mean over tokens", (A, A), None),
+        push("product with a per-token factor", (F, A), {0: (F, A)}),
     ),
-    "product with a per-token factor, mean over tokens": Known(
-        "mul", times, [(2, 6), (2, 1)], (A, A), None
+    *about("mul", lambda g, v: g * repeated(v), [(2, 1), (2,)])(
+        pull("product of two that are uniform: rather zero-mean than zero", (F, A), {1: (F, A)})
     ),
-    "product with a per-head factor": Known(
-        "mul", lambda x, g: x * jnp.repeat(g, 3), [(2, 6), (2,)], (F, HALVES), {0: (F, HALVES)}
+    *about("mul", lambda g, v: repeated(v) * g, [(2, 1), (2,)])(
+        pull("product of two that are uniform, the other way round", (F, A), {0: (F, A)})
     ),
-    "product with a per-head factor, whole width": Known(
-        "mul", lambda x, g: x * jnp.repeat(g, 3), [(2, 6), (2,)], (F, A), None
+    *about("mul", times, [(2, 6), (1, 6)])(
+        pull("product with a per-channel factor", (F, A), None),
+        pull("product with a per-channel factor, other mean", (A, F), {0: (A, F)}),
+        push("product with a per-channel factor", (F, A), None),
+        push("shifted scale", (F, A), None, 1),
+        push("shift of single elements of a product", (F, F), {0: (F, F)}),
+        push("product with a per-channel factor, both axes shifted", (A, A), {0: (A, F)}),
     ),
-    "product with a per-head factor, groups across heads": Known(
-        "mul", lambda x, g: x * jnp.repeat(g, 3), [(2, 6), (2,)], (F, PAIRS), None
+    *about("mul", lambda x, g: x * jnp.repeat(g, 3), [(2, 6), (2,)])(
+        pull("product with a per-head factor", (F, HALVES), {0: (F, HALVES)}),
+        pull("product with a per-head factor, whole width", (F, A), None),
+        pull("product with a per-head factor, groups across heads", (F, PAIRS), None),
     ),
-    "quotient with a per-token divisor": Known(
-        "div", jnp.divide, [(2, 6), (2, 1)], (F, A), {0: (F, A)}
+    *about("div", jnp.divide, [(2, 6), (2, 1)])(
+        pull("quotient with a per-token divisor", (F, A), {0: (F, A)}),
+        push("shifted divisor", (F, F), None, 1),
     ),
-    "quotient of a per-token dividend": Known("div", jnp.divide, [(2, 1), (2, 6)], (F, A), None),
-    "choice per element": Known(
-        "select_n", jnp.where, [np.eye(2, 6) > 0, (2, 6), (2, 6)], (F, A), None
+    *about("div", jnp.divide, [(2, 1), (2, 6)])(
+        pull("quotient of a per-token dividend", (F, A), None)
     ),
-    "choice per token": Known(
-        "select_n",
-        lambda x, y: jnp.where(x[:, :1] > 0, x, y),
-        [(2, 6), (2, 6)],
-        (F, A),
-        {1: (F, A), 2: (F, A)},
+    *about("select_n", jnp.where, [np.eye(2, 6) > 0, (2, 6), (2, 6)])(
+        pull("choice per element", (F, A), None),
+        push("shift of single elements of a choice", (F, F), {0: (F, F)}, 1),
+        push("choice by a shifted value", (F, A), None),
+        push("choice per element", (F, A), None, 1),
     ),
-    "choice per token, mean over tokens": Known(
-        "select_n", lambda x, y: jnp.where(x[:, :1] > 0, x, y), [(2, 6), (2, 6)], (A, F), None
+    *about("select_n", lambda x, y: jnp.where(x[:, :1] > 0, x, y), [(2, 6), (2, 6)])(
+        pull("choice per token", (F, A), {1: (F, A), 2: (F, A)}),
+        pull("choice per token, mean over tokens", (A, F), None),
     ),
-    "conversion to whole numbers": Known(
-        "convert_element_type", lambda x: x.astype(int), [(2, 6)], (F, A), None
+    *about("convert_element_type", lambda x: x.astype(int), [(2, 6)])(
+        pull("conversion to whole numbers", (F, A), None),
+        push("conversion to whole numbers", (F, A), None),
     ),
-    "real and imaginary part": Known(
-        "complex", lax.complex, [(2, 6), (2, 6)], (F, A), {0: (F, A), 1: (F, A)}
+    *about("complex", lax.complex, [(2, 6), (2, 6)])(
+        pull("real and imaginary part", (F, A), {0: (F, A), 1: (F, A)})
     ),
-    "size of a complex number": Known("abs", jnp.abs, [np.ones((2, 6)) * 1j], (F, A), None),
-    "square of a complex number": Known(
-        "mul", lambda z: z * z.conj(), [np.ones((2, 6)) * 1j], (F, A), None
+    *about("abs", jnp.abs, [np.ones((2, 6)) * 1j])(pull("size of a complex number", (F, A), None)),
+    *about("mul", lambda z: z * z.conj(), [np.ones((2, 6)) * 1j])(
+        pull("square of a complex number", (F, A), None)
     ),
-    "ragged product: columns of all kernels": Known(
-        "ragged_dot_general", ragged, [(5, 4), (3, 4, 6)], (F, A), {1: (F, F, A)}
+    *about("ragged_dot_general", ragged, [(5, 4), (3, 4, 6)])(
+        pull("ragged product: columns of all kernels", (F, A), {1: (F, F, A)}),
+        pull("ragged product: mean over the rows", (A, F), None),
+        pull("ragged product: mean over rows and columns", (A, A), None),
+        push("ragged product: shifted columns", (A, A, HALVES), {0: (F, HALVES)}, 1),
+        push("ragged product: shifted rows", (A, A), {0: (F, F)}),
     ),
-    "ragged product: mean over the rows": Known(
-        "ragged_dot_general", ragged, [(5, 4), (3, 4, 6)], (A, F), None
+    *about("fft", spectrum, [(6, 5)])(
+        pull("transform along other axes", (A, F), {0: (A, F)}),
+        pull("transform along other axes, half of the channels", (HALVES, F), {0: (HALVES, F)}),
+        pull("transform along the mean", (F, A), None),
+        pull("transform along some axes of the mean", (A, A), {0: (A, F)}, exact=False),
+        push("transform along other axes", (A, A), {0: (A, F)}),
+        push("transform along the mean", (F, A), {0: (F, F)}),
     ),
-    "ragged product: mean over rows and columns": Known(
-        "ragged_dot_general", ragged, [(5, 4), (3, 4, 6)], (A, A), None
+    *about("convert_element_type", lambda x: x.astype(float), [np.ones((2, 6), int)])(
+        pull("conversion from whole numbers", (F, A), None)
     ),
-    "transform along other axes": Known("fft", spectrum, [(6, 5)], (A, F), {0: (A, F)}),
-    "transform along other axes, half of the channels": Known(
-        "fft", spectrum, [(6, 5)], (HALVES, F), {0: (HALVES, F)}
+    *about("dot_general", dense, [(2, 5, 4), (4, 6)])(
+        pull("dense: columns of the weights", (F, F, A), {1: (F, A)}),
+        pull("dense: heads of the weights", (F, F, HALVES), {1: (F, HALVES)}),
+        pull("dense: mean over tokens", (F, A, F), {0: (F, A, F)}),
+        push("dense: columns of the weights", (F, A), {0: (F, F, A)}, 1),
+        push("dense: what is summed away", (F, F, A), {0: (F, F, F)}),
     ),
-    "transform along the mean": Known("fft", spectrum, [(6, 5)], (F, A), None),
-    "transform along some axes of the mean": Known(
-        "fft", spectrum, [(6, 5)], (A, A), {0: (A, F)}, exact=False
+    *about("dot_general", dense, [(5, 4), (4, 6)])(
+        pull("dense: mean over tokens and features", (A, A), {1: (F, A)}, exact=False)
     ),
-    "conversion from whole numbers": Known(
-        "convert_element_type", lambda x: x.astype(float), [np.ones((2, 6), int)], (F, A), None
+    *about("dot_general", batched, [(2, 5, 4), (2, 4, 6)])(
+        pull("batched product: mean over the batch", (A, F, F), None),
+        pull(
+            "batched product: mean over batch and features", (A, F, A), {1: (F, F, A)}, exact=False
+        ),
+        push("batched product: across the batch", (A, F, F), {0: (F, F, F)}),
     ),
-    "dense: columns of the weights": Known(
-        "dot_general", dense, [(2, 5, 4), (4, 6)], (F, F, A), {1: (F, A)}
+    *about("dot_general", repeats, [(2, 5, 4), (4, 6)])(
+        pull("batched product: weights that repeat over the batch", (A, F, F), {0: (A, F, F)}),
+        pull(
+            "batched product: weights that repeat, mean over batch and features",
+            (A, F, A),
+            {1: (F, F, A)},
+            exact=False,
+        ),
+        push("batched product: weights that repeat over the batch", (A, F, F), {0: (A, F, F)}),
     ),
-    "dense: heads of the weights": Known(
-        "dot_general", dense, [(2, 5, 4), (4, 6)], (F, F, HALVES), {1: (F, HALVES)}
+    *about("dot_general", lambda x, w: repeats(x, w, True), [(2, 5, 4), (4, 6)])(
+        pull("batched product: weights first, repeated over the batch", (A, F, F), {1: (A, F, F)})
     ),
-    "dense: mean over tokens": Known(
-        "dot_general", dense, [(2, 5, 4), (4, 6)], (F, A, F), {0: (F, A, F)}
+    *about("dot_general", repeats_over_one, [(2, 3, 5, 4), (3, 4, 6)])(
+        pull("two batch axes: weights that repeat over the first", (A, F, F, F), {0: (A, F, F, F)}),
+        pull("two batch axes: weights that differ over the second", (F, A, F, F), None),
+        push("two batch axes: weights that repeat over the first", (A, A, A, F), {0: (A, F, A, F)}),
     ),
-    "dense: mean over tokens and features": Known(
-        "dot_general", dense, [(5, 4), (4, 6)], (A, A), {1: (F, A)}, exact=False
+    *about("conv_general_dilated", conv(), [(2, 5, 4), (3, 4, 6)])(
+        pull("convolution: output features", (F, F, A), {1: (F, F, A)}),
+        pull("convolution: mean over positions", (F, A, F), None),
+        pull(
+            "convolution: mean over positions and features", (F, A, A), {1: (F, F, A)}, exact=False
+        ),
+        push("convolution: shifted image", (F, F, A), None),
+        push("convolution: output features", (F, F, A), {0: (F, F, A)}, 1),
     ),
-    "batched product: mean over the batch": Known(
-        "dot_general", batched, [(2, 5, 4), (2, 4, 6)], (A, F, F), None
+    *about("conv_general_dilated", conv(2), [(2, 5, 4), (3, 2, 6)])(
+        pull("grouped convolution: across groups", (F, F, A), {1: (F, F, HALVES)}, exact=False),
+        pull("grouped convolution: within groups", (F, F, HALVES), {1: (F, F, HALVES)}),
+        pull(
+            "grouped convolution: pairs across the border",
+            (F, F, PAIRS),
+            {1: (F, F, (0, 0, 1, 2, 3, 3))},
+            exact=False,
+        ),
+        push("grouped convolution: across groups", (F, F, A), {0: (F, F, HALVES)}, 1),
     ),
-    "batched product: mean over batch and features": Known(
-        "dot_general", batched, [(2, 5, 4), (2, 4, 6)], (A, F, A), {1: (F, F, A)}, exact=False
+    *about("conv_general_dilated", conv(6), [(2, 5, 6), (3, 1, 6)])(
+        pull("depthwise convolution", (F, F, A), None),
+        push("depthwise convolution", (F, F, A), {0: (F, F, F)}, 1),
     ),
-    "batched product: weights that repeat over the batch": Known(
-        "dot_general", repeats, [(2, 5, 4), (4, 6)], (A, F, F), {0: (A, F, F)}
+    *about("cumsum", lambda x: lax.cumsum(x, 1), [(5, 6)])(
+        pull("cumulative sum along a zero", (F, F), {0: (F, F)}),
+        pull("cumulative sum along the mean", (F, A), None),
+        push("cumulative sum along the mean", (F, A), {0: (F, F)}),
     ),
-    "batched product: weights first, repeated over the batch": Known(
-        "dot_general",
-        lambda x, w: repeats(x, w, True),
-        [(2, 5, 4), (4, 6)],
-        (A, F, F),
-        {1: (A, F, F)},
+    *about("reduce_window_sum", window(1, 3), [(5, 6)])(
+        pull("pooling a zero", (F, F), {0: (F, F)}),
+        pull("pooling along the mean", (F, A), None),
+        push("pooling along the mean", (F, A), {0: (F, F)}),
     ),
-    "batched product: weights that repeat, mean over batch and features": Known(
-        "dot_general", repeats, [(2, 5, 4), (4, 6)], (A, F, A), {1: (F, F, A)}, exact=False
+    *about("gather", lambda t: t[:, INDEX], [(5, 6)])(
+        pull("single elements that are zero", (F, F), {0: (F, F)}),
+        pull("single elements of a table", (F, A), None),
+        push("single elements of a table", (F, A), {0: (F, F)}),
     ),
-    "two batch axes: weights that repeat over the first": Known(
-        "dot_general", repeats_over_one, [(2, 3, 5, 4), (3, 4, 6)], (A, F, F, F), {0: (A, F, F, F)}
-    ),
-    "two batch axes: weights that differ over the second": Known(
-        "dot_general", repeats_over_one, [(2, 3, 5, 4), (3, 4, 6)], (F, A, F, F), None
-    ),
-    "convolution: output features": Known(
-        "conv_general_dilated", conv(), [(2, 5, 4), (3, 4, 6)], (F, F, A), {1: (F, F, A)}
-    ),
-    "grouped convolution: across groups": Known(
-        "conv_general_dilated",
-        conv(2),
-        [(2, 5, 4), (3, 2, 6)],
-        (F, F, A),
-        {1: (F, F, HALVES)},
-        exact=False,
-    ),
-    "grouped convolution: within groups": Known(
-        "conv_general_dilated", conv(2), [(2, 5, 4), (3, 2, 6)], (F, F, HALVES), {1: (F, F, HALVES)}
-    ),
-    "grouped convolution: pairs across the border": Known(
-        "conv_general_dilated",
-        conv(2),
-        [(2, 5, 4), (3, 2, 6)],
-        (F, F, PAIRS),
-        {1: (F, F, (0, 0, 1, 2, 3, 3))},
-        exact=False,
-    ),
-    "depthwise convolution": Known(
-        "conv_general_dilated", conv(6), [(2, 5, 6), (3, 1, 6)], (F, F, A), None
-    ),
-    "convolution: mean over positions": Known(
-        "conv_general_dilated", conv(), [(2, 5, 4), (3, 4, 6)], (F, A, F), None
-    ),
-    "convolution: mean over positions and features": Known(
-        "conv_general_dilated",
-        conv(),
-        [(2, 5, 4), (3, 4, 6)],
-        (F, A, A),
-        {1: (F, F, A)},
-        exact=False,
-    ),
-    "cumulative sum along a zero": Known(
-        "cumsum", lambda x: lax.cumsum(x, 1), [(5, 6)], (F, F), {0: (F, F)}
-    ),
-    "pooling a zero": Known("reduce_window_sum", window(1, 3), [(5, 6)], (F, F), {0: (F, F)}),
-    "single elements that are zero": Known(
-        "gather", lambda t: t[:, INDEX], [(5, 6)], (F, F), {0: (F, F)}
-    ),
-    "feature update of zeros at run time": Known(
+    *about(
         "dynamic_update_slice",
         lambda x, u, i: lax.dynamic_update_slice(x, u, (0, i)),
         [(5, 6), (5, 2), 1],
-        (F, F),
-        {0: (F, F), 1: (F, F)},
+    )(
+        pull("feature update of zeros at run time", (F, F), {0: (F, F), 1: (F, F)}),
+        pull(
+            "token and feature mean of a feature update",
+            (A, A),
+            {0: (A, F), 1: (A, F)},
+            exact=False,
+        ),
+        pull("feature update at run time", (F, A), None),
+        push("feature update at run time", (A, A), {0: (A, F)}),
     ),
-    "token and feature mean of a feature update": Known(
-        "dynamic_update_slice",
-        lambda x, u, i: lax.dynamic_update_slice(x, u, (0, i)),
-        [(5, 6), (5, 2), 1],
-        (A, A),
-        {0: (A, F), 1: (A, F)},
-        exact=False,
+    *about("gather", lambda t: t[INDEX], [(5, 6)])(
+        pull("rows of a table, mean over rows and features", (A, A), {0: (F, A)}, exact=False),
+        pull("rows of a table", (F, A), {0: (F, A)}),
+        pull("rows of a table, mean over the rows", (A, F), None),
+        push("rows of a table", (F, A), {0: (F, A)}),
+        push("rows of a table, one shift for all", (A, A), {0: (F, A)}),
     ),
-    "rows of a table, mean over rows and features": Known(
-        "gather", lambda t: t[INDEX], [(5, 6)], (A, A), {0: (F, A)}, exact=False
+    *about("reduce_sum", lambda x: x.sum(0), [(5, 6)])(
+        pull("reduction of another axis", (A,), {0: (F, A)})
     ),
-    "reduction of another axis": Known(
-        "reduce_sum", lambda x: x.sum(0), [(5, 6)], (A,), {0: (F, A)}
+    *about("cumsum", lambda x: lax.cumsum(x, 0), [(5, 6)])(
+        pull("cumulative sum of another axis", (F, A), {0: (F, A)})
     ),
-    "cumulative sum of another axis": Known(
-        "cumsum", lambda x: lax.cumsum(x, 0), [(5, 6)], (F, A), {0: (F, A)}
+    *about("reduce_window_sum", window(3, 1), [(5, 6)])(
+        pull("pooling other axes", (F, A), {0: (F, A)}),
+        pull("pooling along one of the means", (A, A), {0: (F, A)}, exact=False),
     ),
-    "cumulative sum along the mean": Known(
-        "cumsum", lambda x: lax.cumsum(x, 1), [(5, 6)], (F, A), None
+    *about("reshape", lambda x: x.reshape(2, 2, 3), [(2, 6)])(
+        pull("splitting an axis", (F, F, A), {0: (F, HALVES)}),
+        pull("splitting an axis, mean over its slow part", (F, A, F), {0: (F, (0, 1, 2, 0, 1, 2))}),
+        push("splitting an axis", (F, HALVES), {0: (F, F, A)}),
+        push("splitting through groups", (F, PAIRS), None),
+        push("splitting through a region: given up", (A, (0, 1, 2, 3, -1, -1)), {0: (A, F, F)}),
     ),
-    "pooling other axes": Known("reduce_window_sum", window(3, 1), [(5, 6)], (F, A), {0: (F, A)}),
-    "pooling along the mean": Known("reduce_window_sum", window(1, 3), [(5, 6)], (F, A), None),
-    "pooling along one of the means": Known(
-        "reduce_window_sum", window(3, 1), [(5, 6)], (A, A), {0: (F, A)}, exact=False
+    *about("reshape", lambda x: x.reshape(2, 6), [(2, 2, 3)])(
+        pull("splitting through groups", (F, PAIRS), None),
+        pull("merging: a region of one half", (A, (0, 1, 2, -1, -1, -1)), {0: (A, (0, -1), F)}),
+        pull(
+            "merging: a region across halves asks for all positions",
+            (A, (0, 1, 2, 3, -1, -1)),
+            {0: (A, F, F)},
+        ),
+        pull("merging: groups across halves are given up", (A, PAIRS), {0: (A, F, F)}, exact=False),
     ),
-    "splitting an axis": Known(
-        "reshape", lambda x: x.reshape(2, 2, 3), [(2, 6)], (F, F, A), {0: (F, HALVES)}
+    *about("reshape", lambda x: x.reshape(6, 4), [(4, 6)])(
+        pull("merging and splitting elsewhere", (F, A), None)
     ),
-    "splitting an axis, mean over its slow part": Known(
-        "reshape", lambda x: x.reshape(2, 2, 3), [(2, 6)], (F, A, F), {0: (F, (0, 1, 2, 0, 1, 2))}
+    *about("broadcast_in_dim", lambda x: jnp.broadcast_to(x[:, None], (2, 3, 6)), [(2, 6)])(
+        pull("new axes: a mean along them is nothing new", (F, A, A), {0: (F, A)})
     ),
-    "splitting through groups": Known(
-        "reshape", lambda x: x.reshape(2, 6), [(2, 2, 3)], (F, PAIRS), None
+    *about("broadcast_in_dim", lambda x: lax.broadcast_in_dim(x, (2, 6), (0,)), [(2,)])(
+        pull("new axes only: the operand must be zero", (F, A), {0: (F,)})
     ),
-    "merging: a region of one half": Known(
-        "reshape",
-        lambda x: x.reshape(2, 6),
-        [(2, 2, 3)],
-        (A, (0, 1, 2, -1, -1, -1)),
-        {0: (A, (0, -1), F)},
+    *about("broadcast_in_dim", lambda x: lax.broadcast_in_dim(x, (2, 6), (0, 1)), [(2, 1)])(
+        pull("expanded axis: the operand must be zero", (F, A), {0: (F, F)})
     ),
-    "merging: a region across halves asks for all positions": Known(
-        "reshape", lambda x: x.reshape(2, 6), [(2, 2, 3)], (A, (0, 1, 2, 3, -1, -1)), {0: (A, F, F)}
+    *about("tile", lambda x: jnp.tile(x, (2, 1)), [(5, 6)])(
+        pull("tiles: mean along another axis", (F, A), {0: (F, A)})
     ),
-    "merging: groups across halves are given up": Known(
-        "reshape", lambda x: x.reshape(2, 6), [(2, 2, 3)], (A, PAIRS), {0: (A, F, F)}, exact=False
+    *about("tile", lambda x: jnp.tile(x, (1, 3)), [(5, 1)])(
+        pull("tiles of one position", (A, A), {0: (A, F)}),
+        push("tiles of one position", (A, F), {0: (A, A)}),
     ),
-    "merging and splitting elsewhere": Known(
-        "reshape", lambda x: x.reshape(6, 4), [(4, 6)], (F, A), None
+    *about("tile", lambda x: jnp.tile(x, (1, 2)), [(5, 3)])(
+        pull("tiles along the mean", (A, A), {0: (A, F)}, exact=False),
+        push("tiles along the mean", (A, A), {0: (A, F)}),
     ),
-    "new axes: a mean along them is nothing new": Known(
-        "broadcast_in_dim",
-        lambda x: jnp.broadcast_to(x[:, None], (2, 3, 6)),
-        [(2, 6)],
-        (F, A, A),
-        {0: (F, A)},
+    *about("unstack", lambda x: tuple(lax.unstack(x, 0)), [(3, 2, 6)])(
+        pull("unstack: a region", (F, A), {0: ((0, -1, -1), F, A)}),
+        push("unstack: a shifted region", ((-1, 0, -1), F, A), {1: (F, A)}),
     ),
-    "new axes only: the operand must be zero": Known(
-        "broadcast_in_dim",
-        lambda x: lax.broadcast_in_dim(x, (2, 6), (0,)),
-        [(2,)],
-        (F, A),
-        {0: (F,)},
+    *about("stack", lambda *xs: lax.stack(list(xs), 0), [(2, 6), (2, 6)])(
+        pull("stack: a region of one operand", ((-1, 0), F, A), {1: (F, A)}, exact=False)
     ),
-    "expanded axis: the operand must be zero": Known(
-        "broadcast_in_dim",
-        lambda x: lax.broadcast_in_dim(x, (2, 6), (0, 1)),
-        [(2, 1)],
-        (F, A),
-        {0: (F, F)},
+    *about("stack", lambda *xs: lax.stack(list(xs), 1), [(2, 6), (2, 6)])(
+        pull("stack: mean along other axes", (F, F, A), {0: (F, A), 1: (F, A)})
     ),
-    "tiles: mean along another axis": Known(
-        "tile", lambda x: jnp.tile(x, (2, 1)), [(5, 6)], (F, A), {0: (F, A)}
+    *about("slice", lambda x: x[:, 2:5], [(2, 6)])(
+        pull("slice: a region", (F, A), {0: (F, (-1, -1, 0, 0, 0, -1))}),
+        push("slice along the mean", (F, A), {0: (F, A)}),
+        push("slice of groups", (F, HALVES), {0: (F, (0, 1, 1))}),
     ),
-    "tiles of one position": Known(
-        "tile", lambda x: jnp.tile(x, (1, 3)), [(5, 1)], (A, A), {0: (A, F)}
+    *about("slice", lambda x: x[1:3], [(4, 6)])(
+        pull("slice of tokens", (F, A), {0: ((-1, 0, 1, -1), A)})
     ),
-    "tiles along the mean": Known(
-        "tile", lambda x: jnp.tile(x, (1, 2)), [(5, 3)], (A, A), {0: (A, F)}, exact=False
+    *about("slice", lambda x: x[:, ::2], [(2, 6)])(
+        pull("slice with a step", (F, A), {0: (F, (0, -1, 0, -1, 0, -1))})
     ),
-    "unstack: a region": Known(
-        "unstack", lambda x: tuple(lax.unstack(x, 0)), [(3, 2, 6)], (F, A), {0: ((0, -1, -1), F, A)}
+    *about("split", lambda x: lax.split(x, (2, 4), 1), [(2, 6)])(
+        pull("split: its own region", (F, A), {0: (F, (-1, -1, 0, 0, 0, 0))}, 1),
+        push("split along the mean", (F, A), {0: (F, A), 1: (F, A)}),
     ),
-    "stack: a region of one operand": Known(
-        "stack",
-        lambda *xs: lax.stack(list(xs), 0),
-        [(2, 6), (2, 6)],
-        ((-1, 0), F, A),
-        {1: (F, A)},
-        exact=False,
+    *about("rev", lambda x: lax.rev(x, (1,)), [(2, 6)])(
+        pull("reversed", (F, (0, 0, 0, -1, 1, 1)), {0: (F, (0, 0, -1, 1, 1, 1))})
     ),
-    "stack: mean along other axes": Known(
-        "stack",
-        lambda *xs: lax.stack(list(xs), 1),
-        [(2, 6), (2, 6)],
-        (F, F, A),
-        {0: (F, A), 1: (F, A)},
+    *about("transpose", jnp.transpose, [(6, 2)])(pull("transposed", (F, HALVES), {0: (HALVES, F)})),
+    *about("concatenate", lambda x, y: jnp.concatenate([x, y], 0), [(2, 6), (3, 6)])(
+        pull("concatenated along another axis", (F, A), {0: (F, A), 1: (F, A)})
     ),
-    "slice: a region": Known(
-        "slice", lambda x: x[:, 2:5], [(2, 6)], (F, A), {0: (F, (-1, -1, 0, 0, 0, -1))}
+    *about("concatenate", lambda x, y: jnp.concatenate([x, y], 1), [(2, 2), (2, 4)])(
+        pull("concatenated along the mean", (F, A), {0: (F, A), 1: (F, A)}, exact=False),
+        pull(
+            "concatenated: a region inside one operand",
+            (F, (-1, -1, -1, 0, 0, 0)),
+            {1: (F, (-1, 0, 0, 0))},
+            exact=False,
+        ),
+        push("concatenated along the mean", (F, A), {0: (F, (-1, -1, 0, 0, 0, 0))}, 1),
     ),
-    "slice of tokens": Known("slice", lambda x: x[1:3], [(4, 6)], (F, A), {0: ((-1, 0, 1, -1), A)}),
-    "slice with a step": Known(
-        "slice", lambda x: x[:, ::2], [(2, 6)], (F, A), {0: (F, (0, -1, 0, -1, 0, -1))}
+    *about("pad", lambda x: jnp.pad(x, ((0, 0), (1, 2))), [(2, 3)])(
+        pull("padded with zeros", (F, A), {0: (F, A)}, exact=False)
     ),
-    "split: its own region": Known(
-        "split",
-        lambda x: lax.split(x, (2, 4), 1),
-        [(2, 6)],
-        (F, A),
-        {0: (F, (-1, -1, 0, 0, 0, 0))},
-        position=1,
+    *about("pad", lambda x: jnp.pad(x, ((0, 0), (0, 2))), [(2, 3)])(
+        pull("padded at the end", (F, A), {0: (F, A)}, exact=False)
     ),
-    "reversed": Known(
-        "rev",
-        lambda x: lax.rev(x, (1,)),
-        [(2, 6)],
-        (F, (0, 0, 0, -1, 1, 1)),
-        {0: (F, (0, 0, -1, 1, 1, 1))},
+    *about("pad", lambda x: lax.pad(x, 1.0, [(0, 0, 0), (1, 2, 0)]), [(2, 3)])(
+        pull("padded with ones", (F, A), None)
     ),
-    "transposed": Known("transpose", jnp.transpose, [(6, 2)], (F, HALVES), {0: (HALVES, F)}),
-    "concatenated along another axis": Known(
-        "concatenate",
-        lambda x, y: jnp.concatenate([x, y], 0),
-        [(2, 6), (3, 6)],
-        (F, A),
-        {0: (F, A), 1: (F, A)},
+    *about("pad", lambda x: lax.pad(x, 1.0, [(1, 2, 0), (0, 0, 0)]), [(2, 3)])(
+        pull("padded with ones along another axis", (F, A), None)
     ),
-    "concatenated along the mean": Known(
-        "concatenate",
-        lambda x, y: jnp.concatenate([x, y], 1),
-        [(2, 2), (2, 4)],
-        (F, A),
-        {0: (F, A), 1: (F, A)},
-        exact=False,
+    *about("pad", lambda x, v: lax.pad(x, v, [(0, 0, 0), (1, 2, 0)]), [(2, 3), ()])(
+        pull("padded with an input", (F, A), None),
+        push("shifted padding", (), None, 1),
     ),
-    "concatenated: a region inside one operand": Known(
-        "concatenate",
-        lambda x, y: jnp.concatenate([x, y], 1),
-        [(2, 2), (2, 4)],
-        (F, (-1, -1, -1, 0, 0, 0)),
-        {1: (F, (-1, 0, 0, 0))},
-        exact=False,
+    *about("pad", lambda x: lax.pad(x, 0.0, [(0, 0, 0), (-1, 0, 0)]), [(2, 6)])(
+        pull("cropped by padding", (F, A), None)
     ),
-    "padded with zeros": Known(
-        "pad", lambda x: jnp.pad(x, ((0, 0), (1, 2))), [(2, 3)], (F, A), {0: (F, A)}, exact=False
+    *about("pad", lambda x: lax.pad(x, 0.0, [(0, -1, 0), (1, 2, 0)]), [(2, 6)])(
+        pull("cropped by padding, padded along another axis", (F, A), None),
+        push("cropped by padding, padded along another axis", (F, A), None),
     ),
-    "padded at the end": Known(
-        "pad", lambda x: jnp.pad(x, ((0, 0), (0, 2))), [(2, 3)], (F, A), {0: (F, A)}, exact=False
+    *about("gather", lambda t: t[INDEX, 2:4], [(5, 6)])(pull("windows of a table", (F, A), None)),
+    *about("gather", lambda t: jnp.take(t, INDEX, 0, mode="fill", fill_value=1.0), [(5, 6)])(
+        pull("missing rows filled with ones", (F, A), None)
     ),
-    "padded with ones": Known(
-        "pad", lambda x: lax.pad(x, 1.0, [(0, 0, 0), (1, 2, 0)]), [(2, 3)], (F, A), None
+    *about("gather", lambda t: jnp.take(t, INDEX, 0, mode="fill", fill_value=jnp.nan), [(5, 6)])(
+        pull("missing rows filled with numbers that are none", (F, A), {0: (F, A)})
     ),
-    "padded with ones along another axis": Known(
-        "pad", lambda x: lax.pad(x, 1.0, [(1, 2, 0), (0, 0, 0)]), [(2, 3)], (F, A), None
+    *about("pad", lambda x: jnp.pad(x, ((0, 0), (1, 2))), [(2, 0)])(
+        pull("nothing padded to something", (A, F), {0: (A, F)}, exact=False)
     ),
-    "padded with an input": Known(
-        "pad", lambda x, v: lax.pad(x, v, [(0, 0, 0), (1, 2, 0)]), [(2, 3), ()], (F, A), None
+    *about("dynamic_slice", lambda x, i: lax.dynamic_slice(x, (i, 0), (2, 6)), [(5, 6), 1])(
+        pull("token slice at run time", (F, A), {0: (F, A)})
     ),
-    "cropped by padding": Known(
-        "pad", lambda x: lax.pad(x, 0.0, [(0, 0, 0), (-1, 0, 0)]), [(2, 6)], (F, A), None
+    *about("dynamic_slice", lambda x, i: lax.dynamic_slice(x, (0, i), (5, 2)), [(5, 6), 1])(
+        pull("feature slice at run time", (F, A), None)
     ),
-    "cropped by padding, padded along another axis": Known(
-        "pad", lambda x: lax.pad(x, 0.0, [(0, -1, 0), (1, 2, 0)]), [(2, 6)], (F, A), None
-    ),
-    "rows of a table": Known("gather", lambda t: t[INDEX], [(5, 6)], (F, A), {0: (F, A)}),
-    "rows of a table, mean over the rows": Known(
-        "gather", lambda t: t[INDEX], [(5, 6)], (A, F), None
-    ),
-    "single elements of a table": Known("gather", lambda t: t[:, INDEX], [(5, 6)], (F, A), None),
-    "windows of a table": Known("gather", lambda t: t[INDEX, 2:4], [(5, 6)], (F, A), None),
-    "missing rows filled with ones": Known(
-        "gather",
-        lambda t: jnp.take(t, INDEX, 0, mode="fill", fill_value=1.0),
-        [(5, 6)],
-        (F, A),
-        None,
-    ),
-    "missing rows filled with numbers that are none": Known(
-        "gather",
-        lambda t: jnp.take(t, INDEX, 0, mode="fill", fill_value=jnp.nan),
-        [(5, 6)],
-        (F, A),
-        {0: (F, A)},
-    ),
-    "nothing padded to something": Known(
-        "pad", lambda x: jnp.pad(x, ((0, 0), (1, 2))), [(2, 0)], (A, F), {0: (A, F)}, exact=False
-    ),
-    "token slice at run time": Known(
-        "dynamic_slice",
-        lambda x, i: lax.dynamic_slice(x, (i, 0), (2, 6)),
-        [(5, 6), 1],
-        (F, A),
-        {0: (F, A)},
-    ),
-    "feature slice at run time": Known(
-        "dynamic_slice",
-        lambda x, i: lax.dynamic_slice(x, (0, i), (5, 2)),
-        [(5, 6), 1],
-        (F, A),
-        None,
-    ),
-    "token update at run time": Known(
+    *about(
         "dynamic_update_slice",
         lambda x, u, i: lax.dynamic_update_slice(x, u, (i, 0)),
         [(5, 6), (2, 6), 1],
-        (F, A),
-        {0: (F, A), 1: (F, A)},
+    )(pull("token update at run time", (F, A), {0: (F, A), 1: (F, A)})),
+    *about("scatter", lambda x, u: x.at[INDEX].set(u), [(5, 6), (2, 6)])(
+        pull("rows written", (F, A), {0: (F, A), 2: (F, A)}),
+        push("rows overwritten", (A, A), {0: (F, A)}),
+        push("rows written", (A, A), {0: (F, A)}, 2),
     ),
-    "feature update at run time": Known(
-        "dynamic_update_slice",
-        lambda x, u, i: lax.dynamic_update_slice(x, u, (0, i)),
-        [(5, 6), (5, 2), 1],
-        (F, A),
-        None,
+    *about("scatter", lambda x, u: x.at[INDEX, INDEX].set(u), [(5, 4, 6), (2, 6)])(
+        pull("rows written at two indices", (F, F, A), {0: (F, F, A), 2: (F, A)}),
+        push("rows written at two indices", (F, A), {0: (F, F, A)}, 2),
     ),
-    "rows written": Known(
-        "scatter", lambda x, u: x.at[INDEX].set(u), [(5, 6), (2, 6)], (F, A), {0: (F, A), 2: (F, A)}
+    *about("scatter-add", lambda x, u: x.at[INDEX].add(u), [(5, 6), (2, 6)])(
+        pull("rows increased", (F, A), {0: (F, A), 2: (F, A)})
     ),
-    "rows written at two indices": Known(
-        "scatter",
-        lambda x, u: x.at[INDEX, INDEX].set(u),
-        [(5, 4, 6), (2, 6)],
-        (F, F, A),
-        {0: (F, F, A), 2: (F, A)},
+    *about("scatter-add", lambda x, u: x.at[:, INDEX].add(u), [(5, 6), (5, 2)])(
+        pull("single elements increased", (F, A), None)
     ),
-    "rows increased": Known(
-        "scatter-add",
-        lambda x, u: x.at[INDEX].add(u),
-        [(5, 6), (2, 6)],
-        (F, A),
-        {0: (F, A), 2: (F, A)},
+    *about("scatter", lambda x: x.at[INDEX].apply(jnp.exp), [(5, 6)])(
+        pull("rows replaced by a function of themselves", (F, A), None),
+        push("rows replaced by a function of themselves", (F, A), None),
     ),
-    "single elements increased": Known(
-        "scatter-add", lambda x, u: x.at[:, INDEX].add(u), [(5, 6), (5, 2)], (F, A), None
+    *about("add", jnp.add, [(2, 1), (2, 6)])(
+        push("per-token operand of a sum", (F, F), {0: (F, A)})
     ),
-    "rows replaced by a function of themselves": Known(
-        "scatter", lambda x: x.at[INDEX].apply(jnp.exp), [(5, 6)], (F, A), None
+    *about("add", jnp.add, [(2, 6), ()])(push("scalar operand of a sum", (), {0: (A, A)}, 1)),
+    *about("mul", times, [(2, 1), (2, 6)])(
+        push("per-token shift of a per-token value", (F, F), {0: (F, F)})
     ),
-}
-
-PUSHES: dict[str, Known] = {
-    "per-token operand of a sum": Known("add", jnp.add, [(2, 1), (2, 6)], (F, F), {0: (F, A)}),
-    "scalar operand of a sum": Known("add", jnp.add, [(2, 6), ()], (), {0: (A, A)}, 1),
-    "product with a per-channel factor": Known("mul", times, [(2, 6), (1, 6)], (F, A), None),
-    "shifted scale": Known("mul", times, [(2, 6), (1, 6)], (F, A), None, 1),
-    "per-token shift of a per-token value": Known(
-        "mul", times, [(2, 1), (2, 6)], (F, F), {0: (F, F)}
+    *about("mul", lambda x, g: x * jnp.broadcast_to(g, (2, 6)).reshape(3, 4), [(3, 4), ()])(
+        push("product with one number, spread in another shape", (A, A), {0: (A, A)})
     ),
-    "product with a per-token factor": Known("mul", times, [(2, 6), (2, 1)], (F, A), {0: (F, A)}),
-    "product with one number, spread in another shape": Known(
-        "mul",
-        lambda x, g: x * jnp.broadcast_to(g, (2, 6)).reshape(3, 4),
-        [(3, 4), ()],
-        (A, A),
-        {0: (A, A)},
+    *about("optimization_barrier", lambda x, y: lax.optimization_barrier((x, y)), [(2, 6), (6,)])(
+        push("barrier: its own output", (A,), {1: (A,)}, 1)
     ),
-    "shift of single elements of a product": Known(
-        "mul", times, [(2, 6), (1, 6)], (F, F), {0: (F, F)}
+    *about("reduce_sum", lambda x: x.sum(1), [(5, 6)])(
+        push("reduction along the mean", (F, A), {0: (F,)})
     ),
-    "shift of single elements of a choice": Known(
-        "select_n", jnp.where, [np.eye(2, 6) > 0, (2, 6), (2, 6)], (F, F), {0: (F, F)}, 1
+    *about("pad", lambda x: lax.pad(x, 1.0, [(0, 0, 0), (1, 1, 1)]), [(2, 2)])(
+        push("padded along the mean", (F, A), {0: (F, (-1, 0, -1, 0, -1))})
     ),
-    "product with a per-channel factor, both axes shifted": Known(
-        "mul", times, [(2, 6), (1, 6)], (A, A), {0: (A, F)}
-    ),
-    "shifted divisor": Known("div", jnp.divide, [(2, 6), (2, 1)], (F, F), None, 1),
-    "choice by a shifted value": Known(
-        "select_n", jnp.where, [np.eye(2, 6) > 0, (2, 6), (2, 6)], (F, A), None
-    ),
-    "choice per element": Known(
-        "select_n", jnp.where, [np.eye(2, 6) > 0, (2, 6), (2, 6)], (F, A), None, 1
-    ),
-    "conversion to whole numbers": Known(
-        "convert_element_type", lambda x: x.astype(int), [(2, 6)], (F, A), None
-    ),
-    "barrier: its own output": Known(
-        "optimization_barrier",
-        lambda x, y: lax.optimization_barrier((x, y)),
-        [(2, 6), (6,)],
-        (A,),
-        {1: (A,)},
-        1,
-    ),
-    "dense: columns of the weights": Known(
-        "dot_general", dense, [(2, 5, 4), (4, 6)], (F, A), {0: (F, F, A)}, 1
-    ),
-    "dense: what is summed away": Known(
-        "dot_general", dense, [(2, 5, 4), (4, 6)], (F, F, A), {0: (F, F, F)}
-    ),
-    "batched product: across the batch": Known(
-        "dot_general", batched, [(2, 5, 4), (2, 4, 6)], (A, F, F), {0: (F, F, F)}
-    ),
-    "batched product: weights that repeat over the batch": Known(
-        "dot_general", repeats, [(2, 5, 4), (4, 6)], (A, F, F), {0: (A, F, F)}
-    ),
-    "two batch axes: weights that repeat over the first": Known(
-        "dot_general", repeats_over_one, [(2, 3, 5, 4), (3, 4, 6)], (A, A, A, F), {0: (A, F, A, F)}
-    ),
-    "convolution: shifted image": Known(
-        "conv_general_dilated", conv(), [(2, 5, 4), (3, 4, 6)], (F, F, A), None
-    ),
-    "convolution: output features": Known(
-        "conv_general_dilated", conv(), [(2, 5, 4), (3, 4, 6)], (F, F, A), {0: (F, F, A)}, 1
-    ),
-    "grouped convolution: across groups": Known(
-        "conv_general_dilated", conv(2), [(2, 5, 4), (3, 2, 6)], (F, F, A), {0: (F, F, HALVES)}, 1
-    ),
-    "depthwise convolution": Known(
-        "conv_general_dilated", conv(6), [(2, 5, 6), (3, 1, 6)], (F, F, A), {0: (F, F, F)}, 1
-    ),
-    "reduction along the mean": Known(
-        "reduce_sum", lambda x: x.sum(1), [(5, 6)], (F, A), {0: (F,)}
-    ),
-    "cumulative sum along the mean": Known(
-        "cumsum", lambda x: lax.cumsum(x, 1), [(5, 6)], (F, A), {0: (F, F)}
-    ),
-    "pooling along the mean": Known(
-        "reduce_window_sum", window(1, 3), [(5, 6)], (F, A), {0: (F, F)}
-    ),
-    "splitting an axis": Known(
-        "reshape", lambda x: x.reshape(2, 2, 3), [(2, 6)], (F, HALVES), {0: (F, F, A)}
-    ),
-    "splitting through groups": Known(
-        "reshape", lambda x: x.reshape(2, 2, 3), [(2, 6)], (F, PAIRS), None
-    ),
-    "splitting through a region: given up": Known(
-        "reshape", lambda x: x.reshape(2, 2, 3), [(2, 6)], (A, (0, 1, 2, 3, -1, -1)), {0: (A, F, F)}
-    ),
-    "slice along the mean": Known("slice", lambda x: x[:, 2:5], [(2, 6)], (F, A), {0: (F, A)}),
-    "slice of groups": Known(
-        "slice", lambda x: x[:, 2:5], [(2, 6)], (F, HALVES), {0: (F, (0, 1, 1))}
-    ),
-    "unstack: a shifted region": Known(
-        "unstack", lambda x: tuple(lax.unstack(x, 0)), [(3, 2, 6)], ((-1, 0, -1), F, A), {1: (F, A)}
-    ),
-    "split along the mean": Known(
-        "split", lambda x: lax.split(x, (2, 4), 1), [(2, 6)], (F, A), {0: (F, A), 1: (F, A)}
-    ),
-    "concatenated along the mean": Known(
-        "concatenate",
-        lambda x, y: jnp.concatenate([x, y], 1),
-        [(2, 2), (2, 4)],
-        (F, A),
-        {0: (F, (-1, -1, 0, 0, 0, 0))},
-        1,
-    ),
-    "padded along the mean": Known(
-        "pad",
-        lambda x: lax.pad(x, 1.0, [(0, 0, 0), (1, 1, 1)]),
-        [(2, 2)],
-        (F, A),
-        {0: (F, (-1, 0, -1, 0, -1))},
-    ),
-    "cropped by padding, padded along another axis": Known(
-        "pad", lambda x: lax.pad(x, 0.0, [(0, -1, 0), (1, 2, 0)]), [(2, 6)], (F, A), None
-    ),
-    "shifted padding": Known(
-        "pad", lambda x, v: lax.pad(x, v, [(0, 0, 0), (1, 2, 0)]), [(2, 3), ()], (), None, 1
-    ),
-    "tiles of one position": Known(
-        "tile", lambda x: jnp.tile(x, (1, 3)), [(5, 1)], (A, F), {0: (A, A)}
-    ),
-    "tiles along the mean": Known(
-        "tile", lambda x: jnp.tile(x, (1, 2)), [(5, 3)], (A, A), {0: (A, F)}
-    ),
-    "rows of a table": Known("gather", lambda t: t[INDEX], [(5, 6)], (F, A), {0: (F, A)}),
-    "ragged product: shifted columns": Known(
-        "ragged_dot_general", ragged, [(5, 4), (3, 4, 6)], (A, A, HALVES), {0: (F, HALVES)}, 1
-    ),
-    "ragged product: shifted rows": Known(
-        "ragged_dot_general", ragged, [(5, 4), (3, 4, 6)], (A, A), {0: (F, F)}
-    ),
-    "transform along other axes": Known("fft", spectrum, [(6, 5)], (A, A), {0: (A, F)}),
-    "transform along the mean": Known("fft", spectrum, [(6, 5)], (F, A), {0: (F, F)}),
-    "rows of a table, one shift for all": Known(
-        "gather", lambda t: t[INDEX], [(5, 6)], (A, A), {0: (F, A)}
-    ),
-    "single elements of a table": Known(
-        "gather", lambda t: t[:, INDEX], [(5, 6)], (F, A), {0: (F, F)}
-    ),
-    "feature update at run time": Known(
-        "dynamic_update_slice",
-        lambda x, u, i: lax.dynamic_update_slice(x, u, (0, i)),
-        [(5, 6), (5, 2), 1],
-        (A, A),
-        {0: (A, F)},
-    ),
-    "rows overwritten": Known(
-        "scatter", lambda x, u: x.at[INDEX].set(u), [(5, 6), (2, 6)], (A, A), {0: (F, A)}
-    ),
-    "rows replaced by a function of themselves": Known(
-        "scatter", lambda x: x.at[INDEX].apply(jnp.exp), [(5, 6)], (F, A), None
-    ),
-    "rows written": Known(
-        "scatter", lambda x, u: x.at[INDEX].set(u), [(5, 6), (2, 6)], (A, A), {0: (F, A)}, 2
-    ),
-    "rows written at two indices": Known(
-        "scatter",
-        lambda x, u: x.at[INDEX, INDEX].set(u),
-        [(5, 4, 6), (2, 6)],
-        (F, A),
-        {0: (F, F, A)},
-        2,
-    ),
-}
-
-
-def operands_of(known: Known) -> list[Any]:
-    rng = np.random.default_rng(0)
-    return [rng.normal(0.5, 1, x) if isinstance(x, tuple) else x for x in known.operands]
+]
 
 
 def labelled(shape: tuple[int, ...], entries: Sequence[Given]) -> AxisSet:
     return AxisSet(shape, tuple(Labels(e) if isinstance(e, tuple) else e for e in entries))
 
 
-@pytest.mark.parametrize("question", PULLS)
-def test_pull(question: str) -> None:
-    known = PULLS[question]
-    one = find(known.primitive, Program(known.fn, operands_of(known)), 2)[0]
-    along = labelled(one.context.out_shape(known.position), known.asked)
-    answer = one.rule.pull(one.context, known.position, along)
-    if known.answer is None:
-        assert isinstance(answer, Opaque)
-        return
-    assert not isinstance(answer, Opaque)
-    assert {i: s.entries for i, s in answer.needs} == known.answer
-    assert answer.exact == known.exact
-    check_pull(one, known.position, along)
-
-
-@pytest.mark.parametrize("question", PUSHES)
-def test_push(question: str) -> None:
-    known = PUSHES[question]
-    one = find(known.primitive, Program(known.fn, operands_of(known)), 2)[0]
-    along = labelled(one.context.in_shape(known.position), known.asked)
-    answer = one.rule.push(one.context, known.position, along)
-    if known.answer is None:
-        assert isinstance(answer, Opaque)
-        return
-    assert not isinstance(answer, Opaque)
-    assert {i: s.entries for i, s in answer} == known.answer
-    check_push(one, known.position, along)
+@pytest.mark.parametrize("known", KNOWN, ids=lambda k: f"{k.asked.rule}: {k.asked.question}")
+def test_known_answer(known: Known) -> None:
+    rule, _, asked, answer, position, exact = known.asked
+    rng = np.random.default_rng(0)
+    operands = [rng.normal(0.5, 1, x) if isinstance(x, tuple) else x for x in known.operands]
+    one = find(known.primitive, Program(known.fn, operands), 2)[0]
+    pulls, ctx = rule == "pull", one.context
+    along = labelled(ctx.out_shape(position) if pulls else ctx.in_shape(position), asked)
+    got = (one.rule.pull if pulls else one.rule.push)(ctx, position, along)
+    assert isinstance(got, Opaque) == (answer is None)
+    if answer is not None:
+        assert {i: s.entries for i, s in (got.needs if pulls else got)} == answer
+        assert not pulls or got.exact == exact
+        (check_pull if pulls else check_push)(one, position, along)
 
 
 @pytest.mark.parametrize("name", UNARY.split())
