@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,26 +18,25 @@ from flax.training.train_state import TrainState
 from jax.sharding import Mesh
 
 import jax_lnfold
+from tests.frameworks import harness
+from tests.frameworks.harness import Edits, assert_blames, check_as_accurate, draw, writer
 from tests.helpers.contracts import (
     assert_drop_in,
     check_contracts,
     count_equations,
+    counts,
     fold_checked,
     relative_difference,
+    removed_sums,
     snapshot,
 )
 from tests.models.zoo import perturb
 
 Array = jax.Array
 Body = Callable[[nn.Module, Array, Array], Array]
-Edits = dict[str, tuple[int, ...]]
 
 B, T, DIN, D, HID, OUT, L, VOCAB = 2, 5, 7, 12, 20, 3, 4, 17  # no two axes of equal size
 HEADS, HEAD_DIM = 3, 6
-
-
-def draw(*shape: int) -> Array:
-    return jnp.asarray(np.random.default_rng(sum(shape)).standard_normal(shape))
 
 
 KEY = jax.random.key(7, impl="rbg")
@@ -84,30 +82,11 @@ def init(model: nn.Module, *inputs: Array) -> Any:
     return perturb(jax.tree.map(lambda leaf: np.ones(leaf.shape), shapes))
 
 
-def counts(report: jax_lnfold.Report) -> tuple[int, int, int]:
-    return len(report.norms), report.n_folded, report.n_inserted
-
-
 def edits_of(report: jax_lnfold.Report) -> Edits:
     return {e.key_path.removeprefix("params/"): e.axes for e in report.edits}
 
 
-def assert_left(apply: Any, variables: Any, *inputs: Array, norms: int, primitive: str) -> None:
-    """No LayerNorm folds, because of `primitive` in this file, and no parameter is touched."""
-    folded = jax_lnfold.fold(apply, variables, *inputs)
-    report = folded.report
-    assert counts(report) == (norms, 0, 0)
-    assert (report.edits, report.scales) == ((), ())
-    leaves = zip(jax.tree.leaves(folded.params), jax.tree.leaves(variables), strict=True)
-    assert all(new is old for new, old in leaves)
-    for norm in report.norms:
-        assert re.search(rf"`{primitive}` \(.*test_linen\.py:\d+\)", norm.reason), norm.reason
-
-
-def writer(path: str, kernel: int = 1, bias: int = 0) -> Edits:
-    return {f"{path}/kernel": (kernel,), f"{path}/bias": (bias,)}
-
-
+assert_left = partial(harness.assert_left, "test_linen")
 START = writer("embed")
 BLOCKS = START | writer("first/down") | writer("second/down")
 
@@ -332,10 +311,7 @@ def test_folds_through_the_transform(name: str) -> None:
     norms = folded.report.norms
     assert [(n.count, n.folded) for n in norms] == [(c, True) for c in (*inner, 1)]
     assert (folded.report.n_inserted, edits_of(folded.report)) == (0, START | edits)
-    removed = count_equations("reduce_sum", apply, variables, X) - count_equations(
-        "reduce_sum", folded.apply, folded.params, X
-    )
-    assert removed == len(norms)
+    assert removed_sums(apply, variables, folded, X) == len(norms)
 
 
 def read_by_dense(module: nn.Module, s: Array, x: Array) -> Array:
@@ -580,8 +556,7 @@ def test_dropout(name: str) -> None:
     check_contracts(apply, variables, folded, X, jax.random.fold_in(KEY, 1))
     assert counts(folded.report) == (3, n_folded, n_inserted)
     for norm in folded.report.norms[n_folded:]:
-        assert "`select_n` (" in norm.reason
-        assert "test_linen.py:" in norm.reason
+        assert_blames(norm, "select_n", "test_linen")
     random = relative_difference(folded(X, jax.random.fold_in(KEY, 1)), folded(X, KEY))
     assert (random > 0) == (name != "deterministic")
 
@@ -766,8 +741,7 @@ def test_attention_that_reads_keys_from_the_raw_stream() -> None:
     assert [n.folded for n in report.norms] == [False, True, True, False]
     assert (report.n_inserted, edits_of(report)) == (0, QUERY_KEY)
     for norm in (report.norms[0], report.norms[-1]):
-        assert "`dot_general` (Stream/attention/" in norm.reason
-        assert "test_linen.py:" in norm.reason
+        assert_blames(norm, "dot_general", r"Stream/attention/.*test_linen")
 
 
 def test_attention_with_a_cache() -> None:
@@ -821,8 +795,7 @@ def test_recurrent_cell() -> None:
     gates, state = report.norms
     assert (gates.count, gates.folded, gates.shape) == (T, True, (B, 4 * D))
     assert (state.count, state.folded, report.n_inserted) == (T, False, 0)
-    assert "`mul` (" in state.reason
-    assert "test_linen.py:" in state.reason
+    assert_blames(state, "mul", "test_linen")
     assert edits_of(report) == writer("cell/in") | {"cell/again/kernel": (1,)}
 
 
@@ -882,8 +855,7 @@ def test_norm_across_the_members_of_an_ensemble(shared: bool) -> None:
     expected = {"members/kernel": (0,), "members/bias": (0,)} if shared else {}
     assert edits_of(report) == expected
     if not shared:
-        assert "`dot_general` (" in report.norms[0].reason
-        assert "test_linen.py:" in report.norms[0].reason
+        assert_blames(report.norms[0], "dot_general", "test_linen")
 
 
 def test_one_module_called_twice() -> None:
@@ -1063,14 +1035,7 @@ def test_bfloat16(param_dtype: Any) -> None:
     assert (counts(folded.report), edits_of(folded.report)) == ((3, 3, 0), BLOCKS)
     wide = jax.tree.map(lambda w: w.astype(jnp.float64), params)
     reference = jax.jit(stream_of(dtype=jnp.float64).apply)(wide, x)
-
-    def error(y: Array) -> float:
-        assert y.dtype == jnp.bfloat16
-        return float(jnp.sqrt(jnp.mean((y.astype(jnp.float64) - reference) ** 2)))
-
-    original = error(apply(params, x))
-    assert error(folded(x)) <= 1.5 * original
-    assert error(apply(folded.params, x)) <= 1.5 * original
+    check_as_accurate(apply, params, folded, x, reference)
 
 
 # --- training ------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,25 +13,23 @@ import pytest
 from flax import nnx
 
 import jax_lnfold
+from tests.frameworks import harness
+from tests.frameworks.harness import Edits, assert_blames, check_as_accurate, draw, writer
 from tests.helpers.contracts import (
     check_contracts,
-    count_equations,
+    counts,
     fold_checked,
     relative_difference,
+    removed_sums,
     snapshot,
 )
 from tests.models.zoo import perturb
 
 Array = jax.Array
 Make = Callable[[nnx.Rngs], Callable[[Array], Array]]
-Edits = dict[str, tuple[int, ...]]
 
 B, T, DIN, D, HID, OUT, L, VOCAB = 2, 5, 7, 12, 20, 3, 4, 17  # no two axes of equal size
 HEADS, HEAD_DIM, RANK = 3, 6, 9
-
-
-def draw(*shape: int) -> Array:
-    return jnp.asarray(np.random.default_rng(sum(shape)).standard_normal(shape))
 
 
 X, OTHER_X = draw(B, T, DIN), draw(3, 6, DIN)
@@ -103,32 +100,13 @@ def split(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable[..., Array],
     return jax.jit(lambda state, x: nnx.merge(graphdef, state)(x)), state
 
 
-def counts(report: jax_lnfold.Report) -> tuple[int, int, int]:
-    return len(report.norms), report.n_folded, report.n_inserted
-
-
 def edits_of(report: jax_lnfold.Report) -> Edits:
     return {e.key_path.removesuffix("/value"): e.axes for e in report.edits}
 
 
-def writer(path: str, kernel: int = 1, bias: int = 0) -> Edits:
-    return {f"{path}/kernel": (kernel,), f"{path}/bias": (bias,)}
-
-
+assert_left = partial(harness.assert_left, "test_nnx")
 START = writer("embed")
 LAYERS = writer("body/layers/0/down") | writer("body/layers/1/down")
-
-
-def assert_left(apply: Any, state: Any, *inputs: Any, norms: int, primitive: str) -> None:
-    """No LayerNorm folds, because of `primitive` in this file, and no parameter is touched."""
-    folded = jax_lnfold.fold(apply, state, *inputs)
-    report = folded.report
-    assert counts(report) == (norms, 0, 0)
-    assert (report.edits, report.scales) == ((), ())
-    leaves = zip(jax.tree.leaves(folded.params), jax.tree.leaves(state), strict=True)
-    assert all(new is old for new, old in leaves)
-    for norm in report.norms:
-        assert re.search(rf"`{primitive}` \(.*test_nnx\.py:\d+\)", norm.reason), norm.reason
 
 
 # --- ways to call a module -----------------------------------------------------------------------
@@ -326,10 +304,7 @@ def test_folds_through_the_transform(name: str) -> None:
     norms = folded.report.norms
     assert [(n.count, n.folded) for n in norms] == [(c, True) for c in (*inner, 1)]
     assert (folded.report.n_inserted, edits_of(folded.report)) == (0, START | edits)
-    removed = count_equations("reduce_sum", apply, state, X) - count_equations(
-        "reduce_sum", folded.apply, folded.params, X
-    )
-    assert removed == len(norms)
+    assert removed_sums(apply, state, folded, X) == len(norms)
 
 
 def cond_tanh(block: Block, s: Array) -> Array:
@@ -561,7 +536,7 @@ def test_dropout(residual: bool, train: bool, n_folded: int, in_params: bool) ->
     layers = writer("body/layers/0/down") | writer("body/layers/1/down")
     assert edits_of(report) == START | (layers if n_folded == 3 else {})
     for norm in report.norms[n_folded:]:
-        assert re.search(r"`select_n` \(.*test_nnx\.py:\d+\)", norm.reason), norm.reason
+        assert_blames(norm, "select_n", "test_nnx")
 
 
 class Sown(nnx.Module):
@@ -651,7 +626,7 @@ def test_attention_that_reads_keys_from_the_raw_stream() -> None:
     assert [n.folded for n in report.norms] == [False, True, True, False]
     assert (report.n_inserted, edits_of(report)) == (0, QUERY_KEY)
     for norm in (report.norms[0], report.norms[-1]):
-        assert re.search(r"`dot_general` \(.*test_nnx\.py:\d+\)", norm.reason), norm.reason
+        assert_blames(norm, "dot_general", "test_nnx")
 
 
 class Adapted(nnx.Module):
@@ -734,14 +709,7 @@ def test_bfloat16(param_dtype: Any) -> None:
     assert (counts(folded.report), edits_of(folded.report)) == ((3, 3, 0), START | LAYERS)
     wide = jax.tree.map(lambda w: w.astype(jnp.float64), state)
     reference = of(dtype=jnp.float64)[0](wide, x)
-
-    def error(y: Array) -> float:
-        assert y.dtype == jnp.bfloat16
-        return float(jnp.sqrt(jnp.mean((y.astype(jnp.float64) - reference) ** 2)))
-
-    original = error(apply(state, x))
-    assert error(folded(x)) <= 1.5 * original
-    assert error(apply(folded.params, x)) <= 1.5 * original
+    check_as_accurate(apply, state, folded, x, reference)
 
 
 def test_gradient_of_a_module_with_folded_parameters() -> None:

@@ -110,6 +110,11 @@ def fold_checked(
     return folded
 
 
+def counts(report: jax_lnfold.Report) -> tuple[int, int, int]:
+    """How many LayerNorms there are, how many of them fold, and explicit centerings."""
+    return len(report.norms), report.n_folded, report.n_inserted
+
+
 def _as_jaxpr(value: Any) -> jax.extend.core.Jaxpr | None:
     inner = getattr(value, "jaxpr", value)
     return inner if isinstance(inner, jax.extend.core.Jaxpr) else None
@@ -131,6 +136,12 @@ def count_equations(name: str, fn: ApplyFn, *args: Any) -> int:
     """How many equations of the primitive `name` the jaxpr of ``fn(*args)`` holds."""
     equations = iter_equations(jax.make_jaxpr(fn)(*args))
     return sum(eqn.primitive.name == name for eqn in equations)
+
+
+def removed_sums(apply_fn: ApplyFn, params: PyTree, folded: jax_lnfold.Folded, *inputs: Any) -> int:
+    """How many ``reduce_sum`` equations fewer the folded program has."""
+    original = count_equations("reduce_sum", apply_fn, params, *inputs)
+    return original - count_equations("reduce_sum", folded.apply, folded.params, *inputs)
 
 
 def count_reductions(fn: ApplyFn, *args: Any, sizes: int | tuple[int, ...]) -> int:

@@ -16,7 +16,13 @@ import pytest
 import transformers as hf
 
 import jax_lnfold
-from tests.helpers.contracts import assert_identical, check_contracts, fold_checked, snapshot
+from tests.helpers.contracts import (
+    assert_identical,
+    check_contracts,
+    counts,
+    fold_checked,
+    snapshot,
+)
 from tests.models.zoo.base import VOCAB, floats, initial, lengths_mask, perturb, tokens
 
 D, HEADS, HIDDEN, POSITIONS = 12, 3, 20, 16
@@ -335,7 +341,7 @@ def test_folds_as_derived(case: Case) -> None:
     apply_fn, before = case.apply_fn(model), snapshot(params)
     folded = jax_lnfold.fold(apply_fn, params, case.batches[0])
     report = folded.report
-    assert (len(report.norms), report.n_folded, report.n_inserted) == (
+    assert counts(report) == (
         case.norms,
         case.folded,
         case.inserted,
@@ -383,4 +389,4 @@ def test_folds_a_whole_generation() -> None:
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
         folded = fold_checked(jax.jit(generate), params, case.batches[0])
     report = folded.report
-    assert (len(report.norms), report.n_folded, report.n_inserted) == (10, 10, 2)
+    assert counts(report) == (10, 10, 2)

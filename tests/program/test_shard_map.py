@@ -19,6 +19,7 @@ from jax_lnfold.program.devices import collect, per_device, spread
 from tests.helpers.contracts import (
     check_contracts,
     count_equations,
+    counts,
     fold_checked,
     relative_difference,
 )
@@ -182,7 +183,7 @@ def test_a_feature_sharded_norm_loses_its_psum(norm: Body, check_vma: bool) -> N
     apply = feature_sharded(norm, check_vma=check_vma)
     folded = fold_checked(apply, PARAMS, INPUT)
     report = folded.report
-    assert (len(report.norms), report.n_folded, report.n_inserted) == (3, 3, 0)
+    assert counts(report) == (3, 3, 0)
     assert {(n.shape, n.axes, n.mesh_axes) for n in report.norms} == {((3, 3, 3), (2,), ("model",))}
     assert "2, model" in str(report)
     assert {str(e) for e in report.edits} == {
@@ -238,7 +239,7 @@ def test_reduced_alike_on_all_devices(name: str) -> None:
     """What a softmax subtracts is the same on devices that have the same scores."""
     apply = feature_sharded(two_pass, SAME_UNITS[name])
     report = fold_checked(apply, PARAMS, INPUT).report
-    assert (len(report.norms), report.n_folded, report.n_inserted) == (3, 3, 0)
+    assert counts(report) == (3, 3, 0)
     assert "down centered along axis 2" in {str(e) for e in report.edits}
 
 
@@ -262,7 +263,7 @@ def test_sums_that_travel_in_one_array(check_vma: bool) -> None:
     apply = feature_sharded(flax_norm, check_vma=check_vma)
     folded = fold_checked(apply, PARAMS, INPUT)
     report = folded.report
-    assert (len(report.norms), report.n_folded, report.n_inserted) == (3, 3, 0)
+    assert counts(report) == (3, 3, 0)
     assert count_equations("stack", apply, PARAMS, INPUT) == 3
     assert count_equations("stack", folded.apply, folded.params, INPUT) == 0
     runs = (apply, PARAMS), (folded.apply, folded.params)
@@ -395,7 +396,7 @@ def test_attention_of_a_weight_stationary_stack(check_vma: bool) -> None:
     ids = jnp.array([[3, 1, 4], [1, 5, 9]])
     folded = fold_checked(apply, params, ids)
     report = folded.report
-    assert (len(report.norms), report.n_folded, report.n_inserted) == (5, 5, 0)
+    assert counts(report) == (5, 5, 0)
     assert {e.key_path for e in report.edits} == {"table", "out", "down", "bias"}
     assert {norm.mesh_axes for norm in report.norms} == {stream}
     removed = count_psums(apply, params, ids) - count_psums(folded.apply, folded.params, ids)
@@ -444,7 +445,7 @@ def test_a_stream_written_by_psum_scatter() -> None:
 
     apply = sharded(body, {**specs, "embed": P()}, P("data", None, "model"))
     report = fold_checked(apply, PARAMS, INPUT).report
-    assert (len(report.norms), report.n_folded, report.n_inserted) == (2, 2, 0)
+    assert counts(report) == (2, 2, 0)
 
 
 @pytest.mark.parametrize(
@@ -491,7 +492,7 @@ def megatron(p: Any, x: jax.Array) -> jax.Array:
 def test_tensor_parallel_model() -> None:
     apply = sharded(lambda p, x: standardize(megatron(p, x)), MEGATRON, P("data"))
     report = fold_checked(apply, PARAMS, INPUT).report
-    assert (len(report.norms), report.n_folded, report.n_inserted) == (3, 3, 0)
+    assert counts(report) == (3, 3, 0)
     assert {n.mesh_axes for n in report.norms} == {()}
 
 
@@ -520,7 +521,7 @@ def test_only_some_mesh_axes_are_manual() -> None:
 def test_the_norm_after_the_shard_map() -> None:
     inner = sharded(megatron, MEGATRON, P("data"))
     report = fold_checked(lambda p, x: standardize(inner(p, x)), PARAMS, INPUT).report
-    assert (len(report.norms), report.n_folded, report.n_inserted) == (3, 3, 0)
+    assert counts(report) == (3, 3, 0)
 
 
 def test_a_norm_of_every_shard_centers_groups_of_columns() -> None:
@@ -556,7 +557,7 @@ def test_a_tied_table_is_centered_after_the_look_up(check_vma: bool) -> None:
     ids = jnp.arange(24).reshape(8, 3) % 11
     folded = fold_checked(apply, params, ids)
     report = folded.report
-    assert (len(report.norms), report.n_folded, report.n_inserted) == (3, 3, 1)
+    assert counts(report) == (3, 3, 1)
     assert report.insertions[0].after.startswith("`gather` (test_shard_map.py:")
     assert [e.key_path for e in report.edits] == ["down"]
     loss = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(folded.apply(folded.plan.center(p), ids)))))

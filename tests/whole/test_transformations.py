@@ -33,6 +33,7 @@ from tests.helpers.contracts import (
     check_contracts,
     count_equations,
     count_reductions,
+    counts,
     fold_checked,
     iter_equations,
     relative_difference,
@@ -146,7 +147,7 @@ def make_model(name: str) -> Model:
     params = make_params(name)
     folded = fold_checked(apply, params, X)
     report = folded.report
-    assert (len(report.norms), report.n_folded, report.n_inserted) == (norms, norms, 0)
+    assert counts(report) == (norms, norms, 0)
     assert len(report.edits) == edits
     return Model(apply, params, folded, norms)
 
@@ -380,7 +381,7 @@ def test_ensemble_is_a_model_too(model: Model) -> None:
     report = fold_checked(
         jax.jit(jax.vmap(model.apply, (0, None))), ensemble(model.params), X
     ).report
-    assert (len(report.norms), report.n_folded, report.n_inserted) == (model.norms, model.norms, 0)
+    assert counts(report) == (model.norms, model.norms, 0)
     want = {e.key_path: tuple(a + 1 for a in e.axes) for e in model.folded.report.edits}
     assert {e.key_path: e.axes for e in report.edits} == want
 
@@ -544,7 +545,7 @@ def test_symbolic_tokens(name: str) -> None:
 
     params = {**TINY, "first": draw(6, D), "table": draw(7, 40, D)}
     folded = jax_lnfold.fold(apply, params, X)
-    assert (len(folded.report.norms), folded.report.n_folded, folded.report.n_inserted) == (1, 1, 0)
+    assert counts(folded.report) == (1, 1, 0)
     (x,) = symbolic(f"b, t, {IN}")
     assert count_reductions(apply, params, x, sizes=D) == 2
     assert count_reductions(folded.apply, params, x, sizes=D) == 1
@@ -692,7 +693,7 @@ def run_device_checks() -> None:
         params = make_params("single" if apply is single else "scanned")
         folded = jax_lnfold.fold(apply, params, BATCH)
         report = folded.report
-        assert (len(report.norms), report.n_folded, report.n_inserted) == (2, 2, inserted)
+        assert counts(report) == (2, 2, inserted)
         try:
             check(apply, params, folded, inserted)
             outcomes[name] = ""

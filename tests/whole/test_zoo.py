@@ -7,7 +7,7 @@ import pytest
 
 import jax_lnfold
 from jax_lnfold.report.report import Report
-from tests.helpers.contracts import check_contracts, count_equations, snapshot
+from tests.helpers.contracts import check_contracts, count_equations, counts, snapshot
 from tests.models.zoo import NORMS, ZOO, Case
 
 # Flax's own query and key norms know one spelling only.
@@ -38,7 +38,7 @@ def test_counts_and_reductions(case: Case, spelling: str) -> None:
     model = case.build(spelling)
     folded = jax_lnfold.fold(model.apply_fn, model.params, *model.inputs)
     report = folded.report
-    assert (len(report.norms), report.n_folded, report.n_inserted) == (
+    assert counts(report) == (
         case.norms,
         case.folded,
         case.inserted,
