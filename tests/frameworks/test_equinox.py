@@ -133,9 +133,8 @@ FOLDING: dict[str, tuple[Make, tuple[int, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("name", FOLDING)
-def test_norm_folds(name: str) -> None:
-    make, sizes = FOLDING[name]
+@pytest.mark.parametrize(("make", "sizes"), FOLDING.values(), ids=FOLDING)
+def test_norm_folds(make: Make, sizes: tuple[int, ...]) -> None:
     check_folds(*split(make), X, sizes=sizes)
 
 
@@ -187,9 +186,8 @@ LEFT: dict[str, tuple[Make, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", LEFT)
-def test_norm_is_left_alone(name: str) -> None:
-    make, obstacle = LEFT[name]
+@pytest.mark.parametrize(("make", "obstacle"), LEFT.values(), ids=LEFT)
+def test_norm_is_left_alone(make: Make, obstacle: str) -> None:
     check_left(*split(make), X, obstacle=obstacle)
 
 
@@ -223,9 +221,8 @@ READERS: dict[str, tuple[Make, int]] = {
 }
 
 
-@pytest.mark.parametrize("name", READERS)
-def test_readers_of_the_stream(name: str) -> None:
-    reader, folded = READERS[name]
+@pytest.mark.parametrize(("reader", "folded"), READERS.values(), ids=READERS)
+def test_readers_of_the_stream(reader: Make, folded: int) -> None:
     apply, params = split(lambda: OnTokens(TwoReaders(reader())))
     report = jax_lnfold.analyze(apply, params, X)
     assert (report.n_folded, report.n_inserted) == (folded, 0)
@@ -403,10 +400,9 @@ GPTS: dict[str, tuple[Callable[[], GPT], list[int], int]] = {
 }
 
 
-@pytest.mark.parametrize("name", GPTS)
-def test_gpt(name: str) -> None:
+@pytest.mark.parametrize(("make", "runs", "inserted"), GPTS.values(), ids=GPTS)
+def test_gpt(make: Callable[[], GPT], runs: list[int], inserted: int) -> None:
     """All LayerNorms fold; a tied table is read by the logits, so its rows are centered once."""
-    make, runs, inserted = GPTS[name]
     apply, params = split(make)
     folded = fold_checked(apply, params, IDS)
     assert counts(folded.report) == (len(runs), len(runs), inserted)

@@ -111,9 +111,8 @@ FOLDING: dict[str, tuple[Layer, tuple[int, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("name", FOLDING)
-def test_norm_folds(name: str) -> None:
-    layer, sizes = FOLDING[name]
+@pytest.mark.parametrize(("layer", "sizes"), FOLDING.values(), ids=FOLDING)
+def test_norm_folds(layer: Layer, sizes: tuple[int, ...]) -> None:
     check_folds(*build(lambda x: jnp.sin(layer(x)), X), X, sizes=sizes, sums=(2, 3))
 
 
@@ -154,9 +153,8 @@ LEFT: dict[str, tuple[Layer, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", LEFT)
-def test_norm_is_left_alone(name: str) -> None:
-    layer, obstacle = LEFT[name]
+@pytest.mark.parametrize(("layer", "obstacle"), LEFT.values(), ids=LEFT)
+def test_norm_is_left_alone(layer: Layer, obstacle: str) -> None:
     check_left(*build(lambda x: jnp.sin(layer(x)), X), X, obstacle=obstacle)
 
 
@@ -180,9 +178,8 @@ def read_twice(reader: Layer, x: Array) -> Any:
     return hk.Linear(OUT)(norm()(s)), reader(s)
 
 
-@pytest.mark.parametrize("name", READERS)
-def test_readers_of_the_stream(name: str) -> None:
-    reader, folded = READERS[name]
+@pytest.mark.parametrize(("reader", "folded"), READERS.values(), ids=READERS)
+def test_readers_of_the_stream(reader: Layer, folded: int) -> None:
     report = jax_lnfold.analyze(*build(partial(read_twice, reader), X), X)
     assert (report.n_folded, report.n_inserted) == (folded, 0)
     assert all(n.folded for n in report.norms) == bool(folded)

@@ -143,9 +143,8 @@ FOLDING: dict[str, tuple[Build, tuple[int, ...]]] = {
 
 
 @pytest.mark.usefixtures("lazy")
-@pytest.mark.parametrize("name", FOLDING)
-def test_norm_folds(name: str) -> None:
-    build, sizes = FOLDING[name]
+@pytest.mark.parametrize(("build", "sizes"), FOLDING.values(), ids=FOLDING)
+def test_norm_folds(build: Build, sizes: tuple[int, ...]) -> None:
     check_folds(*stateless(functional(build)), X, sizes=sizes)
 
 
@@ -195,9 +194,8 @@ def test_scale_and_shift_are_taken_up(biased: bool, taken: int) -> None:
 
 
 @pytest.mark.usefixtures("lazy")
-@pytest.mark.parametrize("name", LEFT)
-def test_norm_is_left_alone(name: str) -> None:
-    build, obstacle = LEFT[name]
+@pytest.mark.parametrize(("build", "obstacle"), LEFT.values(), ids=LEFT)
+def test_norm_is_left_alone(build: Build, obstacle: str) -> None:
     check_left(*stateless(functional(build)), X, obstacle=obstacle)
 
 
@@ -237,9 +235,8 @@ def read_twice(reader: Build, x: Any) -> list[Any]:
 
 
 @pytest.mark.usefixtures("lazy")
-@pytest.mark.parametrize("name", READERS)
-def test_readers_of_the_stream(name: str) -> None:
-    reader, folded = READERS[name]
+@pytest.mark.parametrize(("reader", "folded"), READERS.values(), ids=READERS)
+def test_readers_of_the_stream(reader: Build, folded: int) -> None:
     report = jax_lnfold.analyze(*stateless(functional(partial(read_twice, reader))), X)
     assert (report.n_folded, report.n_inserted) == (folded, 0)
 
@@ -352,9 +349,8 @@ TRANSFORMERS: dict[str, tuple[Callable[[], keras.Model], Any, int]] = {
 
 
 @pytest.mark.usefixtures("lazy")
-@pytest.mark.parametrize("name", TRANSFORMERS)
-def test_transformer(name: str) -> None:
-    make, x, inserted = TRANSFORMERS[name]
+@pytest.mark.parametrize(("make", "x", "inserted"), TRANSFORMERS.values(), ids=TRANSFORMERS)
+def test_transformer(make: Callable[[], keras.Model], x: Any, inserted: int) -> None:
     apply, params, state = stateless(make())
     folded = fold_checked(apply, params, state, x)
     assert counts(folded.report) == (2 * L + 1, 2 * L + 1, inserted)

@@ -361,9 +361,8 @@ LEFT: dict[str, tuple[Body, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", LEFT)
-def test_is_left_alone(name: str) -> None:
-    body, primitive = LEFT[name]
+@pytest.mark.parametrize(("body", "primitive"), LEFT.values(), ids=LEFT)
+def test_is_left_alone(body: Body, primitive: str) -> None:
     model = Stream(body)
     assert_left(model.apply, init(model, X), X, norms=2, primitive=primitive)
 
@@ -691,10 +690,9 @@ REMADE: dict[str, tuple[Body, int, Edits]] = {
 }
 
 
-@pytest.mark.parametrize("name", REMADE)
-def test_computed_kernel_is_centered_explicitly(name: str) -> None:
+@pytest.mark.parametrize(("body", "norms", "edits"), REMADE.values(), ids=REMADE)
+def test_computed_kernel_is_centered_explicitly(body: Body, norms: int, edits: Edits) -> None:
     """Once per call, which is cheaper than to center what the kernel writes."""
-    body, norms, edits = REMADE[name]
     model = Stream(body)
     folded = fold_checked(jax.jit(model.apply), init(model, X), X)
     assert counts(folded.report) == (norms, norms, 1)
@@ -815,10 +813,9 @@ NORMS: dict[str, tuple[Callable[..., nn.Module], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", NORMS)
-def test_norm_modules(name: str) -> None:
+@pytest.mark.parametrize(("norm", "reason"), NORMS.values(), ids=NORMS)
+def test_norm_modules(norm: Callable[..., nn.Module], reason: str) -> None:
     """A norm folds if its mean does not span tokens, which have means of their own."""
-    norm, reason = NORMS[name]
     model = Stream(lambda m, s, x: s, norm=norm)
     report = fold_checked(jax.jit(model.apply), init(model, X), X).report
     assert counts(report) == (1, int(not reason), 0)

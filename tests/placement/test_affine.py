@@ -379,9 +379,8 @@ LEFT: dict[str, tuple[Apply, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", LEFT)
-def test_left(name: str) -> None:
-    apply, reason = LEFT[name]
+@pytest.mark.parametrize(("apply", "reason"), LEFT.values(), ids=LEFT)
+def test_left(apply: Apply, reason: str) -> None:
     params, x = arrays(**MORE), stream()
     folded = fold_affine(apply, params, x)
     assert not folded.report.affine
@@ -447,9 +446,8 @@ PLUS_ONE: dict[str, tuple[Callable[..., jax.Array], bool]] = {
 }
 
 
-@pytest.mark.parametrize("name", PLUS_ONE)
-def test_one_is_added(name: str) -> None:
-    apply, taken = PLUS_ONE[name]
+@pytest.mark.parametrize(("apply", "taken"), PLUS_ONE.values(), ids=PLUS_ONE)
+def test_one_is_added(apply: Callable[..., jax.Array], taken: bool) -> None:
     params, x = arrays(), stream()
     folded = fold_affine(apply, params, x)
     plan = folded.plan

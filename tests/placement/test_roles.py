@@ -156,9 +156,8 @@ ALSO: dict[str, tuple[Callable[[Params], Any], bool]] = {
 }
 
 
-@pytest.mark.parametrize("also", ALSO)
-def test_what_is_returned_takes_no_scale(also: str) -> None:
-    returned, merged = ALSO[also]
+@pytest.mark.parametrize(("returned", "merged"), ALSO.values(), ids=ALSO)
+def test_what_is_returned_takes_no_scale(returned: Callable[[Params], Any], merged: bool) -> None:
     params, x = parameters(BLOCK | {"w3": (4, D)}), jnp.ones((2, 7, 4))
     folded = fold_checked(partial(gated, also=returned), params, x)
     assert len(folded.report.scales) == merged

@@ -54,9 +54,8 @@ FOLDS: dict[str, tuple[Model, int]] = {
 }
 
 
-@pytest.mark.parametrize("name", FOLDS)
-def test_scale_is_merged(name: str) -> None:
-    apply, merged = FOLDS[name]
+@pytest.mark.parametrize(("apply", "merged"), FOLDS.values(), ids=FOLDS)
+def test_scale_is_merged(apply: Model, merged: int) -> None:
     folded = fold_checked(apply, PARAMS, INPUT)
     assert (folded.report.n_folded, folded.report.n_inserted) == (1, 0)
     assert len(folded.report.scales) == merged

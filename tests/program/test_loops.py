@@ -175,9 +175,8 @@ FOLDS: dict[str, tuple[Callable[..., Any], int, int]] = {
 }
 
 
-@pytest.mark.parametrize("name", FOLDS)
-def test_folds_through_the_loop(name: str) -> None:
-    apply, norms, count = FOLDS[name]
+@pytest.mark.parametrize(("apply", "norms", "count"), FOLDS.values(), ids=FOLDS)
+def test_folds_through_the_loop(apply: Callable[..., Any], norms: int, count: int) -> None:
     folded = fold_checked(apply, PARAMS, INPUT)
     report = folded.report
     assert counts(report) == (norms, norms, 0)

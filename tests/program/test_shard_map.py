@@ -87,10 +87,9 @@ PER_DEVICE: dict[str, tuple[Body, Any, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", PER_DEVICE)
-def test_lanes_are_the_devices(name: str) -> None:
+@pytest.mark.parametrize(("body", "before", "after"), PER_DEVICE.values(), ids=PER_DEVICE)
+def test_lanes_are_the_devices(body: Body, before: Any, after: Any) -> None:
     """Every operation on all lanes at once computes what the devices do."""
-    body, before, after = PER_DEVICE[name]
     run = jax.shard_map(body, mesh=MESH, in_specs=(before,), out_specs=after)
     (eqn,) = jax.make_jaxpr(run)(GRID).eqns
     inner = eqn.params["jaxpr"]
@@ -312,9 +311,8 @@ APART: dict[str, tuple[Body, bool]] = {
 }
 
 
-@pytest.mark.parametrize("name", APART)
-def test_what_is_taken_apart(name: str) -> None:
-    norm, apart = APART[name]
+@pytest.mark.parametrize(("norm", "apart"), APART.values(), ids=APART)
+def test_what_is_taken_apart(norm: Body, apart: bool) -> None:
     apply = feature_sharded(norm, check_vma=False)
     folded = fold_checked(apply, PARAMS, INPUT)
     assert (count_equations("stack", folded.apply, folded.params, INPUT) == 0) == apart

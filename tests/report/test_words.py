@@ -113,9 +113,8 @@ STARTS: dict[str, Told] = {
 }
 
 
-@pytest.mark.parametrize("case", STARTS)
-def test_where_a_stream_begins(case: str) -> None:
-    told = STARTS[case]
+@pytest.mark.parametrize("told", STARTS.values(), ids=STARTS)
+def test_where_a_stream_begins(told: Told) -> None:
     (insertion,) = report_of(stream(told.start)).insertions
     assert insertion.reason.startswith(f"`{told.primitive}` (test_words.py:")
     assert insertion.reason.endswith(f") {told.why}")
@@ -238,9 +237,8 @@ SCALED: dict[str, tuple[Start, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", SCALED)
-def test_scales_and_gates(case: str) -> None:
-    start, expected = SCALED[case]
+@pytest.mark.parametrize(("start", "expected"), SCALED.values(), ids=SCALED)
+def test_scales_and_gates(start: Start, expected: str) -> None:
     (insertion,) = report_of(stream(start), GATED).insertions
     assert insertion.advice == expected
 
@@ -414,10 +412,8 @@ RETURNED: dict[str, tuple[Callable[[Any, Any, Any], Any], str, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", RETURNED)
-def test_which_output_it_is(case: str) -> None:
-    outputs, named, rest = RETURNED[case]
-
+@pytest.mark.parametrize(("outputs", "named", "rest"), RETURNED.values(), ids=RETURNED)
+def test_which_output_it_is(outputs: Callable[[Any, Any, Any], Any], named: str, rest: str) -> None:
     def apply(p: Any, x: jax.Array) -> Any:
         s = stem(p, x)
         return outputs(jax.nn.standardize(s) @ p["head"], s, jnp.tanh(x))
@@ -624,9 +620,8 @@ MORE_STARTS: dict[str, tuple[Start, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", MORE_STARTS)
-def test_advice_is_about_what_is_there(case: str) -> None:
-    start, expected = MORE_STARTS[case]
+@pytest.mark.parametrize(("start", "expected"), MORE_STARTS.values(), ids=MORE_STARTS)
+def test_advice_is_about_what_is_there(start: Start, expected: str) -> None:
     (insertion,) = report_of(stream(start), MIXED).insertions
     assert insertion.advice == expected
     assert ("linear layer" in str(insertion)) == ("linear layer" in expected)
@@ -663,10 +658,8 @@ READERS: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", READERS)
-def test_who_else_reads(case: str) -> None:
-    read, expected = READERS[case]
-
+@pytest.mark.parametrize(("read", "expected"), READERS.values(), ids=READERS)
+def test_who_else_reads(read: Callable[[Any, Any], Any], expected: str) -> None:
     def apply(p: Any, x: jax.Array) -> Any:
         s = stem(p, x)
         return jax.nn.standardize(s) @ p["head"], read(p, s).sum()

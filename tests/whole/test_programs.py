@@ -670,10 +670,9 @@ ENSEMBLES: dict[str, tuple[Model, Any, Array, int]] = {
 }
 
 
-@pytest.mark.parametrize("name", ENSEMBLES)
-def test_ensemble(name: str) -> None:
+@pytest.mark.parametrize(("apply", "params", "x", "folds"), ENSEMBLES.values(), ids=ENSEMBLES)
+def test_ensemble(apply: Model, params: Any, x: Array, folds: int) -> None:
     """Every member is centered by itself."""
-    apply, params, x, folds = ENSEMBLES[name]
     folded = check(apply, params, x, counts=(2, folds, 0), edited=WRITERS if folds else "")
     edits = {str(edit) for edit in folded.report.edits}
     if folds:
@@ -850,10 +849,9 @@ BROKEN: dict[str, Model] = {cell.__name__: partial(recurrent, cell) for cell in 
 }
 
 
-@pytest.mark.parametrize("name", RECURRENCES)
-def test_recurrence_that_is_linear_in_the_values(name: str) -> None:
+@pytest.mark.parametrize("apply", RECURRENCES.values(), ids=RECURRENCES)
+def test_recurrence_that_is_linear_in_the_values(apply: Model) -> None:
     """The norm per head asks for values that are zero-mean per head; nothing else is touched."""
-    apply = RECURRENCES[name]
     folded = check(apply, MIX, X, counts=(3, 3, 0), edited="embed value out")
     assert "value centered along axis 1 in 3 groups" in {str(e) for e in folded.report.edits}
     groups = np.asarray(folded.params["value"]).reshape(D, H, HD)

@@ -257,9 +257,8 @@ OWN_READERS: dict[str, tuple[Callable[[Array], Any], bool]] = {
 }
 
 
-@pytest.mark.parametrize("name", OWN_READERS)
-def test_kernel_that_is_read_by_itself(name: str) -> None:
-    reader, tolerant = OWN_READERS[name]
+@pytest.mark.parametrize(("reader", "tolerant"), OWN_READERS.values(), ids=OWN_READERS)
+def test_kernel_that_is_read_by_itself(reader: Callable[[Array], Any], tolerant: bool) -> None:
     params = make(w=(DIN, D), v=(D, OUT))
     counts = (1, int(tolerant), 0)
 

@@ -57,15 +57,15 @@ def make_input(*shape: int) -> Array:
     return jnp.asarray(np.random.default_rng(len(shape)).normal(0.3, 1.0, shape))
 
 
-def centered(params: Params, *names: str, axes: int | tuple[int, ...] = -1) -> Params:
-    """The naive edit: subtract the mean along `axes` from the leaves called `names`."""
-    edits = {name: params[name] - params[name].mean(axes, keepdims=True) for name in names}
+def centered(params: Params, *names: str) -> Params:
+    """The naive edit: subtract the mean along the last axis from the leaves called `names`."""
+    edits = {name: params[name] - params[name].mean(-1, keepdims=True) for name in names}
     return {**params, **edits}
 
 
-def centering(apply: Callable[..., Any], *names: str, axes: int | tuple[int, ...] = -1) -> Any:
+def centering(apply: Callable[..., Any], *names: str, edit: Any = centered) -> Any:
     """The naive folder that centers these leaves and expects nobody to notice."""
-    return lambda params, *inputs: apply(centered(params, *names, axes=axes), *inputs)
+    return lambda params, *inputs: apply(edit(params, *names), *inputs)
 
 
 def grouped(params: Params, *names: str, groups: int = H) -> Params:
@@ -96,22 +96,12 @@ def dense_params(**more: tuple[int, ...]) -> Params:
     return make_params(**shapes, **more)
 
 
-def check_trap(case: Case) -> None:
+def check(case: Case, trap: bool) -> None:
     want = case.apply(case.params, *case.inputs)
     for naive in case.naive:
-        assert relative_difference(naive(case.params, *case.inputs), want) > WRONG
-    check_counts(case)
-
-
-def check_twin(case: Case) -> None:
-    want = case.apply(case.params, *case.inputs)
-    for naive in case.naive:
-        assert relative_difference(naive(case.params, *case.inputs), want) < EXACT
-    assert case.folded > 0
-    check_counts(case)
-
-
-def check_counts(case: Case) -> None:
+        difference = relative_difference(naive(case.params, *case.inputs), want)
+        assert difference > WRONG if trap else difference < EXACT
+    assert trap or case.folded > 0
     report = fold_checked(case.apply, case.params, *case.inputs).report
     assert (report.n_folded, report.n_inserted) == (case.folded, case.inserted)
     assert sum(norm.folded for norm in report.norms) == case.folded
@@ -119,6 +109,21 @@ def check_counts(case: Case) -> None:
     for norm in report.norms:
         if not norm.folded:
             assert re.search(r"\w+\.py:\d+", norm.reason), f"no location in {norm.reason!r}"
+
+
+trap_and_twin = pytest.mark.parametrize("trap", [True, False], ids=["trap", "twin"])
+
+
+def renormed(model: Callable[..., Any], norm: Any, other: Any, edit: Any) -> tuple[Any, Any]:
+    """A model, given its norm, and the naive folder, which edits leaves and takes another norm."""
+    return (
+        lambda p, *inputs: model(p, *inputs, norm),
+        lambda p, *inputs: model(edit(p), *inputs, other),
+    )
+
+
+def without_means(params: Params) -> Params:
+    return centered(params, "w", "b")
 
 
 # --- who else reads the stream -------------------------------------------------------------------
@@ -159,24 +164,18 @@ READERS: dict[str, Callable[[Params, Array], Any]] = {
 }
 
 
-def reader_case(reader: str, trap: bool) -> Case:
+@trap_and_twin
+@pytest.mark.parametrize("reader", READERS)
+def test_stream_has_another_reader(reader: str, trap: bool) -> None:
+    """In the twin it reads what is behind the norm."""
+
     def apply(p: Params, x: Array) -> tuple[Array, Any]:
         stream = x @ p["w"] + p["b"]
         normed = affine(layer_norm(stream), p)
         return normed @ p["v"], READERS[reader](p, stream if trap else normed)
 
-    params = dense_params(u=(D, OUT))
-    return Case(apply, params, (make_input(B, T, DIN),), (centering(apply, "w", "b"),), not trap)
-
-
-@pytest.mark.parametrize("reader", READERS)
-def test_stream_has_another_reader(reader: str) -> None:
-    check_trap(reader_case(reader, trap=True))
-
-
-@pytest.mark.parametrize("reader", READERS)
-def test_other_reader_behind_the_norm(reader: str) -> None:
-    check_twin(reader_case(reader, trap=False))
+    params, inputs = dense_params(u=(D, OUT)), (make_input(B, T, DIN),)
+    check(Case(apply, params, inputs, (centering(apply, "w", "b"),), not trap), trap)
 
 
 # --- arithmetic that is almost a LayerNorm -------------------------------------------------------
@@ -268,7 +267,9 @@ NEARLY: dict[str, tuple[Norm, Norm]] = {
 }
 
 
-def nearly_case(name: str, trap: bool) -> Case:
+@trap_and_twin
+@pytest.mark.parametrize("name", NEARLY)
+def test_nearly_a_layer_norm(name: str, trap: bool) -> None:
     norm = NEARLY[name][0 if trap else 1]
 
     def apply(p: Params, x: Array) -> Array:
@@ -276,17 +277,7 @@ def nearly_case(name: str, trap: bool) -> Case:
 
     tokens = D if "equal axes" in name else T
     inputs = (make_input(B, tokens, DIN),)
-    return Case(apply, dense_params(), inputs, (centering(apply, "w", "b"),), not trap)
-
-
-@pytest.mark.parametrize("name", NEARLY)
-def test_nearly_a_layer_norm(name: str) -> None:
-    check_trap(nearly_case(name, trap=True))
-
-
-@pytest.mark.parametrize("name", NEARLY)
-def test_just_a_layer_norm(name: str) -> None:
-    check_twin(nearly_case(name, trap=False))
+    check(Case(apply, dense_params(), inputs, (centering(apply, "w", "b"),), not trap), trap)
 
 
 # --- programs ------------------------------------------------------------------------------------
@@ -355,12 +346,7 @@ def post_norm(trap: bool) -> Case:
         h = affine(h, p) if trap else h
         return norm(residual(p, h, h)) @ p["v"]
 
-    def apply(p: Params, x: Array) -> Array:
-        return model(p, x, layer_norm)
-
-    def naive(p: Params, x: Array) -> Array:
-        return model(centered(p, "w", "b", "m2"), x, rms_norm)
-
+    apply, naive = renormed(model, layer_norm, rms_norm, lambda p: centered(p, "w", "b", "m2"))
     params = dense_params(m1=(D, HID), m2=(HID, D))
     return Case(apply, params, (make_input(B, T, DIN),), (naive,), 1 if trap else 2)
 
@@ -451,13 +437,8 @@ def regrouped_tokens(width: int) -> Callable[[bool], Case]:
             s = (x @ p["w"] + p["b"]).reshape(B, -1, group)
             return layer_norm(s).reshape(B, tokens, D) @ p["v"]
 
-        def whole(p: Params, x: Array) -> Array:
-            return apply(centered(p, "w", "b"), x)
-
-        def split(p: Params, x: Array) -> Array:
-            return apply(grouped(p, "w", "b"), x)
-
-        naive = (whole, split) if trap else (split,)
+        split = centering(apply, "w", "b", edit=grouped)
+        naive = (centering(apply, "w", "b"), split) if trap else (split,)
         return Case(apply, dense_params(), (make_input(B, tokens, DIN),), naive, not trap)
 
     return build
@@ -475,9 +456,7 @@ def grouped_convolution(trap: bool) -> Case:
         s = layer_norm(s) if trap else layer_norm(s.reshape(B, T, H, HD)).reshape(B, T, D)
         return affine(s, p) @ p["v"]
 
-    def per_group(p: Params, x: Array) -> Array:
-        return apply(grouped(p, "kernel", "b"), x)
-
+    per_group = centering(apply, "kernel", "b", edit=grouped)
     params = dense_params(kernel=(3, DIN // H, D))
     naive = (per_group, centering(apply, "kernel", "b")) if trap else (per_group,)
     return Case(apply, params, (make_input(B, T, DIN),), naive, not trap)
@@ -522,9 +501,7 @@ def group_norm(trap: bool) -> Case:
         s = layer_norm(s, (1, 2, 4) if trap else 4)
         return affine(s.reshape(B, 15, D), p) @ p["v"]
 
-    def per_group(p: Params, x: Array) -> Array:
-        return apply(grouped(p, "w", "b"), x)
-
+    per_group = centering(apply, "w", "b", edit=grouped)
     return Case(apply, dense_params(), (make_input(B, 3, 5, DIN),), (per_group,), not trap)
 
 
@@ -538,9 +515,7 @@ def attention_output(trap: bool) -> Case:
         s = layer_norm(mixed, (2, 3) if trap else 3)
         return affine(s.reshape(B, T, D), p) @ p["v"]
 
-    def per_head(p: Params, x: Array) -> Array:
-        return apply(grouped(p, "w"), x)
-
+    per_head = centering(apply, "w", edit=grouped)
     params = dense_params(wq=(DIN, D), wk=(DIN, D))
     naive = (per_head, centering(apply, "w")) if trap else (per_head,)
     return Case(apply, params, (make_input(B, T, DIN),), naive, not trap)
@@ -553,12 +528,11 @@ def masked_norm(trap: bool) -> Case:
     def model(p: Params, x: Array, norm: nn.Module) -> Array:
         return affine(norm.apply({}, x @ p["w"] + p["b"], mask=mask), p) @ p["v"]
 
-    def apply(p: Params, x: Array) -> Array:
-        return model(p, x, nn.LayerNorm(use_scale=False, use_bias=False))
-
-    def naive(p: Params, x: Array) -> Array:
-        return model(centered(p, "w", "b"), x, nn.RMSNorm(use_scale=False))
-
+    layer_norm, rms_norm = (
+        nn.LayerNorm(use_scale=False, use_bias=False),
+        nn.RMSNorm(use_scale=False),
+    )
+    apply, naive = renormed(model, layer_norm, rms_norm, without_means)
     return Case(apply, dense_params(), (make_input(B, T, DIN),), (naive,), not trap)
 
 
@@ -570,12 +544,7 @@ def other_center(center: Norm) -> Callable[[bool], Case]:
             s = x @ p["w"] + p["b"]
             return affine(rms_norm(s - center(s)), p) @ p["v"]
 
-        def apply(p: Params, x: Array) -> Array:
-            return model(p, x, center if trap else mean)
-
-        def naive(p: Params, x: Array) -> Array:
-            return model(centered(p, "w", "b"), x, jnp.zeros_like)
-
+        apply, naive = renormed(model, center if trap else mean, jnp.zeros_like, without_means)
         return Case(apply, dense_params(), (make_input(B, T, DIN),), (naive,), not trap)
 
     return build
@@ -650,17 +619,23 @@ PROGRAMS: dict[str, Callable[[bool], Case]] = {
 }
 
 
+@trap_and_twin
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_program_is_not_folded_naively(name: str) -> None:
-    check_trap(PROGRAMS[name](True))
-
-
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_twin_of_the_program_folds(name: str) -> None:
-    check_twin(PROGRAMS[name](False))
+def test_program_is_not_folded_naively(name: str, trap: bool) -> None:
+    check(PROGRAMS[name](trap), trap)
 
 
 # --- a folder may do better than nothing here, but not what the naive one does --------------------
+
+
+def either(model: Callable[..., Any], norm: Norm, *more: Array, **options: Any) -> Case:
+    apply, naive = renormed(model, norm, rms_norm, options.get("edit", without_means))
+    inputs = (make_input(B, T, DIN), *more)
+    return Case(apply, dense_params(), inputs, (naive,), options.get("folded", 1))
+
+
+def one_norm(p: Params, x: Array, norm: Norm) -> Array:
+    return affine(norm(x @ p["w"] + p["b"]), p) @ p["v"]
 
 
 def offset_per_token() -> Case:
@@ -669,28 +644,12 @@ def offset_per_token() -> Case:
     def model(p: Params, x: Array, offset: Array, norm: Norm) -> Array:
         return affine(norm(x @ p["w"] + p["b"] + offset), p) @ p["v"]
 
-    def apply(p: Params, x: Array, offset: Array) -> Array:
-        return model(p, x, offset, layer_norm)
-
-    def naive(p: Params, x: Array, offset: Array) -> Array:
-        return model(centered(p, "w", "b"), x, offset, rms_norm)
-
-    return Case(apply, dense_params(), (make_input(B, T, DIN), make_input(B, T, 1)), (naive,), 1)
+    return either(model, layer_norm, make_input(B, T, 1))
 
 
 def offset_after_the_mean() -> Case:
     """``x + 0.5 - mean(x)`` ignores shifts of ``x``, and still is not centered."""
-
-    def model(p: Params, x: Array, norm: Norm) -> Array:
-        return affine(norm(x @ p["w"] + p["b"]), p) @ p["v"]
-
-    def apply(p: Params, x: Array) -> Array:
-        return model(p, x, lambda s: scaled(s + 0.5 - mean(s), var(s)))
-
-    def naive(p: Params, x: Array) -> Array:
-        return model(centered(p, "w", "b"), x, rms_norm)
-
-    return Case(apply, dense_params(), (make_input(B, T, DIN),), (naive,), 1)
+    return either(one_norm, lambda s: scaled(s + 0.5 - mean(s), var(s)))
 
 
 def norms_of_nested_groups() -> Case:
@@ -700,28 +659,12 @@ def norms_of_nested_groups() -> Case:
         s = x @ p["w"] + p["b"]
         return norm(s) @ p["v"], norm(s.reshape(B, T, H, HD))
 
-    def apply(p: Params, x: Array) -> tuple[Array, Array]:
-        return model(p, x, layer_norm)
-
-    def naive(p: Params, x: Array) -> tuple[Array, Array]:
-        return model(grouped(p, "w", "b"), x, rms_norm)
-
-    return Case(apply, dense_params(), (make_input(B, T, DIN),), (naive,), 1)
+    return either(model, layer_norm, edit=lambda p: grouped(p, "w", "b"))
 
 
 def variance_of_another_token() -> Case:
     """The variance ignores shifts of whichever token it is taken from."""
-
-    def model(p: Params, x: Array, norm: Norm) -> Array:
-        return affine(norm(x @ p["w"] + p["b"]), p) @ p["v"]
-
-    def apply(p: Params, x: Array) -> Array:
-        return model(p, x, lambda s: scaled(s - mean(s), var(jnp.flip(s, 1))))
-
-    def naive(p: Params, x: Array) -> Array:
-        return model(centered(p, "w", "b"), x, rms_norm)
-
-    return Case(apply, dense_params(), (make_input(B, T, DIN),), (naive,), 2)
+    return either(one_norm, lambda s: scaled(s - mean(s), var(jnp.flip(s, 1))), folded=2)
 
 
 def quantised_kernel() -> Case:

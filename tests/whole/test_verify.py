@@ -341,10 +341,9 @@ KEPT: dict[str, tuple[Fn, tuple[str, ...]]] = {
 
 
 @X64
-@pytest.mark.parametrize("name", KEPT)
-def test_what_is_not_widened_is_named(name: str, x64: bool) -> None:
+@pytest.mark.parametrize(("fn", "names"), KEPT.values(), ids=KEPT)
+def test_what_is_not_widened_is_named(fn: Fn, names: tuple[str, ...], x64: bool) -> None:
     """It computes what it does in the original, on the same numbers here."""
-    fn, names = KEPT[name]
     x = normal(5, 6)
     with jax.enable_x64(x64):
         want = jax.jit(fn)(x)
