@@ -341,11 +341,7 @@ def test_folds_as_derived(case: Case) -> None:
     apply_fn, before = case.apply_fn(model), snapshot(params)
     folded = jax_lnfold.fold(apply_fn, params, case.batches[0])
     report = folded.report
-    assert counts(report) == (
-        case.norms,
-        case.folded,
-        case.inserted,
-    ), str(report)
+    assert counts(report) == (case.norms, case.folded, case.inserted), str(report)
     assert sum(OUTPUT in norm.reason for norm in report.norms) == case.leaks, str(report)
     assert all(bool(norm.reason) != norm.folded for norm in report.norms), str(report)
     for batch in case.batches:

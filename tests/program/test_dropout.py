@@ -27,60 +27,33 @@ def linen(x: jax.Array, key: jax.Array) -> jax.Array:
     return nn.Dropout(RATE, deterministic=False).apply({}, x, rngs={"dropout": key})
 
 
-def nnx_dropout(x: jax.Array, key: jax.Array) -> jax.Array:
-    return nnx.Dropout(RATE, deterministic=False)(x, rngs=key)
-
-
-def equinox(x: jax.Array, key: jax.Array) -> jax.Array:
-    return eqx.nn.Dropout(RATE)(x, key=key)
-
-
-def haiku(x: jax.Array, key: jax.Array) -> jax.Array:
-    return hk.dropout(key, RATE, x)
-
-
 def by_mask(x: jax.Array, key: jax.Array) -> jax.Array:
     return x * (jax.random.bernoulli(key, 1 - RATE, x.shape) / (1 - RATE)).astype(x.dtype)
 
 
-def by_scaled_mask(x: jax.Array, key: jax.Array) -> jax.Array:
-    keep = jax.random.uniform(key, x.shape) < 1 - RATE
-    return jnp.where(keep, 1 / (1 - RATE), 0.0) * x
-
-
-def raw_key(x: jax.Array, key: jax.Array) -> jax.Array:
-    return by_mask(x, jax.random.key_data(key))
-
-
-DROPOUTS = [linen, nnx_dropout, equinox, haiku, by_mask, by_scaled_mask, raw_key]
-
-
-def zero_or_other(x: jax.Array, key: jax.Array) -> jax.Array:
-    """Another value where it drops: not dropout."""
-    return jnp.where(jax.random.bernoulli(key, RATE, x.shape), x, x[:, ::-1])
-
-
-def drops_by_data(x: jax.Array, key: jax.Array) -> jax.Array:
-    return jnp.where(x > 0, x, 0.0)
-
-
-def drops_by_data_and_noise(x: jax.Array, key: jax.Array) -> jax.Array:
-    return jnp.where(jax.random.uniform(key, x.shape) < x, x, 0.0)
-
-
-def gaussian(x: jax.Array, key: jax.Array) -> jax.Array:
-    return x * (1 + 0.3 * jax.random.normal(key, x.shape))
-
-
-def one_left(x: jax.Array, key: jax.Array) -> jax.Array:
-    return jnp.where(jax.random.bernoulli(key, RATE, x.shape), x, 1.0)
-
-
-def squared(x: jax.Array, key: jax.Array) -> jax.Array:
-    return linen(x * x, key)
-
-
-NOT_DROPOUTS = [zero_or_other, drops_by_data, drops_by_data_and_noise, gaussian, one_left, squared]
+DROPOUTS: dict[str, Drop] = {
+    "linen": linen,
+    "nnx": lambda x, key: nnx.Dropout(RATE, deterministic=False)(x, rngs=key),
+    "equinox": lambda x, key: eqx.nn.Dropout(RATE)(x, key=key),
+    "haiku": lambda x, key: hk.dropout(key, RATE, x),
+    "mask": by_mask,
+    "scaled mask": lambda x, key: (
+        jnp.where(jax.random.uniform(key, x.shape) < 1 - RATE, 1 / (1 - RATE), 0.0) * x
+    ),
+    "raw key": lambda x, key: by_mask(x, jax.random.key_data(key)),
+}
+NOT_DROPOUTS: dict[str, Drop] = {
+    "zero or another value": lambda x, key: jnp.where(
+        jax.random.bernoulli(key, RATE, x.shape), x, x[:, ::-1]
+    ),
+    "drops by data": lambda x, key: jnp.where(x > 0, x, 0.0),
+    "drops by data and noise": lambda x, key: jnp.where(
+        jax.random.uniform(key, x.shape) < x, x, 0.0
+    ),
+    "gaussian": lambda x, key: x * (1 + 0.3 * jax.random.normal(key, x.shape)),
+    "one left": lambda x, key: jnp.where(jax.random.bernoulli(key, RATE, x.shape), x, 1.0),
+    "squared": lambda x, key: linen(x * x, key),
+}
 
 
 def network(drop: Drop) -> Any:
@@ -101,7 +74,7 @@ def network(drop: Drop) -> Any:
 KEY = jax.random.key(3)
 
 
-@pytest.mark.parametrize("drop", DROPOUTS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("drop", DROPOUTS.values(), ids=DROPOUTS)
 def test_dropout_as_packages_write_it(drop: Drop) -> None:
     apply, params, x = network(drop)
     exact = fold_checked(apply, params, x, KEY)
@@ -124,7 +97,7 @@ def test_dropout_as_packages_write_it(drop: Drop) -> None:
     assert relative_difference(apply(folded.params, x), apply(params, x)) < 1e-12
 
 
-@pytest.mark.parametrize("drop", NOT_DROPOUTS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("drop", NOT_DROPOUTS.values(), ids=NOT_DROPOUTS)
 def test_what_only_resembles_dropout(drop: Drop) -> None:
     apply, params, x = network(drop)
     folded = fold_checked(apply, params, x, KEY, approximate=APPROXIMATE)

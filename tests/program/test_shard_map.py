@@ -22,6 +22,7 @@ from tests.helpers.contracts import (
     counts,
     fold_checked,
     relative_difference,
+    removed_sums,
 )
 
 AXES = ("data", "model")
@@ -36,28 +37,25 @@ def draw(*shape: int) -> jax.Array:
 
 Body = Callable[..., Any]
 GRID = draw(6, 24)
+BOTH = P("data", "model")
 
 # name: (what a device does, layout of the operand, layout of the result)
 PER_DEVICE: dict[str, tuple[Body, Any, Any]] = {
-    "psum": (lambda x: jax.lax.psum(x, "model"), P("data", "model"), P("data", None)),
-    "psum of all": (lambda x: jax.lax.psum(x, AXES) * 2, P("data", "model"), P()),
-    "pmean": (lambda x: jax.lax.pmean(x, "data"), P("data", "model"), P(None, "model")),
-    "pmax": (lambda x: jax.lax.pmax(x, "model"), P("data", "model"), P("data", None)),
-    "pmin of all": (lambda x: jax.lax.pmin(x, AXES), P("data", "model"), P()),
-    "all_gather": (
-        lambda x: jax.lax.all_gather(x, "data", axis=1).sum(0),
-        P("data", "model"),
-        P("data", "model"),
-    ),
+    "psum": (lambda x: jax.lax.psum(x, "model"), BOTH, P("data", None)),
+    "psum of all": (lambda x: jax.lax.psum(x, AXES) * 2, BOTH, P()),
+    "pmean": (lambda x: jax.lax.pmean(x, "data"), BOTH, P(None, "model")),
+    "pmax": (lambda x: jax.lax.pmax(x, "model"), BOTH, P("data", None)),
+    "pmin of all": (lambda x: jax.lax.pmin(x, AXES), BOTH, P()),
+    "all_gather": (lambda x: jax.lax.all_gather(x, "data", axis=1).sum(0), BOTH, BOTH),
     "all_gather tiled": (
         lambda x: jax.lax.all_gather(x, ("model", "data"), axis=0, tiled=True).sum(0),
-        P("data", "model"),
+        BOTH,
         P(("data", "model")),
     ),
     "psum_scatter": (
         lambda x: jax.lax.psum_scatter(x.reshape(3, 4, 6), "model", scatter_dimension=1),
         P("data", None),
-        P("data", "model"),
+        BOTH,
     ),
     "psum_scatter tiled": (
         lambda x: jax.lax.psum_scatter(x, ("model", "data"), scatter_dimension=1, tiled=True),
@@ -66,23 +64,15 @@ PER_DEVICE: dict[str, tuple[Body, Any, Any]] = {
     ),
     "ppermute": (
         lambda x: jax.lax.ppermute(x, "model", [(0, 1), (1, 2), (2, 3), (3, 0)]),
-        P("data", "model"),
-        P("data", "model"),
+        BOTH,
+        BOTH,
     ),
-    "all_to_all": (
-        lambda x: jax.lax.all_to_all(x, "data", 1, 0, tiled=True),
-        P("data", "model"),
-        P("data", "model"),
-    ),
-    "axis_index": (
-        lambda x: x.T + jax.lax.axis_index("model"),
-        P("data", "model"),
-        P("model", "data"),
-    ),
+    "all_to_all": (lambda x: jax.lax.all_to_all(x, "data", 1, 0, tiled=True), BOTH, BOTH),
+    "axis_index": (lambda x: x.T + jax.lax.axis_index("model"), BOTH, P("model", "data")),
     "local": (
         lambda x: jnp.where(x > 0, x @ x.T @ x, 1.0)[:, None].sum(1) - jnp.float64(2),
-        P("data", "model"),
-        P("data", "model"),
+        BOTH,
+        BOTH,
     ),
 }
 
@@ -176,6 +166,10 @@ def count_psums(fn: Body, *args: Any) -> int:
     return sum(count_equations(name, fn, *args) for name in ("psum", "psum_invariant"))
 
 
+def removed_psums(apply: Body, params: Any, folded: jax_lnfold.Folded, x: Any) -> int:
+    return count_psums(apply, params, x) - count_psums(folded.apply, folded.params, x)
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("norm", [one_pass, two_pass])
 def test_a_feature_sharded_norm_loses_its_psum(norm: Body, check_vma: bool) -> None:
@@ -192,8 +186,7 @@ def test_a_feature_sharded_norm_loses_its_psum(norm: Body, check_vma: bool) -> N
     }
     for x in (INPUT, draw(2, 7, 5)):
         check_contracts(apply, PARAMS, folded, x)
-        removed = count_psums(apply, PARAMS, x) - count_psums(folded.apply, folded.params, x)
-        assert removed == 3
+        assert removed_psums(apply, PARAMS, folded, x) == 3
 
 
 # All devices of a row have the same hidden units, so that `down` writes the stream as one matrix.
@@ -265,13 +258,8 @@ def test_sums_that_travel_in_one_array(check_vma: bool) -> None:
     assert counts(report) == (3, 3, 0)
     assert count_equations("stack", apply, PARAMS, INPUT) == 3
     assert count_equations("stack", folded.apply, folded.params, INPUT) == 0
-    runs = (apply, PARAMS), (folded.apply, folded.params)
-    sums, psums = zip(
-        *((count_equations("reduce_sum", f, p, INPUT), count_psums(f, p, INPUT)) for f, p in runs),
-        strict=True,
-    )
-    assert sums[0] - sums[1] == 3
-    assert psums[0] == psums[1]  # of half the size
+    assert removed_sums(apply, PARAMS, folded, INPUT) == 3
+    assert removed_psums(apply, PARAMS, folded, INPUT) == 0  # of half the size
 
 
 def test_sums_that_travel_in_one_array_inside_of_calls() -> None:
@@ -397,8 +385,7 @@ def test_attention_of_a_weight_stationary_stack(check_vma: bool) -> None:
     assert counts(report) == (5, 5, 0)
     assert {e.key_path for e in report.edits} == {"table", "out", "down", "bias"}
     assert {norm.mesh_axes for norm in report.norms} == {stream}
-    removed = count_psums(apply, params, ids) - count_psums(folded.apply, folded.params, ids)
-    assert removed == 5
+    assert removed_psums(apply, params, folded, ids) == 5
 
 
 def test_gradients_of_a_feature_sharded_model() -> None:
@@ -424,8 +411,7 @@ def test_a_scanned_feature_sharded_model() -> None:
     apply = sharded(body, FEATURES, P("data", None, "model"))
     folded = fold_checked(apply, PARAMS, INPUT)
     assert [(n.count, n.folded) for n in folded.report.norms] == [(2, True), (1, True)]
-    removed = count_psums(apply, PARAMS, INPUT) - count_psums(folded.apply, folded.params, INPUT)
-    assert removed == 2
+    assert removed_psums(apply, PARAMS, folded, INPUT) == 2
 
 
 def test_a_stream_written_by_psum_scatter() -> None:
@@ -487,8 +473,21 @@ def megatron(p: Any, x: jax.Array) -> jax.Array:
     return s
 
 
-def test_tensor_parallel_model() -> None:
-    apply = sharded(lambda p, x: standardize(megatron(p, x)), MEGATRON, P("data"))
+def normed_inside(**options: Any) -> Body:
+    out, x = (P(), P()) if options else (P("data"), BATCH)
+    return sharded(lambda p, x: standardize(megatron(p, x)), MEGATRON, out, x, **options)
+
+
+def normed_behind(p: Any, x: jax.Array) -> jax.Array:
+    return standardize(sharded(megatron, MEGATRON, P("data"))(p, x))
+
+
+@pytest.mark.parametrize(
+    "apply",
+    [normed_inside(), normed_inside(axis_names={"model"}), normed_behind],
+    ids=["whole", "only some mesh axes are manual", "norm after the shard_map"],
+)
+def test_tensor_parallel_model(apply: Body) -> None:
     report = fold_checked(apply, PARAMS, INPUT).report
     assert counts(report) == (3, 3, 0)
     assert {n.mesh_axes for n in report.norms} == {()}
@@ -508,28 +507,13 @@ def test_a_scale_after_the_psum_goes_into_the_layer_before_it() -> None:
     assert [(s.key_path, s.targets) for s in folded.report.scales] == [("gamma", (("down", (1,)),))]
 
 
-def test_only_some_mesh_axes_are_manual() -> None:
-    apply = sharded(
-        lambda p, x: standardize(megatron(p, x)), MEGATRON, P(), P(), axis_names={"model"}
-    )
-    report = fold_checked(apply, PARAMS, INPUT).report
-    assert (len(report.norms), report.n_folded) == (3, 3)
-
-
-def test_the_norm_after_the_shard_map() -> None:
-    inner = sharded(megatron, MEGATRON, P("data"))
-    report = fold_checked(lambda p, x: standardize(inner(p, x)), PARAMS, INPUT).report
-    assert counts(report) == (3, 3, 0)
-
-
 def test_a_norm_of_every_shard_centers_groups_of_columns() -> None:
     """Without a `psum` each device normalises its own features: four groups."""
 
     def body(p: Any, x: jax.Array) -> jax.Array:
         return standardize(x @ p["embed"] + p["bias"])
 
-    specs = {k: FEATURES[k] for k in ("embed", "bias")}
-    params = {k: PARAMS[k] for k in specs}
+    specs, params = ({k: tree[k] for k in ("embed", "bias")} for tree in (FEATURES, PARAMS))
     folded = fold_checked(sharded(body, specs, P("data", None, "model")), params, INPUT)
     assert {str(e) for e in folded.report.edits} == {
         "embed centered along axis 1 in 4 groups",
@@ -609,7 +593,6 @@ def test_a_psum_over_the_wrong_axis_is_no_layer_norm() -> None:
     def body(p: Any, x: jax.Array) -> jax.Array:
         return one_pass(x @ p["embed"] + p["bias"], "data")
 
-    specs = {k: FEATURES[k] for k in ("embed", "bias")}
-    params = {k: PARAMS[k] for k in specs}
+    specs, params = ({k: tree[k] for k in ("embed", "bias")} for tree in (FEATURES, PARAMS))
     report = fold_checked(sharded(body, specs, P("data", None, "model")), params, INPUT).report
     assert report.n_folded == 0

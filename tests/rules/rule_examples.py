@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -61,6 +62,9 @@ def quick(
     example(names, pull, push)(
         lambda rng: Program(fn, normals(rng, *(shapes if fixed else resized(rng, shapes))))
     )
+
+
+opaque = partial(quick, pull=False, push=False)
 
 
 def resized(rng: Rng, shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
@@ -126,8 +130,8 @@ def converted(rng: Rng) -> Program:
     return Program(lambda x: x.astype(new), [x])
 
 
-quick("convert_element_type", lambda x: x.astype(int), (3, 4), pull=False, push=False)
-quick("convert_element_type", lambda x: (x > 0).astype(float), (3, 4), pull=False, push=False)
+opaque("convert_element_type", lambda x: x.astype(int), (3, 4))
+opaque("convert_element_type", lambda x: (x > 0).astype(float), (3, 4))
 
 _z = lax.complex
 
@@ -145,7 +149,7 @@ quick("convert_element_type", lambda x: x.astype(complex), (3, 4))
 quick("convert_element_type", lambda x, y: _z(x, y).astype(np.complex64), (3, 4), (3, 4))
 quick("mul", lambda x, y, g: _z(x, y) * _z(g, g + 1), (3, 4), (3, 4), (3, 1))
 quick("mul", lambda x, y: _z(x, y) * (2 - 1j), (3, 4), (3, 4))
-quick("mul", lambda x, y: _z(x, y) * _z(y, x), (3, 4), (3, 4), pull=False, push=False)
+opaque("mul", lambda x, y: _z(x, y) * _z(y, x), (3, 4), (3, 4))
 quick("div", lambda x, y, g: _z(x, y) / _z(g, g + 1), (3, 4), (3, 4), (3, 1))
 
 
@@ -178,10 +182,10 @@ for _name, _op in PRODUCTS.items():
     quick(_name, lambda x, g, op=_op: op(x, _spread(g)), (2, 4), (3, 2), fixed=True)
     quick(_name, lambda x, g, op=_op: op(x, jnp.repeat(g, 3)), (2, 6), (2,), fixed=True)
     quick(_name, lambda x, g, op=_op: op(x, jnp.exp(g) + 1), (2, 3, 4), (2, 1, 4))
-    quick(_name, lambda x, g, op=_op: op(x, g), (3, 4), (3, 4), pull=False, push=False)
+    opaque(_name, lambda x, g, op=_op: op(x, g), (3, 4), (3, 4))
 quick("mul", lambda x, g: g * x, (3, 4), (3, 1))
 quick("mul", lambda x, g: (g * x, x * x), (3, 4), ())
-quick("div", lambda x, g: g / x, (3, 4), (3, 1), pull=False, push=False)
+opaque("div", lambda x, g: g / x, (3, 4), (3, 1))
 
 
 @example("mul div", pull=False, push=False)
@@ -247,7 +251,7 @@ quick("dot_general", lambda x, w: x @ w, (3, 4), (4, 6))
 quick("dot_general", lambda x, y, w: _z(x, y) @ _z(w, -w), (3, 4), (3, 4), (4, 6))
 quick("dot_general", lambda x, w: jnp.einsum("btd,dhk->bthk", x, w), (2, 3, 4), (4, 2, 5))
 quick("dot_general", lambda x, w: jnp.einsum("bqhk,bshk->bhqs", x, w), (2, 3, 2, 4), (2, 5, 2, 4))
-quick("dot_general", lambda x, y: x @ y, (4,), (4,), pull=False, push=False)
+opaque("dot_general", lambda x, y: x @ y, (4,), (4,))
 
 
 def ragged(
@@ -541,7 +545,7 @@ def padded(rng: Rng) -> Program:
 
 quick("pad", lambda x: lax.pad(x, 1.0, [(0, 0, 0), (1, 0, 0)]), (3, 4), pull=False)
 quick("pad", lambda x, v: lax.pad(x, v, [(0, 0, 0), (1, 2, 1)]), (3, 4), (), pull=False)
-quick("pad", lambda x: lax.pad(x, 0.0, [(0, 0, 0), (-1, 2, 0)]), (3, 4), pull=False, push=False)
+opaque("pad", lambda x: lax.pad(x, 0.0, [(0, 0, 0), (-1, 2, 0)]), (3, 4))
 
 # Look-ups and updates.
 
@@ -680,7 +684,7 @@ nonlinear(TOTAL, (3, 4), (3, 4))
 nonlinear(INTEGER, (3, 4), (3, 4), whole=True)
 nonlinear("clz population_count", (3, 4), whole=True)
 nonlinear(" ".join(n for n in NEWER.split() if n in PRIMITIVES), (3, 4))
-quick("polygamma", lambda x: lax.polygamma(1.0, x * x + 1), (3, 4), pull=False, push=False)
+opaque("polygamma", lambda x: lax.polygamma(1.0, x * x + 1), (3, 4))
 quick(
     "regularized_incomplete_beta",
     lambda x: lax.betainc(2.0, 3.0, lax.logistic(x)),
@@ -697,7 +701,7 @@ if "polynomial" in PRIMITIVES:
         pull=False,
         push=False,
     )
-quick("integer_pow", lambda x: x**3, (3, 4), pull=False, push=False)
-quick("clamp", lambda x: lax.clamp(0.0, x, 1.0), (3, 4), pull=False, push=False)
-quick("clamp", lax.clamp, (3, 4), (3, 4), (3, 4), pull=False, push=False)
-quick("not", lambda x: ~(x > 0), (3, 4), pull=False, push=False)
+opaque("integer_pow", lambda x: x**3, (3, 4))
+opaque("clamp", lambda x: lax.clamp(0.0, x, 1.0), (3, 4))
+opaque("clamp", lax.clamp, (3, 4), (3, 4), (3, 4))
+opaque("not", lambda x: ~(x > 0), (3, 4))

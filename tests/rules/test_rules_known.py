@@ -396,8 +396,7 @@ KNOWN: list[Known] = [
         pull("padded with ones along another axis", (F, A), None)
     ),
     *about("pad", lambda x, v: lax.pad(x, v, [(0, 0, 0), (1, 2, 0)]), [(2, 3), ()])(
-        pull("padded with an input", (F, A), None),
-        push("shifted padding", (), None, 1),
+        pull("padded with an input", (F, A), None), push("shifted padding", (), None, 1)
     ),
     *about("pad", lambda x: lax.pad(x, 0.0, [(0, 0, 0), (-1, 0, 0)]), [(2, 6)])(
         pull("cropped by padding", (F, A), None)

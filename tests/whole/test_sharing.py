@@ -14,12 +14,7 @@ import pytest
 from flax import linen as nn
 
 import jax_lnfold
-from tests.helpers.contracts import (
-    check_contracts,
-    fold_checked,
-    relative_difference,
-    removed_sums,
-)
+from tests.helpers.contracts import check_contracts, fold_checked, relative_difference, removed_sums
 from tests.models.zoo.base import floats, perturb
 
 Array = jax.Array

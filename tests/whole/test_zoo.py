@@ -38,11 +38,7 @@ def test_counts_and_reductions(case: Case, spelling: str) -> None:
     model = case.build(spelling)
     folded = jax_lnfold.fold(model.apply_fn, model.params, *model.inputs)
     report = folded.report
-    assert counts(report) == (
-        case.norms,
-        case.folded,
-        case.inserted,
-    )
+    assert counts(report) == (case.norms, case.folded, case.inserted)
     assert all(bool(norm.reason) != norm.folded for norm in report.norms)
     for inputs in (model.inputs, model.other_inputs):
         before = count_equations("reduce_sum", model.apply_fn, model.params, *inputs)
