@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.lax import rsqrt
 
 import jax_lnfold
 from tests.helpers.contracts import (
@@ -31,6 +32,7 @@ Axes = tuple[int, ...]
 Mean = Callable[[Array, Axes], Any]
 Apply = Callable[[Any, Array], Array]
 Params = dict[str, Array]
+Formula = Callable[..., Array]
 
 pytestmark = pytest.mark.usefixtures("explicit_ranks")
 
@@ -71,165 +73,7 @@ def axes_of(features: tuple[int, ...]) -> Axes:
 
 
 # --- formulas ------------------------------------------------------------------------------------
-# Each takes the input, scale, bias, axes and the mean to subtract, which near misses make zero.
-
-
-def two_pass(x: Array, g: Any, c: Any, axes: Axes, mean: Mean) -> Array:
-    d = x - mean(x, axes)
-    return d / jnp.sqrt(plain_mean(d * d, axes) + EPS) * g + c
-
-
-def two_pass_squared_again(x: Array, g: Any, c: Any, axes: Axes, mean: Mean) -> Array:
-    m = mean(x, axes)
-    v = plain_mean(jnp.square(x - m), axes)
-    return (x - m) * jax.lax.rsqrt(v + EPS) * g + c
-
-
-def one_pass(x: Array, g: Any, c: Any, axes: Axes, mean: Mean) -> Array:
-    m = mean(x, axes)
-    v = plain_mean(x * x, axes) - m * m
-    return (x - m) * jax.lax.rsqrt(v + EPS) * g + c
-
-
-def one_pass_clipped(x: Array, g: Any, c: Any, axes: Axes, mean: Mean) -> Array:
-    m = mean(x, axes)
-    v = jnp.maximum(0.0, plain_mean(jnp.square(x), axes) - m**2)
-    return (x - m) * (jax.lax.rsqrt(v + EPS) * g) + c
-
-
-def one_pass_sums(x: Array, g: Any, c: Any, axes: Axes, mean: Mean) -> Array:
-    count = np.prod([x.shape[axis] for axis in axes])
-    m = mean(x, axes)
-    v = (jnp.sum(x**2, axes, keepdims=True) - m * m * count) / count
-    return g * ((x - m) / jnp.sqrt(v + EPS)) + c
-
-
-def scale_with_the_root(x: Array, g: Any, c: Any, axes: Axes, mean: Mean) -> Array:
-    d = x - mean(x, axes)
-    return d * (g * jax.lax.rsqrt(plain_mean(d * d, axes) + EPS)) + c
-
-
-def slope_and_intercept(x: Array, g: Any, c: Any, axes: Axes, mean: Mean) -> Array:
-    m = mean(x, axes)
-    a = jax.lax.rsqrt(plain_mean(jnp.square(x - m), axes) + EPS) * g
-    return x * a + (c - m * a)
-
-
-def slope_and_intercept_one_pass(x: Array, g: Any, c: Any, axes: Axes, mean: Mean) -> Array:
-    m = mean(x, axes)
-    a = jax.lax.rsqrt(plain_mean(jnp.square(x), axes) - m * m + EPS) * g
-    return (x * a - m * a) + c
-
-
-def product_written_twice(x: Array, g: Any, c: Any, axes: Axes, mean: Mean) -> Array:
-    m = mean(x, axes)
-    r = jax.lax.rsqrt(plain_mean(jnp.square(x - m), axes) + EPS)
-    return x * (r * g) + (c - (g * r) * m)
-
-
-def product_grouped_differently(x: Array, g: Any, c: Any, axes: Axes, mean: Mean) -> Array:
-    m = mean(x, axes)
-    r = jax.lax.rsqrt(plain_mean(jnp.square(x), axes) - m * m + EPS)
-    return g * x * r + (c - m * (r * g))
-
-
-def root_taken_twice(x: Array, g: Any, c: Any, axes: Axes, mean: Mean) -> Array:
-    m = mean(x, axes)
-    v = plain_mean(jnp.square(x - m), axes) + EPS
-    return g / jnp.sqrt(v) * x + (c - m / jnp.sqrt(v) * g)
-
-
-def eps_outside_the_root(x: Array, g: Any, c: Any, axes: Axes, mean: Mean) -> Array:
-    d = x - mean(x, axes)
-    return g * d / (jnp.sqrt(plain_mean(d * d, axes)) + EPS) + c
-
-
-def power_of_minus_half(x: Array, g: Any, c: Any, axes: Axes, mean: Mean) -> Array:
-    d = x - mean(x, axes)
-    return d * jnp.power(plain_mean(d**2, axes) + EPS, -0.5) * g + c
-
-
-def reciprocal_of_the_root(x: Array, g: Any, c: Any, axes: Axes, mean: Mean) -> Array:
-    d = x - mean(x, axes)
-    return d * (1 / jnp.sqrt(plain_mean(d * d, axes) + EPS)) * g + c
-
-
-def norm_of_the_vector(x: Array, g: Any, c: Any, axes: Axes, mean: Mean) -> Array:
-    d = x - mean(x, axes)
-    count = np.prod([x.shape[axis] for axis in axes])
-    return d / jnp.sqrt(jnp.sum(d * d, axes, keepdims=True) + EPS) * np.sqrt(count) * g + c
-
-
-def statistics_without_kept_axes(x: Array, g: Any, c: Any, axes: Axes, mean: Mean) -> Array:
-    d = x - mean(x, axes)
-    r = jax.lax.rsqrt(jnp.mean(d * d, axes) + EPS)
-    return d * r.reshape(r.shape + (1,) * len(axes)) * g + c
-
-
-def features_first(x: Array, g: Any, c: Any, axes: Axes, mean: Mean) -> Array:
-    x = jnp.moveaxis(x, axes, tuple(range(len(axes))))
-    first = tuple(range(len(axes)))
-    d = x - mean(x, first)
-    d = d * jax.lax.rsqrt(plain_mean(d * d, first) + EPS)
-    return jnp.moveaxis(d, first, axes) * g + c
-
-
-def flattened(x: Array, g: Any, c: Any, axes: Axes, mean: Mean) -> Array:
-    flat = x.reshape(*x.shape[: -len(axes)], -1)
-    d = flat - mean(flat, (-1,))
-    return (d * jax.lax.rsqrt(plain_mean(d * d, (-1,)) + EPS)).reshape(x.shape) * g + c
-
-
-FORMULAS = {
-    formula.__name__: formula
-    for formula in (
-        two_pass,
-        two_pass_squared_again,
-        one_pass,
-        one_pass_clipped,
-        one_pass_sums,
-        scale_with_the_root,
-        slope_and_intercept,
-        slope_and_intercept_one_pass,
-        product_written_twice,
-        product_grouped_differently,
-        root_taken_twice,
-        eps_outside_the_root,
-        power_of_minus_half,
-        reciprocal_of_the_root,
-        norm_of_the_vector,
-        statistics_without_kept_axes,
-        features_first,
-        flattened,
-    )
-}
-
-
-# Formulas whose variance brings a mean of its own: without `mean` they are no RMSNorm either.
-
-
-def jnp_var(x: Array, g: Any, c: Any, axes: Axes, mean: Mean) -> Array:
-    return (x - mean(x, axes)) * jax.lax.rsqrt(jnp.var(x, axes, keepdims=True) + EPS) * g + c
-
-
-def jnp_std(x: Array, g: Any, c: Any, axes: Axes, mean: Mean) -> Array:
-    return (x - mean(x, axes)) / (jnp.std(x, axes, keepdims=True) + EPS) * g + c
-
-
-def jnp_std_unbiased(x: Array, g: Any, c: Any, axes: Axes, mean: Mean) -> Array:
-    return g * (x - mean(x, axes)) / (jnp.std(x, axes, ddof=1, keepdims=True) + EPS) + c
-
-
-def var_of_the_centered(x: Array, g: Any, c: Any, axes: Axes, mean: Mean) -> Array:
-    d = x - mean(x, axes)
-    return d * jax.lax.rsqrt(jnp.var(d, axes, keepdims=True) + EPS) * g + c
-
-
-VARIANCES = {f.__name__: f for f in (jnp_var, jnp_std, jnp_std_unbiased, var_of_the_centered)}
-
-
-def standardize(x: Array, g: Any, c: Any, axes: Axes, mean: Mean) -> Array:
-    return jax.nn.standardize(x, axis=axes, epsilon=EPS) * g + c
+# Each takes the input, scale, bias, the mean to subtract, which near misses make zero, and axes.
 
 
 def plain_mean(x: Array, axes: Axes) -> Array:
@@ -238,6 +82,136 @@ def plain_mean(x: Array, axes: Axes) -> Array:
 
 def no_mean(x: Array, axes: Axes) -> float:
     return 0.0
+
+
+def count(x: Array, axes: Axes) -> int:
+    return int(np.prod([x.shape[axis] for axis in axes]))
+
+
+def sums_of_squares(x: Array, axes: Axes) -> Array:
+    return jnp.sum(x * x, axes, keepdims=True)
+
+
+def slope_and_intercept_of(x: Array, g: Any, c: Any, m: Any, v: Array) -> Array:
+    a = rsqrt(v + EPS) * g
+    return x * a + (c - m * a)
+
+
+def slope_and_intercept_apart(x: Array, g: Any, c: Any, m: Any, v: Array) -> Array:
+    a = rsqrt(v + EPS) * g
+    return (x * a - m * a) + c
+
+
+def product_written_twice(x: Array, g: Any, c: Any, m: Any, axes: Axes) -> Array:
+    r = rsqrt(plain_mean(jnp.square(x - m), axes) + EPS)
+    return x * (r * g) + (c - (g * r) * m)
+
+
+def product_grouped_differently(x: Array, g: Any, c: Any, m: Any, axes: Axes) -> Array:
+    r = rsqrt(plain_mean(jnp.square(x), axes) - m * m + EPS)
+    return g * x * r + (c - m * (r * g))
+
+
+def root_taken_twice(x: Array, g: Any, c: Any, m: Any, axes: Axes) -> Array:
+    v = plain_mean(jnp.square(x - m), axes) + EPS
+    return g / jnp.sqrt(v) * x + (c - m / jnp.sqrt(v) * g)
+
+
+def statistics_without_kept_axes(x: Array, g: Any, c: Any, m: Any, axes: Axes) -> Array:
+    d = x - m
+    r = rsqrt(jnp.mean(d * d, axes) + EPS)
+    return d * r.reshape(r.shape + (1,) * len(axes)) * g + c
+
+
+OF_THE_MEAN: dict[str, Callable[..., Array]] = {
+    "two_pass": lambda x, g, c, m, axes: (
+        (d := x - m) / jnp.sqrt(plain_mean(d * d, axes) + EPS) * g + c
+    ),
+    "two_pass_squared_again": lambda x, g, c, m, axes: (
+        (x - m) * rsqrt(plain_mean(jnp.square(x - m), axes) + EPS) * g + c
+    ),
+    "one_pass": lambda x, g, c, m, axes: (
+        (x - m) * rsqrt(plain_mean(x * x, axes) - m * m + EPS) * g + c
+    ),
+    "one_pass_clipped": lambda x, g, c, m, axes: (
+        (x - m) * (rsqrt(jnp.maximum(0.0, plain_mean(jnp.square(x), axes) - m**2) + EPS) * g) + c
+    ),
+    "one_pass_sums": lambda x, g, c, m, axes: (
+        g
+        * ((x - m) / jnp.sqrt((sums_of_squares(x, axes) - m * m * (n := count(x, axes))) / n + EPS))
+        + c
+    ),
+    "scale_with_the_root": lambda x, g, c, m, axes: (
+        (d := x - m) * (g * rsqrt(plain_mean(d * d, axes) + EPS)) + c
+    ),
+    "slope_and_intercept": lambda x, g, c, m, axes: slope_and_intercept_of(
+        x, g, c, m, plain_mean(jnp.square(x - m), axes)
+    ),
+    "slope_and_intercept_one_pass": lambda x, g, c, m, axes: slope_and_intercept_apart(
+        x, g, c, m, plain_mean(jnp.square(x), axes) - m * m
+    ),
+    "product_written_twice": product_written_twice,
+    "product_grouped_differently": product_grouped_differently,
+    "root_taken_twice": root_taken_twice,
+    "eps_outside_the_root": lambda x, g, c, m, axes: (
+        g * (d := x - m) / (jnp.sqrt(plain_mean(d * d, axes)) + EPS) + c
+    ),
+    "power_of_minus_half": lambda x, g, c, m, axes: (
+        (d := x - m) * jnp.power(plain_mean(d**2, axes) + EPS, -0.5) * g + c
+    ),
+    "reciprocal_of_the_root": lambda x, g, c, m, axes: (
+        (d := x - m) * (1 / jnp.sqrt(plain_mean(d * d, axes) + EPS)) * g + c
+    ),
+    "norm_of_the_vector": lambda x, g, c, m, axes: (
+        (d := x - m) / jnp.sqrt(sums_of_squares(d, axes) + EPS) * np.sqrt(count(x, axes)) * g + c
+    ),
+    "statistics_without_kept_axes": statistics_without_kept_axes,
+}
+
+
+def given_its_mean(formula: Callable[..., Array]) -> Formula:
+    return lambda x, g, c, axes, mean: formula(x, g, c, mean(x, axes), axes)
+
+
+def features_first(x: Array, g: Any, c: Any, axes: Axes, mean: Mean) -> Array:
+    x = jnp.moveaxis(x, axes, tuple(range(len(axes))))
+    first = tuple(range(len(axes)))
+    d = x - mean(x, first)
+    d = d * rsqrt(plain_mean(d * d, first) + EPS)
+    return jnp.moveaxis(d, first, axes) * g + c
+
+
+def flattened(x: Array, g: Any, c: Any, axes: Axes, mean: Mean) -> Array:
+    flat = x.reshape(*x.shape[: -len(axes)], -1)
+    d = flat - mean(flat, (-1,))
+    return (d * rsqrt(plain_mean(d * d, (-1,)) + EPS)).reshape(x.shape) * g + c
+
+
+FORMULAS = {name: given_its_mean(formula) for name, formula in OF_THE_MEAN.items()}
+one_pass, two_pass, one_pass_clipped, slope_and_intercept = (
+    FORMULAS[name] for name in "one_pass two_pass one_pass_clipped slope_and_intercept".split()
+)
+FORMULAS |= {"features_first": features_first, "flattened": flattened}
+
+# Formulas whose variance brings a mean of its own: without `mean` they are no RMSNorm either.
+OWN_MEAN: dict[str, Callable[..., Array]] = {
+    "jnp_var": lambda x, g, c, m, axes: (
+        (x - m) * rsqrt(jnp.var(x, axes, keepdims=True) + EPS) * g + c
+    ),
+    "jnp_std": lambda x, g, c, m, axes: (x - m) / (jnp.std(x, axes, keepdims=True) + EPS) * g + c,
+    "jnp_std_unbiased": lambda x, g, c, m, axes: (
+        g * (x - m) / (jnp.std(x, axes, ddof=1, keepdims=True) + EPS) + c
+    ),
+    "var_of_the_centered": lambda x, g, c, m, axes: (
+        (d := x - m) * rsqrt(jnp.var(d, axes, keepdims=True) + EPS) * g + c
+    ),
+}
+VARIANCES = {name: given_its_mean(formula) for name, formula in OWN_MEAN.items()}
+jnp_var = VARIANCES["jnp_var"]
+
+
+def standardize(x: Array, g: Any, c: Any, axes: Axes, mean: Mean) -> Array:
+    return jax.nn.standardize(x, axis=axes, epsilon=EPS) * g + c
 
 
 def check_folds(
@@ -338,7 +312,7 @@ def test_slope_of_the_mean(name: str) -> None:
     def apply(p: Params, x: Array) -> Array:
         s = jnp.tensordot(x, p["w"], 1) + leading(p["b"])
         m, (g, c) = plain_mean(s, (-1,)), (leading(p["g"]), leading(p["c"]))
-        r = jax.lax.rsqrt(plain_mean(jnp.square(s - m), (-1,)) + EPS)
+        r = rsqrt(plain_mean(jnp.square(s - m), (-1,)) + EPS)
         y = s * slope(r, g, c) + (c - m * of_mean(r, g, c))
         return jnp.tensordot(y, p["v"], 1)
 
@@ -355,7 +329,7 @@ def test_slope_of_the_iteration_before() -> None:
         def step(a: Array, x: Array) -> tuple[Array, Array]:
             s = jnp.tensordot(x, p["w"], 1) + p["b"]
             m = s.mean()
-            b = jax.lax.rsqrt(jnp.square(s - m).mean() + EPS) * p["g"]
+            b = rsqrt(jnp.square(s - m).mean() + EPS) * p["g"]
             return b, s * (a if before else b) + (p["c"] - m * b)
 
         _, y = jax.lax.scan(step, jnp.zeros(12), x)
@@ -385,10 +359,6 @@ def test_centering_of_one_of_two_equal_values(twice: bool) -> None:
 
 
 # --- means ---------------------------------------------------------------------------------------
-
-
-def count(x: Array, axes: Axes) -> int:
-    return int(np.prod([x.shape[axis] for axis in axes]))
 
 
 MEANS: dict[str, Mean] = {
@@ -442,7 +412,7 @@ def test_mean(name: str, formula: Any, features: tuple[int, ...]) -> None:
     check_folds(model(bound(formula, axes, MEANS[name]), axes), features)
 
 
-@pytest.mark.parametrize("formula", [one_pass, two_pass])
+@pytest.mark.parametrize("formula", [one_pass, two_pass], ids=["one_pass", "two_pass"])
 @pytest.mark.parametrize("name", OTHER_MEANS)
 def test_mean_that_may_be_left_alone(name: str, formula: Any) -> None:
     check_sound(model(bound(formula, (-1,), OTHER_MEANS[name]), (-1,)), make_params((12,)))
@@ -450,7 +420,7 @@ def test_mean_that_may_be_left_alone(name: str, formula: Any) -> None:
 
 def negative_mean_added(x: Array, g: Any, c: Any) -> Array:
     d = x + -plain_mean(x, (-1,))
-    return d * jax.lax.rsqrt(plain_mean(d * d, (-1,)) + EPS) * g + c
+    return d * rsqrt(plain_mean(d * d, (-1,)) + EPS) * g + c
 
 
 def everything_computed_again(x: Array, g: Any, c: Any) -> Array:
@@ -590,7 +560,7 @@ def mean_in_float32(x: Array, g: Any, c: Any, axes: Axes, mean: Mean) -> Array:
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     d = x - mean(wide, axes).astype(x.dtype)
     v = plain_mean(jnp.square(d.astype(wide.dtype)), axes)
-    return d * jax.lax.rsqrt(v + EPS).astype(x.dtype) * g + c
+    return d * rsqrt(v + EPS).astype(x.dtype) * g + c
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
@@ -753,7 +723,7 @@ def test_statistics_of_every_sample(samples: int) -> None:
 
 
 def normalise(s: Array, *axes: int) -> Array:
-    return (s - plain_mean(s, axes)) * jax.lax.rsqrt(jnp.var(s, axes, keepdims=True) + EPS)
+    return (s - plain_mean(s, axes)) * rsqrt(jnp.var(s, axes, keepdims=True) + EPS)
 
 
 def per_sample(fn: Callable[..., Array]) -> Callable[..., Array]:
@@ -764,7 +734,7 @@ def synchronised(p: Params, x: Array) -> Array:
     """Means over all positions of one sample, then over the samples."""
     s = jnp.tensordot(x, p["w"], 1)
     m, square = (jax.lax.pmean(plain_mean(y, (0,)), "batch") for y in (s, s * s))
-    return (s - m) * jax.lax.rsqrt(square - m * m + EPS)
+    return (s - m) * rsqrt(square - m * m + EPS)
 
 
 # What normalises, and whether all samples share the statistics.
