@@ -28,16 +28,12 @@ from jax_lnfold.checkpoints.center import center_checkpoint
 from jax_lnfold.plan.leaf import Factor, Recipe, edit_leaf
 from jax_lnfold.plan.plan import CenterEdit, LeafSpec
 from jax_lnfold.trees import leaf_paths
+from tests.models.norm_spellings import layer_norm
 
 Array = jax.Array
 Tree = dict[str, Any]
 SHAPES = {"stem": (7, 6), "bias": (6,), "layer": (6, 6), "scale": (6,), "head": (6, 3)}
 EDITED = {"stem", "bias", "layer", "scale"}
-
-
-def layer_norm(x: Array) -> Array:
-    c = x - x.mean(-1, keepdims=True)
-    return c * jax.lax.rsqrt((c * c).mean(-1, keepdims=True) + 1e-5)
 
 
 def model(variables: Tree, x: Array) -> Array:

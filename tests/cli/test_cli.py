@@ -279,22 +279,6 @@ def test_progress(files: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch)
     assert "100%" in sys.stderr.getvalue()
 
 
-def spoil_plan(files: dict[str, np.ndarray]) -> None:
-    Path("plan.json").write_text("{}")
-
-
-def binary_plan(files: dict[str, np.ndarray]) -> None:
-    Path("plan.json").write_bytes(b"\xff\xfe")
-
-
-def no_plan(files: dict[str, np.ndarray]) -> None:
-    Path("plan.json").unlink()
-
-
-def dest_exists(files: dict[str, np.ndarray]) -> None:
-    Path("b.safetensors").mkdir()
-
-
 def too_large(files: dict[str, np.ndarray]) -> None:
     largest = np.full((7, 6), np.finfo(np.float32).max)
     largest[:, 0] *= -1
@@ -304,15 +288,21 @@ def too_large(files: dict[str, np.ndarray]) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (spoil_plan, "text: plan version None, this library reads versions 2 and 3"),
-        (binary_plan, "plan: plan.json is not text"),
-        (no_plan, "No such file or directory: 'plan.json'; check the path"),
-        (dest_exists, "dest: b.safetensors exists"),
+        (
+            lambda _: Path("plan.json").write_text("{}"),
+            "text: plan version None, this library reads versions 2 and 3",
+        ),
+        (lambda _: Path("plan.json").write_bytes(b"\xff\xfe"), "plan: plan.json is not text"),
+        (
+            lambda _: Path("plan.json").unlink(),
+            "No such file or directory: 'plan.json'; check the path",
+        ),
+        (lambda _: Path("b.safetensors").mkdir(), "dest: b.safetensors exists"),
         (too_large, "source: leaf 'stem' would overflow"),
     ],
 )
 def test_center_fails(
-    files: dict[str, np.ndarray], spoil: Callable[[Any], None], message: str, capsys: Capture
+    files: dict[str, np.ndarray], spoil: Callable[[Any], Any], message: str, capsys: Capture
 ) -> None:
     spoil(files)
     before = {*Path.cwd().iterdir()}

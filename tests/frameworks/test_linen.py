@@ -82,6 +82,10 @@ def init(model: nn.Module, *inputs: Array) -> Any:
     return perturb(jax.tree.map(lambda leaf: np.ones(leaf.shape), shapes))
 
 
+def fold_model(model: nn.Module, *inputs: Array) -> jax_lnfold.Folded:
+    return fold_checked(jax.jit(model.apply), init(model, *inputs), *inputs)
+
+
 def edits_of(report: jax_lnfold.Report) -> Edits:
     return {e.key_path.removeprefix("params/"): e.axes for e in report.edits}
 
@@ -574,8 +578,7 @@ def test_padding_mask_on_the_stream(name: str) -> None:
     def body(module: nn.Module, s: Array, x: Array) -> Array:
         return MASKS[name](Block(name="block")(s), x[..., :1] > 0)
 
-    model = Stream(body)
-    report = fold_checked(jax.jit(model.apply), init(model, X), X).report
+    report = fold_model(Stream(body), X).report
     assert (counts(report), edits_of(report)) == ((2, 2, 0), START | ONCE)
 
 
@@ -618,8 +621,7 @@ class Coder(nn.Module):
 @pytest.mark.parametrize("tied", [True, False])
 def test_kernel_tied_by_map_variables(tied: bool) -> None:
     """The decoder notices a centering of the kernel: the stream is centered instead, once."""
-    model = Coder(tied)
-    report = fold_checked(jax.jit(model.apply), init(model, X), X).report
+    report = fold_model(Coder(tied), X).report
     writers = writer("first/down") | writer("second/down")
     assert counts(report) == (3, 3, int(tied))
     assert edits_of(report) == (writers if tied else writers | {"code/Dense_0/kernel": (1,)})
@@ -643,8 +645,7 @@ class Language(nn.Module):
 @pytest.mark.parametrize("tied", [True, False])
 def test_embedding(tied: bool) -> None:
     """The logits notice a centering of the table: the sum of both embeddings is centered, once."""
-    model = Language("tied" if tied else "dense")
-    report = fold_checked(jax.jit(model.apply), init(model, IDS), IDS).report
+    report = fold_model(Language("tied" if tied else "dense"), IDS).report
     expected = writer("first/down") | writer("second/down")
     if not tied:
         expected |= {"table/embedding": (1,), "position/embedding": (1,)}
@@ -693,8 +694,7 @@ REMADE: dict[str, tuple[Body, int, Edits]] = {
 @pytest.mark.parametrize(("body", "norms", "edits"), REMADE.values(), ids=REMADE)
 def test_computed_kernel_is_centered_explicitly(body: Body, norms: int, edits: Edits) -> None:
     """Once per call, which is cheaper than to center what the kernel writes."""
-    model = Stream(body)
-    folded = fold_checked(jax.jit(model.apply), init(model, X), X)
+    folded = fold_model(Stream(body), X)
     assert counts(folded.report) == (norms, norms, 1)
     assert edits_of(folded.report) == START | ONCE | edits
 
@@ -726,16 +726,13 @@ QUERY_KEY = writer("attention/query", 2, 1) | writer("attention/key", 2, 1)
 
 def test_attention_with_normalized_queries_and_keys() -> None:
     """Both LayerNorms run per head, so the projections are centered per head."""
-    model = Stream(attention)
-    variables = init(model, X)
-    folded = fold_checked(jax.jit(model.apply), variables, X)
+    folded = fold_model(Stream(attention), X)
     assert counts(folded.report) == (4, 4, 0)
     assert edits_of(folded.report) == START | QUERY_KEY | writer("attention/out", 2, 0)
 
 
 def test_attention_that_reads_keys_from_the_raw_stream() -> None:
-    model = Stream(partial(attention, raw=True))
-    report = fold_checked(jax.jit(model.apply), init(model, X), X).report
+    report = fold_model(Stream(partial(attention, raw=True)), X).report
     assert [n.folded for n in report.norms] == [False, True, True, False]
     assert (report.n_inserted, edits_of(report)) == (0, QUERY_KEY)
     for norm in (report.norms[0], report.norms[-1]):
@@ -788,8 +785,7 @@ class NormedLSTM(nn.RNNCellBase):
 
 def test_recurrent_cell() -> None:
     """The gates are linear in what is read; the state is gated per feature."""
-    model = nn.RNN(NormedLSTM(name="cell"))
-    report = fold_checked(jax.jit(model.apply), init(model, X), X).report
+    report = fold_model(nn.RNN(NormedLSTM(name="cell")), X).report
     gates, state = report.norms
     assert (gates.count, gates.folded, gates.shape) == (T, True, (B, 4 * D))
     assert (state.count, state.folded, report.n_inserted) == (T, False, 0)
@@ -816,16 +812,14 @@ NORMS: dict[str, tuple[Callable[..., nn.Module], str]] = {
 @pytest.mark.parametrize(("norm", "reason"), NORMS.values(), ids=NORMS)
 def test_norm_modules(norm: Callable[..., nn.Module], reason: str) -> None:
     """A norm folds if its mean does not span tokens, which have means of their own."""
-    model = Stream(lambda m, s, x: s, norm=norm)
-    report = fold_checked(jax.jit(model.apply), init(model, X), X).report
+    report = fold_model(Stream(lambda m, s, x: s, norm=norm), X).report
     assert counts(report) == (1, int(not reason), 0)
     assert edits_of(report) == ({} if reason else START)
     assert reason in report.norms[0].reason
 
 
 def test_group_norm_over_tokens_is_left_alone() -> None:
-    model = Stream(lambda m, s, x: s, norm=partial(nn.GroupNorm, HEADS))
-    report = fold_checked(jax.jit(model.apply), init(model, X), X).report
+    report = fold_model(Stream(lambda m, s, x: s, norm=partial(nn.GroupNorm, HEADS)), X).report
     assert (report.n_folded, report.n_inserted, report.edits) == (0, 0, ())
 
 

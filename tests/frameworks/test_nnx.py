@@ -100,6 +100,10 @@ def split(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable[..., Array],
     return jax.jit(lambda state, x: nnx.merge(graphdef, state)(x)), state
 
 
+def fold_model(make: Callable[[nnx.Rngs], nnx.Module], *inputs: Array) -> jax_lnfold.Folded:
+    return fold_checked(*split(make), *inputs)
+
+
 def edits_of(report: jax_lnfold.Report) -> Edits:
     return {e.key_path.removesuffix("/value"): e.axes for e in report.edits}
 
@@ -425,8 +429,7 @@ class Language(nnx.Module):
 @pytest.mark.parametrize("head", ["own", "attend", "reference"])
 def test_embedding(head: str) -> None:
     """The logits notice a centering of the table: what is looked up is centered, once."""
-    apply, state = split(partial(Language, head))
-    report = fold_checked(apply, state, IDS).report
+    report = fold_model(partial(Language, head), IDS).report
     assert counts(report) == (3, 3, int(head != "own"))
     assert edits_of(report) == LAYERS | ({"table/embedding": (1,)} if head == "own" else {})
     assert all("test_nnx.py:" in i.after for i in report.insertions)
@@ -575,8 +578,7 @@ def test_sown_stream(returned: bool) -> None:
 @pytest.mark.parametrize("fast", [False, True])
 def test_layer_norm_spellings(fast: bool, affine: bool) -> None:
     norm = partial(nnx.LayerNorm, use_fast_variance=fast, use_scale=affine, use_bias=affine)
-    apply, state = split(partial(Stream, partial(Block, norm=norm), norm=norm))
-    folded = fold_checked(apply, state, X)
+    folded = fold_model(partial(Stream, partial(Block, norm=norm), norm=norm), X)
     assert counts(folded.report) == (2, 2, 0)
     assert edits_of(folded.report) == START | writer("body/down")
 
@@ -614,15 +616,13 @@ QUERY_KEY = writer("body/attend/query", 2, 1) | writer("body/attend/key", 2, 1)
 
 def test_attention_with_normalized_queries_and_keys() -> None:
     """Both LayerNorms run per head, so the projections are centered per head."""
-    apply, state = split(partial(Stream, partial(Attention, False)))
-    report = fold_checked(apply, state, X).report
+    report = fold_model(partial(Stream, partial(Attention, False)), X).report
     assert counts(report) == (4, 4, 0)
     assert edits_of(report) == START | QUERY_KEY | writer("body/attend/out", 2, 0)
 
 
 def test_attention_that_reads_keys_from_the_raw_stream() -> None:
-    apply, state = split(partial(Stream, partial(Attention, True)))
-    report = fold_checked(apply, state, X).report
+    report = fold_model(partial(Stream, partial(Attention, True)), X).report
     assert [n.folded for n in report.norms] == [False, True, True, False]
     assert (report.n_inserted, edits_of(report)) == (0, QUERY_KEY)
     for norm in (report.norms[0], report.norms[-1]):
@@ -641,8 +641,7 @@ class Adapted(nnx.Module):
 
 
 def test_lora() -> None:
-    apply, state = split(Adapted)
-    report = fold_checked(apply, state, X).report
+    report = fold_model(Adapted, X).report
     assert counts(report) == (2, 2, 0)
     expected = writer("start") | writer("body/down") | {"start/lora/lora_b": (1,)}
     assert edits_of(report) == expected

@@ -12,6 +12,12 @@ from jax import lax
 Array = Any
 
 
+def layer_norm(x: Array, axes: Any = -1) -> Array:
+    """The usual one."""
+    c = x - x.mean(axes, keepdims=True)
+    return c * lax.rsqrt((c * c).mean(axes, keepdims=True) + 1e-5)
+
+
 def _one_pass(x: Array, axis: Any) -> Array:
     mean = x.mean(axis, keepdims=True)
     second = jnp.mean(x * x, axis, keepdims=True) - mean**2

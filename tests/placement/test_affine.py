@@ -29,10 +29,9 @@ from tests.helpers.contracts import (
     relative_difference,
     snapshot,
 )
-from tests.models.zoo import ZOO, perturb
+from tests.models.zoo import BY_NAME, perturb
 
 fold_affine = partial(fold_checked, fold_affine=True)
-ZOO_BY_NAME = {str(case): case for case in ZOO}
 
 # Norms whose scale and shift only linear layers read, all of them with a bias.
 TAKEN_UP = {
@@ -65,12 +64,12 @@ TAKEN_UP = {
 
 
 def test_every_model_of_the_zoo_is_here() -> None:
-    assert TAKEN_UP.keys() == ZOO_BY_NAME.keys()
+    assert TAKEN_UP.keys() == BY_NAME.keys()
 
 
 @pytest.mark.parametrize("name", TAKEN_UP)
 def test_zoo(name: str) -> None:
-    case = ZOO_BY_NAME[name]
+    case = BY_NAME[name]
     model = case.build("mean_var" if name in ("vit", "gpt2") else "one_pass")
     folded = jax_lnfold.fold(model.apply_fn, model.params, *model.inputs, fold_affine=True)
     report, original = folded.report, jax.jit(model.apply_fn)

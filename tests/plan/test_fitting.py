@@ -17,6 +17,7 @@ import jax_lnfold
 from jax_lnfold import PlanMismatchError, TraceError, TreeError, center_updates
 from jax_lnfold.trees import alike_paths
 from tests.helpers.contracts import assert_identical, fold_checked, relative_difference, snapshot
+from tests.models.norm_spellings import layer_norm as norm
 from tests.models.zoo import perturb
 
 Array = jax.Array
@@ -133,11 +134,6 @@ def test_plan_of_a_model_centers_its_parameters_alone() -> None:
 
 
 # --- other sizes ---------------------------------------------------------------------------------
-
-
-def norm(x: Array) -> Array:
-    c = x - x.mean(-1, keepdims=True)
-    return c * jax.lax.rsqrt((c * c).mean(-1, keepdims=True) + 1e-5)
 
 
 def critics(p: Params, x: Array) -> Array:

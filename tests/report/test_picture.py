@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,9 @@ from jax_lnfold.report.repeats import Repeat, fold_repeats
 from jax_lnfold.report.report import Report
 from tests.models.zoo import ZOO, vision
 from tests.models.zoo.base import recipe
+from tests.report.test_report import report_of
 
 SVG = "{http://www.w3.org/2000/svg}"
-
-
-@cache
-def report_of(name: str) -> Report:
-    model = next(case for case in ZOO if str(case) == name).build()
-    shapes = jax.eval_shape(lambda tree: tree, (model.params, *model.inputs))
-    return jax_lnfold.analyze(model.apply_fn, *shapes)
 
 
 def names_of(events: Sequence[Event], *kinds: str) -> list[str]:

@@ -19,10 +19,9 @@ import jax_lnfold
 from jax_lnfold.report.report import Report
 from jax_lnfold.report.table import Row, grouped, merged
 from jax_lnfold.trees import leaf_paths
-from tests.models.zoo import NORMS, ZOO
+from tests.models.zoo import BY_NAME, NORMS, ZOO
 
 TESTS = Path(__file__).parents[1]
-ZOO_BY_NAME = {str(case): case for case in ZOO}
 PRE_LN, GATE, UNTIE = "inside the branch (pre-LN)", "gate by one number per token", "(untie it)"
 SCALE = r"norm|\"scale\""
 MERGE, LINEAR_LAST, QUIET, RETURN = (
@@ -35,7 +34,7 @@ MERGE, LINEAR_LAST, QUIET, RETURN = (
 
 @cache
 def report_of(name: str, spelling: str = "one_pass") -> Report:
-    model = ZOO_BY_NAME[name].build(spelling)
+    model = BY_NAME[name].build(spelling)
     shapes = jax.eval_shape(lambda tree: tree, (model.params, *model.inputs))
     return jax_lnfold.analyze(model.apply_fn, *shapes)
 
@@ -166,7 +165,7 @@ def test_bytes_of_edited_parameters() -> None:
     assert "(1.63 kB)" in str(report)
     dino = report_of("dinov2")  # scales and the layers they are merged into count once
     edited = {edit.key_path for edit in (*dino.edits, *dino.scales)}
-    tree = ZOO_BY_NAME["dinov2"].build().params
+    tree = BY_NAME["dinov2"].build().params
     leaves = {path: leaf for path, leaf in leaf_paths(tree) if path in edited}
     assert dino.edited_bytes == sum(leaf.nbytes for leaf in leaves.values())
 

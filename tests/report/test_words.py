@@ -36,11 +36,13 @@ strange = jax.extend.core.Primitive("strange")
 strange.def_impl(jnp.sin)
 strange.def_abstract_eval(lambda s: s)
 
-PARAMS: dict[str, jax.ShapeDtypeStruct] = {
-    name: jax.ShapeDtypeStruct(shape, jnp.float32)
-    for name, shape in {"stem": (7, D), "first": (D, D), "second": (D, D), "head": (D, 3)}.items()
-}
-X = jax.ShapeDtypeStruct((2, 5, 7), jnp.float32)
+
+def of(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+PARAMS = {"stem": of(7, D), "first": of(D, D), "second": of(D, D), "head": of(D, 3)}
+X = of(2, 5, 7)
 Start = Callable[[Any, jax.Array], jax.Array]
 
 
@@ -126,7 +128,7 @@ def test_a_linear_layer_last_is_a_cure(case: str) -> None:
     def start(p: Any, x: jax.Array) -> jax.Array:
         return STARTS[case].start(p, x) @ p["last"]
 
-    last = {"last": jax.ShapeDtypeStruct((D, D), jnp.float32)}
+    last = {"last": of(D, D)}
     report = report_of(stream(start), PARAMS | last)
     assert (report.n_folded, report.n_inserted) == (3, 0)
 
@@ -166,9 +168,9 @@ PRE_LN = "normalise inside the branch (pre-LN): here a LayerNorm's scale writes 
 BATCH_NORM = "normalise inside the branch: here a BatchNorm's scale writes last"
 MERGE = "merge this scale into the linear layer before it"
 GATE = "gate by one number per token or per head instead of one per channel"
-VECTORS = {name: jax.ShapeDtypeStruct((D,), jnp.float32) for name in ("g", "b", "g2")}
-GATED = PARAMS | VECTORS | {"table": jax.ShapeDtypeStruct((5, D), jnp.float32)}
-GATED |= {name: jax.ShapeDtypeStruct((D, D), jnp.float32) for name in ("gate", "gate2")}
+VECTORS = {name: of(D) for name in ("g", "b", "g2")}
+GATED = PARAMS | VECTORS | {"table": of(5, D)}
+GATED |= {name: of(D, D) for name in ("gate", "gate2")}
 
 
 def normalised(s: jax.Array) -> jax.Array:
@@ -471,11 +473,7 @@ def test_which_parameter_it_is() -> None:
 # --- without LayerNorms --------------------------------------------------------------------------
 
 NOTHING = "No LayerNorm found; nothing was changed."
-AFFINE = VECTORS | {
-    "stem": jax.ShapeDtypeStruct((7, D), jnp.float32),
-    "w": jax.ShapeDtypeStruct((D, 3), jnp.float32),
-    "c": jax.ShapeDtypeStruct((3,), jnp.float32),
-}
+AFFINE = VECTORS | {"stem": of(7, D), "w": of(D, 3), "c": of(3)}
 
 
 def scaled_rms(p: Any, x: jax.Array) -> jax.Array:
@@ -565,11 +563,7 @@ INPUT = "center this input before the call, or begin with a linear layer"
 STORE = "store this, which is made of parameters alone, as a parameter"
 THROUGH = "let this operation read the stream through a LayerNorm"
 UNTIE = "give this operation a parameter of its own (untie it)"
-MIXED = GATED | {
-    "tokens": jax.ShapeDtypeStruct((5, 5), jnp.float32),
-    "tokens2": jax.ShapeDtypeStruct((5, 5), jnp.float32),
-    "channels": jax.ShapeDtypeStruct((D, 5, 5), jnp.float32),
-}
+MIXED = GATED | {"tokens": of(5, 5), "tokens2": of(5, 5), "channels": of(D, 5, 5)}
 
 
 def token_mixer(p: Any, s: jax.Array) -> jax.Array:

@@ -18,13 +18,12 @@ from jax_lnfold import FoldError
 from jax_lnfold.options import DEFERRED_COST, PRESETS
 from jax_lnfold.rewrite.defer import defer_scales
 from tests.helpers.contracts import fold_checked, iter_equations, relative_difference
-from tests.models.zoo import ZOO
+from tests.models.zoo import BY_NAME
 
 Array = jax.Array
 Params = dict[str, Array]
 everything = {"fold_affine": True, "defer_scale": True, "deferred_cost": 0.0}
 fold = partial(fold_checked, **everything)
-ZOO_BY_NAME = {str(case): case for case in ZOO}
 
 # Norms taken up by linear layers that read all of them, none of it through a slice or a gather.
 DEFERRED = {
@@ -44,7 +43,7 @@ DEFERRED = {
 
 @pytest.mark.parametrize("name", DEFERRED)
 def test_zoo(name: str) -> None:
-    model = ZOO_BY_NAME[name].build()
+    model = BY_NAME[name].build()
     folded = jax_lnfold.fold(model.apply_fn, model.params, *model.inputs, **everything)
     want = jax.jit(model.apply_fn)(model.params, *model.inputs)
     got = jax.jit(folded.apply)(folded.params, *model.inputs)

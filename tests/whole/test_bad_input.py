@@ -24,6 +24,7 @@ from tests.helpers.contracts import (
     relative_difference,
     snapshot,
 )
+from tests.models.norm_spellings import layer_norm
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -33,11 +34,6 @@ Call = Callable[[Params, Array], Any]
 pytestmark = pytest.mark.usefixtures("explicit_ranks")
 
 B, T, DIN, D, OUT = 2, 5, 9, 12, 7
-
-
-def layer_norm(x: Array) -> Array:
-    c = x - x.mean(-1, keepdims=True)
-    return c * jax.lax.rsqrt((c * c).mean(-1, keepdims=True) + 1e-5)
 
 
 def model(p: Params, x: Array) -> Array:

@@ -20,6 +20,7 @@ import pytest
 import jax_lnfold
 from jax_lnfold import Folded, FoldError, TraceError, TreeError, fold
 from tests.helpers.contracts import assert_identical, check_contracts, relative_difference, snapshot
+from tests.models.norm_spellings import layer_norm
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -30,11 +31,6 @@ POINTS = 40
 B, T, DIN, D, OUT = 2, 5, 7, 6, 3
 EDITED = ["bias", "layer", "stem", "scale"]
 """In the order in which they are edited: the scale is read by the edit of the layer."""
-
-
-def layer_norm(x: Array) -> Array:
-    c = x - x.mean(-1, keepdims=True)
-    return c * jax.lax.rsqrt((c * c).mean(-1, keepdims=True) + 1e-5)
 
 
 def model(p: Params, x: Array) -> Array:

@@ -422,26 +422,19 @@ def test_arrays_of_the_caller_are_not_changed(kind: str) -> None:
 # --- nothing to do -------------------------------------------------------------------------------
 
 
-def no_norm(p: Params, x: Array) -> Array:
-    return jax.nn.gelu(x @ p["w"] + p["b"]) @ p["v"]
-
-
 def norm_of_the_input(p: Params, x: Array) -> Array:
     return layer_norm(x)
 
 
-def no_use_of_params(p: Params, x: Array) -> Array:
-    return jnp.sin(x)
+NOTHING: dict[str, tuple[Call, int]] = {
+    "no norm": (lambda p, x: jax.nn.gelu(x @ p["w"] + p["b"]) @ p["v"], 0),
+    "norm of the input": (norm_of_the_input, 1),
+    "no use of params": (lambda p, x: jnp.sin(x), 0),
+    "constant": (lambda p, x: jnp.ones(3), 0),
+}
 
 
-def constant(p: Params, x: Array) -> Array:
-    return jnp.ones(3)
-
-
-@pytest.mark.parametrize(
-    ("apply_fn", "norms"),
-    [(no_norm, 0), (norm_of_the_input, 1), (no_use_of_params, 0), (constant, 0)],
-)
+@pytest.mark.parametrize(("apply_fn", "norms"), NOTHING.values(), ids=NOTHING)
 def test_nothing_to_fold(apply_fn: Callable[..., Any], norms: int) -> None:
     params = make_params()
     folded = fold_checked(apply_fn, params, make_input())

@@ -165,12 +165,6 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize("name", CHOICES)
-def test_choices(name: str) -> None:
-    apply, norms, folded, edited = CHOICES[name]
-    check(apply, PARAMS, X, counts=(norms, folded, 0), edited=edited)
-
-
 EXPERTS = make(
     embed=(DIN, D), route=(D, E), up=(E, D, HID), down=(E, HID, D), bias=(E, D), v=(D, OUT)
 )
@@ -425,9 +419,10 @@ LOOPS = {
 }
 
 
-@pytest.mark.parametrize("name", LOOPS)
-def test_loops(name: str) -> None:
-    apply, norms, folded, edited = LOOPS[name]
+@pytest.mark.parametrize(
+    ("apply", "norms", "folded", "edited"), (CHOICES | LOOPS).values(), ids=CHOICES | LOOPS
+)
+def test_choices_and_loops(apply: Model, norms: int, folded: int, edited: str) -> None:
     check(apply, PARAMS, X, counts=(norms, folded, 0), edited=edited)
 
 

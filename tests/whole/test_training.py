@@ -20,7 +20,7 @@ from optax.contrib import schedule_free, schedule_free_eval_params
 import jax_lnfold
 from jax_lnfold import CenterState, Folded, FoldError, TreeError, center_gradients, center_updates
 from tests.helpers.contracts import relative_difference, snapshot
-from tests.models.zoo import ZOO, vision
+from tests.models.zoo import BY_NAME, vision
 from tests.models.zoo.base import recipe
 
 PyTree = Any
@@ -189,7 +189,7 @@ def test_fine_tuning_keeps_equality_with_the_layernorm_model() -> None:
 
 
 def test_merged_scales_stay_one() -> None:
-    model = next(case for case in ZOO if str(case) == "dinov2").build()
+    model = BY_NAME["dinov2"].build()
     folded = jax_lnfold.fold(model.apply_fn, model.params, *model.inputs)
     tx = optax.chain(optax.adam(1e-2), center_updates(folded.plan))
     (params, _), _ = trained(folded.apply, model.inputs, tx, folded.params, 10)

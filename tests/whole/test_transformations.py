@@ -39,7 +39,7 @@ from tests.helpers.contracts import (
     relative_difference,
     snapshot,
 )
-from tests.models.zoo import ZOO, perturb
+from tests.models.zoo import BY_NAME, perturb
 
 Array = jax.Array
 Params = Any
@@ -113,6 +113,11 @@ BLOCK = {
 ENDS = {"embed": (IN, D), "bias": (D,), "head": (D, IN)}
 TINY = {"embed": draw(1, IN, D), "head": draw(2, D, IN)}
 X, LONGER = draw(3, B, T, IN), draw(4, B + 1, T + 4, IN)
+
+
+def beside(read: Norm) -> ApplyFn:
+    """What is read of one stream, and a LayerNorm of another."""
+    return lambda p, x: (read(x @ p["first"]) + layer_norm(x @ p["embed"])) @ p["head"]
 
 
 def tree(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Array]:
@@ -485,7 +490,7 @@ EXPORTS: dict[str, tuple[str, ...]] = {
 
 @pytest.mark.parametrize("name", EXPORTS)
 def test_architectures_are_exported_with_symbolic_dimensions(name: str) -> None:
-    (case,) = (case for case in ZOO if case.name == name)
+    case = BY_NAME[name]
     built = case.build()
     folded = jax_lnfold.fold(built.apply_fn, built.params, *built.inputs)
     assert (folded.report.n_folded, folded.report.n_inserted) == (case.folded, case.inserted)
@@ -1077,10 +1082,7 @@ def test_unknown_primitive_that_writes(known: bool) -> None:
     """Linear, but only its name is known; the same function in known operations folds."""
     write = doubled if known else primitive("write", doubled)
 
-    def apply(p: Params, x: Array) -> Array:
-        return (layer_norm(write(x @ p["first"])) + layer_norm(x @ p["embed"])) @ p["head"]
-
-    report = fold_checked(apply, TOWERS, X).report
+    report = fold_checked(beside(lambda s: layer_norm(write(s))), TOWERS, X).report
     assert [norm.folded for norm in report.norms] == [known, True]
     if not known:
         assert "`write` (test_transformations.py:" in report.norms[0].reason
@@ -1098,10 +1100,7 @@ NAMESAKES: dict[str, Callable[[Array], Array]] = {
 def test_primitive_that_shares_its_name_with_a_known_one(name: str) -> None:
     write = primitive(name, NAMESAKES[name])
 
-    def apply(p: Params, x: Array) -> Array:
-        return (layer_norm(write(x @ p["first"])) + layer_norm(x @ p["embed"])) @ p["head"]
-
-    report = fold_checked(apply, TOWERS, X).report
+    report = fold_checked(beside(lambda s: layer_norm(write(s))), TOWERS, X).report
     assert [norm.folded for norm in report.norms] == [False, True]
 
 
@@ -1137,11 +1136,7 @@ def test_batching_rule_of_a_reader(reads_stream: bool) -> None:
 
 
 def test_batching_rule_around_the_model() -> None:
-    ruled = with_vmap_rule(lambda s: layer_norm(s) * 2)
-
-    def apply(p: Params, x: Array) -> Array:
-        return (ruled(x @ p["first"]) + layer_norm(x @ p["embed"])) @ p["head"]
-
+    apply = beside(with_vmap_rule(lambda s: layer_norm(s) * 2))
     folded = fold_checked(apply, TOWERS, X)
     assert folded.report.norms[-1].folded
     xs = several(X)
@@ -1214,11 +1209,7 @@ TRUE_DERIVATIVES: dict[str, Callable[[Array], Array]] = {
 
 @pytest.mark.parametrize("name", [*UNTRUE_DERIVATIVES, *TRUE_DERIVATIVES])
 def test_derivatives_that_a_function_does_not_have(name: str) -> None:
-    read = {**UNTRUE_DERIVATIVES, **TRUE_DERIVATIVES}[name]
-
-    def apply(p: Params, x: Array) -> Array:
-        return (read(x @ p["first"]) + layer_norm(x @ p["embed"])) @ p["head"]
-
+    apply = beside({**UNTRUE_DERIVATIVES, **TRUE_DERIVATIVES}[name])
     folded = fold_checked(jax.jit(apply), TOWERS, X)
     if name in UNTRUE_DERIVATIVES:
         return

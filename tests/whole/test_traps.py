@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.contracts import fold_checked, relative_difference
+from tests.models.norm_spellings import layer_norm
 
 Array = jax.Array
 Params = dict[str, Array]
@@ -75,11 +76,6 @@ def grouped(params: Params, *names: str, groups: int = H) -> Params:
         leaf = params[name].reshape(*params[name].shape[:-1], groups, -1)
         edits[name] = (leaf - leaf.mean(-1, keepdims=True)).reshape(params[name].shape)
     return {**params, **edits}
-
-
-def layer_norm(x: Array, axes: int | tuple[int, ...] = -1) -> Array:
-    c = x - x.mean(axes, keepdims=True)
-    return c * jax.lax.rsqrt((c * c).mean(axes, keepdims=True) + EPS)
 
 
 def rms_norm(x: Array) -> Array:
