@@ -207,6 +207,10 @@ def test_sharded_layouts_compute_the_same(style: str, monkeypatch: pytest.Monkey
     assert relative_difference(run(mesh, style), run(alone, "jit")) < 1e-4
 
 
+def sums_of(*programs: Any) -> list[int]:
+    return [count_equations("reduce_sum", p.apply, p.params, p.x) for p in programs]
+
+
 def shallow(monkeypatch: pytest.MonkeyPatch, name: str, depth: int = 2, **sizes: Any) -> Config:
     """Give the models of the benchmark fewer layers, and other sizes."""
     entry = MODELS[name]
@@ -216,10 +220,7 @@ def shallow(monkeypatch: pytest.MonkeyPatch, name: str, depth: int = 2, **sizes:
     return config
 
 
-INSERTED = {"gpt2": 1, "gpt2_xl": 1, "whisper_base_encoder": 1} | {
-    "gpt2_decode": 1,
-    "gpt2_xl_decode": 1,
-}
+INSERTED = dict.fromkeys("gpt2 gpt2_xl whisper_base_encoder gpt2_decode gpt2_xl_decode".split(), 1)
 
 
 @pytest.mark.parametrize("name", [n for n in MODELS if n != "swin_t" and "video" not in n])
@@ -231,7 +232,7 @@ def test_models_fold_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     norms = (4 if qk else 2) * depth + 1
     programs = original, folded, affine, bound
-    sums = [count_equations("reduce_sum", p.apply, p.params, p.x) for p in programs]
+    sums = sums_of(*programs)
     assert sums[0] - sums[1] == sums[0] - sums[2] == norms - INSERTED.get(name, 0)
     assert sums[0] - sums[3] == 2 * norms
     added = [count_equations("add", p.apply, p.params, p.x) for p in programs]
@@ -243,9 +244,7 @@ def test_models_fold_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_swin_folds_its_last_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     shallow(monkeypatch, "swin_t")
     original, folded, bound = variants("swin_t", 1, "one_pass", "float32", length=112)
-    sums = [
-        count_equations("reduce_sum", p.apply, p.params, p.x) for p in (original, folded, bound)
-    ]
+    sums = sums_of(original, folded, bound)
     # Patch norm, two of the last block, and the final norm, of 9.
     assert (sums[0] - sums[1], sums[0] - sums[2]) == (4, 18)
 
@@ -294,9 +293,7 @@ def test_variants_of_a_video_model_compute_the_same(
         "video_encoder_normed": (5 + 14, 5 + 14, 0),
         "video_first_token_phi": (4 + 14 + 3, 14 + 3, 1),
     }[name]
-    sums = [
-        count_equations("reduce_sum", p.apply, p.params, p.x) for p in (original, folded, bound)
-    ]
+    sums = sums_of(original, folded, bound)
     assert sums[0] - sums[1] == folds - inserted
     assert sums[0] - sums[2] == 2 * norms
     one_pass = next(variants(name, 5, "one_pass", "float64", **options))

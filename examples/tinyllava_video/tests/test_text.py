@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -178,18 +179,8 @@ def test_every_byte_round_trips(tokenizer: Any) -> None:
     symbols = tokenizer.convert_ids_to_tokens(list(range(257)))
     assert len(set(symbols)) == 257
     assert tokenizer.convert_tokens_to_ids(symbols) == list(range(257))
-    text = "".join(
-        map(
-            chr,
-            [
-                *range(1, 0x800),
-                *range(0x800, 0xD800, 97),
-                *range(0xE000, 0xFFF0, 97),
-                0x1F600,
-                0x10FFFF,
-            ],
-        )
-    )
+    planes = range(1, 0x800), range(0x800, 0xD800, 97), range(0xE000, 0xFFF0, 97)
+    text = "".join(map(chr, [*chain(*planes), 0x1F600, 0x10FFFF]))
     text += " . , ' s 're  \r\n\t é e\u0301"
     ids = tokenizer(text).input_ids
     assert len(ids) == len(text.encode())

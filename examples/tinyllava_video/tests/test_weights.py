@@ -275,12 +275,8 @@ def devices(number: int) -> Mesh:
     )
 
 
-OUT, IN, ROWS, WHOLE = (
-    PartitionSpec(None, "model"),
-    PartitionSpec("model", None),
-    PartitionSpec("model", None),
-    PartitionSpec(None, None),
-)
+OUT, IN, WHOLE = (PartitionSpec(*axes) for axes in ((None, "model"), ("model", None), (None, None)))
+ROWS = IN
 PLACES = {
     "vision_tower.layers.1.self_attn.q_proj.kernel": OUT,
     "vision_tower.layers.1.self_attn.out_proj.kernel": IN,
