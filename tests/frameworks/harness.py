@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jax_lnfold
-from tests.helpers.contracts import count_reductions, counts, fold_checked
+from tests.helpers.contracts import (
+    check_contracts,
+    count_reductions,
+    counts,
+    fold_checked,
+    removed_sums,
+    snapshot,
+)
 
 Apply = Callable[..., Any]
 Edits = dict[str, tuple[int, ...]]
@@ -56,6 +63,28 @@ def check_taken_up(taken: int, apply: Apply, params: Any, *inputs: Any, **option
     """The only scale is taken up, or it is not."""
     report = fold_checked(apply, params, *inputs, fold_affine=True, **options).report
     assert (len(report.affine), len(report.affine_left)) == (taken, 1 - taken)
+
+
+class Fold(NamedTuple):
+    """A body, how often its LayerNorms run, and the parameters besides `embed` that are edited."""
+
+    body: Any
+    counts: tuple[int, ...]
+    edits: Edits
+
+
+def check_folds_whole(
+    apply: Apply, params: Any, runs: tuple[int, ...], x: Any, other: Any
+) -> jax_lnfold.Report:
+    """All LayerNorms fold, which run so often, and the one behind them; `other` is of new shape."""
+    before = snapshot(params)
+    folded = jax_lnfold.fold(apply, params, x)
+    check_contracts(apply, params, folded, other, before=before)
+    norms = folded.report.norms
+    assert [(n.count, n.folded) for n in norms] == [(c, True) for c in (*runs, 1)]
+    assert folded.report.n_inserted == 0
+    assert removed_sums(apply, params, folded, x) == len(norms)
+    return folded.report
 
 
 def assert_left(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,7 +19,15 @@ from jax.sharding import Mesh
 
 import jax_lnfold
 from tests.frameworks import harness
-from tests.frameworks.harness import Edits, assert_blames, check_as_accurate, draw, writer
+from tests.frameworks.harness import (
+    Edits,
+    Fold,
+    assert_blames,
+    check_as_accurate,
+    check_folds_whole,
+    draw,
+    writer,
+)
 from tests.helpers.contracts import (
     assert_drop_in,
     check_contracts,
@@ -27,8 +35,6 @@ from tests.helpers.contracts import (
     counts,
     fold_checked,
     relative_difference,
-    removed_sums,
-    snapshot,
 )
 from tests.models.zoo import perturb
 
@@ -255,14 +261,6 @@ def custom_vjp(module: nn.Module, s: Array, x: Array) -> Array:
     return nn.custom_vjp(run, partial(nn.vjp, run), backward)(Block(name="block"), s)
 
 
-class Fold(NamedTuple):
-    """A body, how often its LayerNorms run, and the parameters besides `embed` that are edited."""
-
-    body: Body
-    counts: tuple[int, ...]
-    edits: Edits
-
-
 ONCE = writer("block/down")
 STACKED = writer("block/down", 2, 1)
 
@@ -306,16 +304,10 @@ FOLDS: dict[str, Fold] = {
 
 @pytest.mark.parametrize("name", FOLDS)
 def test_folds_through_the_transform(name: str) -> None:
-    body, inner, edits = FOLDS[name]
+    body, runs, edits = FOLDS[name]
     model = Stream(body)
-    apply, variables = jax.jit(model.apply), init(model, X)
-    before = snapshot(variables)
-    folded = jax_lnfold.fold(apply, variables, X)
-    check_contracts(apply, variables, folded, OTHER_X, before=before)
-    norms = folded.report.norms
-    assert [(n.count, n.folded) for n in norms] == [(c, True) for c in (*inner, 1)]
-    assert (folded.report.n_inserted, edits_of(folded.report)) == (0, START | edits)
-    assert removed_sums(apply, variables, folded, X) == len(norms)
+    report = check_folds_whole(jax.jit(model.apply), init(model, X), runs, X, OTHER_X)
+    assert edits_of(report) == START | edits
 
 
 def read_by_dense(module: nn.Module, s: Array, x: Array) -> Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +14,16 @@ from flax import nnx
 
 import jax_lnfold
 from tests.frameworks import harness
-from tests.frameworks.harness import Edits, assert_blames, check_as_accurate, draw, writer
-from tests.helpers.contracts import (
-    check_contracts,
-    counts,
-    fold_checked,
-    relative_difference,
-    removed_sums,
-    snapshot,
+from tests.frameworks.harness import (
+    Edits,
+    Fold,
+    assert_blames,
+    check_as_accurate,
+    check_folds_whole,
+    draw,
+    writer,
 )
+from tests.helpers.contracts import check_contracts, counts, fold_checked, relative_difference
 from tests.models.zoo import perturb
 
 Array = jax.Array
@@ -265,14 +266,6 @@ def fori_loop(block: Block, s: Array) -> Array:
     return nnx.fori_loop(0, L, body, (block, s))[1]
 
 
-class Fold(NamedTuple):
-    """A body, how often its LayerNorms run, and the parameters besides `embed` that are edited."""
-
-    body: Make
-    counts: tuple[int, ...]
-    edits: Edits
-
-
 ONCE = writer("body/block/down")
 STACKED = writer("body/block/down", 2, 1)
 
@@ -300,15 +293,9 @@ FOLDS: dict[str, Fold] = {
 
 @pytest.mark.parametrize("name", FOLDS)
 def test_folds_through_the_transform(name: str) -> None:
-    body, inner, edits = FOLDS[name]
-    apply, state = split(partial(Stream, body))
-    before = snapshot(state)
-    folded = jax_lnfold.fold(apply, state, X)
-    check_contracts(apply, state, folded, OTHER_X, before=before)
-    norms = folded.report.norms
-    assert [(n.count, n.folded) for n in norms] == [(c, True) for c in (*inner, 1)]
-    assert (folded.report.n_inserted, edits_of(folded.report)) == (0, START | edits)
-    assert removed_sums(apply, state, folded, X) == len(norms)
+    body, runs, edits = FOLDS[name]
+    report = check_folds_whole(*split(partial(Stream, body)), runs, X, OTHER_X)
+    assert edits_of(report) == START | edits
 
 
 def cond_tanh(block: Block, s: Array) -> Array:
