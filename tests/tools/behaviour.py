@@ -1,7 +1,8 @@
 """Shows what a change of the library's code changes in what it does: a mere move changes nothing.
 
     python -m tests.tools.behaviour --write before.json      # in the old checkout
-    python -m tests.tools.behaviour --against before.json    # in the new one, or a part: --only gpt2
+    python -m tests.tools.behaviour --against before.json    # in the new one
+    python -m tests.tools.behaviour --against before.json --only gpt2    # a part of them
 
 Plans, reports, pictures and folded programs, of the zoo in every spelling and of random networks,
 are compared word by word, but for line numbers.
