@@ -54,9 +54,9 @@ def page(links: Sequence[str], sections: Sequence[str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Analyse the models and write the page."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT))
     jax.config.update("jax_enable_x64", True)  # the models' weights are float64
-    from zoo import ZOO
+    from tests.models.zoo import ZOO
 
     names = [str(case) for case in ZOO]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

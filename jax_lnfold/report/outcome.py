@@ -1,4 +1,4 @@
-"""What a fold does to every LayerNorm of a program, and why some are left alone: plain data."""
+"""What a fold found in a program and did to it: plain data."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from .._compat import ClosedJaxpr
-from ..axes.axis_set import AxisSet
 from ..plan.edits.affine import AffineEdit
 from ..plan.edits.center import CenterEdit
 from ..plan.edits.scale import ScaleEdit
@@ -14,53 +13,10 @@ from ..plan.plan import FoldPlan
 from ..program.graph import Location
 from ..rewrite.defer import Deferral
 from .events import Event
+from .norms import Insertion, Norm
 
 Programs = Callable[[], tuple[ClosedJaxpr, ClosedJaxpr]]
 """The original and the folded program."""
-
-
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """One LayerNorm: module path, axes averaged over, input shape, and what became of it.
-
-    Inside of a `shard_map` the shape is that of one shard, and `mesh_axes` are the mesh axes that
-    the mean spans besides. `count` is how often it runs in one call. `reason` is empty when
-    `folded`, and otherwise names the operation in the way with its module path and source line;
-    `blocker` is that operation. `two_pass` if its variance takes a second pass over the input.
-    `approximate` if it is folded although dropout before it leaves it a mean.
-    """
-
-    path: str
-    axes: tuple[int, ...]
-    shape: tuple[int, ...]
-    count: int
-    folded: bool
-    reason: str
-    mesh_axes: tuple[str, ...] = ()
-    two_pass: bool = False
-    blocker: Location | None = None
-    advice: str = ""
-    approximate: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Insertion:
-    """One explicit centering put into the program: after which operation, along which axes.
-
-    `reason` says what keeps its value from being zero-mean by itself, `advice` what could be
-    changed about that; both may be empty.
-    """
-
-    after: str
-    along: AxisSet
-    reason: str = ""
-    advice: str = ""
-
-    def __str__(self) -> str:
-        """The centering in sentences."""
-        words = f"Inserted after {self.after}, along {self.along}"
-        words += f": {self.reason}." if self.reason else "."
-        return words + (f" To do without, {self.advice}." if self.advice else "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,20 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contracts import (
-    assert_identical,
-    check_contracts,
-    count_equations,
-    count_reductions,
-    fold_checked,
-    relative_difference,
-    snapshot,
-)
-from zoo import perturb
-from zoo.base import floats, tokens
 
 import jax_lnfold
-from jax_lnfold.report.report import Report
+from tests.frameworks.harness import check_folds, check_left, check_taken_up, ramp
+from tests.helpers.contracts import (
+    assert_identical,
+    check_contracts,
+    counts,
+    fold_checked,
+    relative_difference,
+    removed_sums,
+    snapshot,
+)
+from tests.models.zoo import perturb
+from tests.models.zoo.base import floats, tokens
 
 Array = jax.Array
 Key = jax.Array
@@ -53,10 +53,6 @@ def split(make: Callable[[], Any], run: Layer | None = None) -> tuple[Apply, Any
         return jax.vmap(module)(*inputs) if run is None else run(module, *inputs)
 
     return apply, perturb(jax.tree.map(lambda leaf: np.zeros(leaf.shape), leaves))
-
-
-def counts(report: Report) -> tuple[int, int, int]:
-    return len(report.norms), report.n_folded, report.n_inserted
 
 
 # --- one norm ------------------------------------------------------------------------------------
@@ -137,24 +133,16 @@ FOLDING: dict[str, tuple[Make, tuple[int, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("name", FOLDING)
-def test_norm_folds(name: str) -> None:
-    make, sizes = FOLDING[name]
-    apply, params = split(make)
-    folded = jax_lnfold.fold(apply, params, X)
-    assert counts(folded.report) == (1, 1, 0)
-    # Only the sum of squares is left: a mean of `jnp.var` goes as well.
-    assert count_reductions(apply, params, X, sizes=sizes) == 3
-    assert count_reductions(folded.apply, folded.params, X, sizes=sizes) == 1
+@pytest.mark.parametrize(("make", "sizes"), FOLDING.values(), ids=FOLDING)
+def test_norm_folds(make: Make, sizes: tuple[int, ...]) -> None:
+    check_folds(*split(make), X, sizes=sizes)
 
 
 @pytest.mark.parametrize(("biased", "taken"), [(True, 1), (False, 0)])
 def test_scale_and_shift_are_taken_up(biased: bool, taken: int) -> None:
     """`vmap` puts a transpose between the product of a layer and its bias."""
-    apply, params = split(lambda: tokenwise(linear(), norm(), linear(12, OUT, use_bias=biased)))
-    folded = fold_checked(apply, params, X, fold_affine=True)
-    assert len(folded.report.affine) == taken
-    assert len(folded.report.affine_left) == 1 - taken
+    model = split(lambda: tokenwise(linear(), norm(), linear(12, OUT, use_bias=biased)))
+    check_taken_up(taken, *model, X)
 
 
 def pooled(x: Array) -> Array:
@@ -198,14 +186,9 @@ LEFT: dict[str, tuple[Make, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", LEFT)
-def test_norm_is_left_alone(name: str) -> None:
-    make, obstacle = LEFT[name]
-    apply, params = split(make)
-    report = jax_lnfold.analyze(apply, params, X)
-    assert report.norms
-    assert (report.n_folded, report.n_inserted, report.edits) == (0, 0, ())
-    assert obstacle in report.norms[-1].reason
+@pytest.mark.parametrize(("make", "obstacle"), LEFT.values(), ids=LEFT)
+def test_norm_is_left_alone(make: Make, obstacle: str) -> None:
+    check_left(*split(make), X, obstacle=obstacle)
 
 
 def test_rms_norm_is_no_layer_norm() -> None:
@@ -238,9 +221,8 @@ READERS: dict[str, tuple[Make, int]] = {
 }
 
 
-@pytest.mark.parametrize("name", READERS)
-def test_readers_of_the_stream(name: str) -> None:
-    reader, folded = READERS[name]
+@pytest.mark.parametrize(("reader", "folded"), READERS.values(), ids=READERS)
+def test_readers_of_the_stream(reader: Make, folded: int) -> None:
     apply, params = split(lambda: OnTokens(TwoReaders(reader())))
     report = jax_lnfold.analyze(apply, params, X)
     assert (report.n_folded, report.n_inserted) == (folded, 0)
@@ -418,18 +400,15 @@ GPTS: dict[str, tuple[Callable[[], GPT], list[int], int]] = {
 }
 
 
-@pytest.mark.parametrize("name", GPTS)
-def test_gpt(name: str) -> None:
+@pytest.mark.parametrize(("make", "runs", "inserted"), GPTS.values(), ids=GPTS)
+def test_gpt(make: Callable[[], GPT], runs: list[int], inserted: int) -> None:
     """All LayerNorms fold; a tied table is read by the logits, so its rows are centered once."""
-    make, runs, inserted = GPTS[name]
     apply, params = split(make)
     folded = fold_checked(apply, params, IDS)
     assert counts(folded.report) == (len(runs), len(runs), inserted)
     assert [n.count for n in folded.report.norms] == runs
-    removed = count_equations("reduce_sum", apply, params, IDS) - count_equations(
-        "reduce_sum", folded.apply, folded.params, IDS
-    )
-    assert removed == 2 * len(runs) - inserted  # `jnp.mean` and that of `jnp.var`
+    # `jnp.mean` and that of `jnp.var`
+    assert removed_sums(apply, params, folded, IDS) == 2 * len(runs) - inserted
 
 
 def test_gpt_edits_every_writer() -> None:
@@ -541,9 +520,7 @@ def test_batch_norm_with_state(inside: bool, folded: int, mode: str, inference: 
     model = eqx.nn.inference_mode(model, inference)
     vmapped = partial(jax.vmap, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
     apply, params = split(lambda: model, lambda module, *inputs: vmapped(module)(*inputs))
-    state = jax.tree.map(
-        lambda a: jnp.linspace(1, 2, a.size, dtype=a.dtype).reshape(a.shape), state
-    )
+    state = jax.tree.map(ramp, state)
     before = snapshot(state)
     report = fold_checked(apply, params, X[:, 0], state).report
     norms = [n.folded for n in report.norms if n.path.endswith("eqx.nn.LayerNorm)")]

@@ -11,20 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contracts import (
-    assert_identical,
-    check_contracts,
-    count_equations,
-    count_reductions,
-    fold_checked,
-    relative_difference,
-    snapshot,
-)
-from zoo import perturb
-from zoo.base import floats, initial, tokens
 
 import jax_lnfold
 from jax_lnfold.report.report import Report
+from tests.frameworks.harness import check_folds, check_left, check_taken_up, ramp
+from tests.helpers.contracts import (
+    assert_identical,
+    check_contracts,
+    counts,
+    fold_checked,
+    relative_difference,
+    removed_sums,
+    snapshot,
+)
+from tests.models.zoo import perturb
+from tests.models.zoo.base import floats, initial, tokens
 
 Array = jax.Array
 Layer = Callable[[Array], Any]
@@ -46,10 +47,6 @@ def build(forward: Callable[..., Any], *inputs: Any) -> tuple[Callable[..., Any]
     """``apply(params, *inputs)`` without random keys, and parameters."""
     transformed = hk.without_apply_rng(hk.transform(forward))
     return jax.jit(transformed.apply), init(transformed, *inputs)
-
-
-def counts(report: Report) -> tuple[int, int, int]:
-    return len(report.norms), report.n_folded, report.n_inserted
 
 
 def edited(report: Report) -> set[str]:
@@ -114,15 +111,9 @@ FOLDING: dict[str, tuple[Layer, tuple[int, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("name", FOLDING)
-def test_norm_folds(name: str) -> None:
-    layer, sizes = FOLDING[name]
-    apply, params = build(lambda x: jnp.sin(layer(x)), X)
-    folded = jax_lnfold.fold(apply, params, X)
-    assert counts(folded.report) == (1, 1, 0)
-    # Only the sum of squares is left: a mean of `jnp.var` goes as well.
-    assert count_reductions(apply, params, X, sizes=sizes) >= 2
-    assert count_reductions(folded.apply, folded.params, X, sizes=sizes) == 1
+@pytest.mark.parametrize(("layer", "sizes"), FOLDING.values(), ids=FOLDING)
+def test_norm_folds(layer: Layer, sizes: tuple[int, ...]) -> None:
+    check_folds(*build(lambda x: jnp.sin(layer(x)), X), X, sizes=sizes, sums=(2, 3))
 
 
 @pytest.mark.parametrize(("offset", "biased", "taken"), [(0, 0, 1), (1, 1, 1), (1, 0, 0)])
@@ -133,10 +124,7 @@ def test_scale_is_taken_up(offset: int, biased: int, taken: int) -> None:
         y = hk.LayerNorm(-1, True, bool(offset))(hk.Linear(12)(x))
         return hk.Linear(OUT, with_bias=bool(biased))(y)
 
-    apply, params = build(forward, X)
-    folded = fold_checked(apply, params, X, fold_affine=True)
-    assert len(folded.report.affine) == taken
-    assert len(folded.report.affine_left) == 1 - taken
+    check_taken_up(taken, *build(forward, X), X)
 
 
 # name: (layer that holds one norm, where the way is barred)
@@ -165,14 +153,9 @@ LEFT: dict[str, tuple[Layer, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", LEFT)
-def test_norm_is_left_alone(name: str) -> None:
-    layer, obstacle = LEFT[name]
-    apply, params = build(lambda x: jnp.sin(layer(x)), X)
-    report = jax_lnfold.analyze(apply, params, X)
-    assert report.norms
-    assert (report.n_folded, report.n_inserted, report.edits) == (0, 0, ())
-    assert obstacle in report.norms[-1].reason
+@pytest.mark.parametrize(("layer", "obstacle"), LEFT.values(), ids=LEFT)
+def test_norm_is_left_alone(layer: Layer, obstacle: str) -> None:
+    check_left(*build(lambda x: jnp.sin(layer(x)), X), X, obstacle=obstacle)
 
 
 def rms_norm(s: Array) -> Array:
@@ -195,9 +178,8 @@ def read_twice(reader: Layer, x: Array) -> Any:
     return hk.Linear(OUT)(norm()(s)), reader(s)
 
 
-@pytest.mark.parametrize("name", READERS)
-def test_readers_of_the_stream(name: str) -> None:
-    reader, folded = READERS[name]
+@pytest.mark.parametrize(("reader", "folded"), READERS.values(), ids=READERS)
+def test_readers_of_the_stream(reader: Layer, folded: int) -> None:
     report = jax_lnfold.analyze(*build(partial(read_twice, reader), X), X)
     assert (report.n_folded, report.n_inserted) == (folded, 0)
     assert all(n.folded for n in report.norms) == bool(folded)
@@ -320,10 +302,8 @@ def test_gpt(name: str, tied: bool) -> None:
     assert counts(folded.report) == (len(runs), len(runs), int(tied))
     assert [n.count for n in folded.report.norms] == runs
     assert ("tokens/embeddings centered along axis 1" in edited(folded.report)) == (not tied)
-    removed = count_equations("reduce_sum", apply, params, IDS) - count_equations(
-        "reduce_sum", folded.apply, folded.params, IDS
-    )
-    assert removed == 2 * len(runs) - tied  # `jnp.mean` and that of `jnp.var`, less the inserted
+    # `jnp.mean` and that of `jnp.var`, less the inserted
+    assert removed_sums(apply, params, folded, IDS) == 2 * len(runs) - tied
 
 
 def test_gpt_edits_every_writer() -> None:
@@ -452,9 +432,7 @@ def test_batch_norm_with_state(training: bool, inside: bool, folded: int) -> Non
     transformed = hk.without_apply_rng(hk.transform_with_state(forward))
     params = init(transformed, X)
     _, shapes = jax.eval_shape(transformed.init, jax.random.key(0), X)
-    state = jax.tree.map(
-        lambda s: jnp.linspace(1, 2, s.size, dtype=s.dtype).reshape(s.shape), shapes
-    )
+    state = jax.tree.map(ramp, shapes)
     before = snapshot(state)
     report = fold_checked(jax.jit(transformed.apply), params, state, X).report
     assert [n.folded for n in report.norms if n.path == "layer_norm"] == [bool(folded)]

@@ -15,19 +15,20 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
-from contracts import (
-    check_contracts,
-    count_equations,
-    count_reductions,
-    fold_checked,
-    relative_difference,
-)
 from keras import layers, ops
-from zoo import perturb
-from zoo.base import floats, tokens
 
 import jax_lnfold
 from jax_lnfold.report.report import Report
+from tests.frameworks.harness import check_folds, check_left, check_taken_up
+from tests.helpers.contracts import (
+    check_contracts,
+    counts,
+    fold_checked,
+    relative_difference,
+    removed_sums,
+)
+from tests.models.zoo import perturb
+from tests.models.zoo.base import floats, tokens
 
 Layer = Callable[..., Any]
 Build = Callable[[Any], Any]
@@ -77,10 +78,6 @@ def stateless(model: keras.Model, training: bool = False) -> tuple[Layer, list[A
 def functional(build: Build, shape: tuple[int | None, ...] = (None, DIN)) -> keras.Model:
     inputs = keras.Input(shape)
     return keras.Model(inputs, build(inputs))
-
-
-def counts(report: Report) -> tuple[int, int, int]:
-    return len(report.norms), report.n_folded, report.n_inserted
 
 
 # --- one norm ------------------------------------------------------------------------------------
@@ -146,15 +143,9 @@ FOLDING: dict[str, tuple[Build, tuple[int, ...]]] = {
 
 
 @pytest.mark.usefixtures("lazy")
-@pytest.mark.parametrize("name", FOLDING)
-def test_norm_folds(name: str) -> None:
-    build, sizes = FOLDING[name]
-    apply, params, state = stateless(functional(build))
-    folded = jax_lnfold.fold(apply, params, state, X)
-    assert counts(folded.report) == (1, 1, 0)
-    # Only the sum of squares is left: a mean of `jnp.var` goes as well.
-    assert count_reductions(apply, params, state, X, sizes=sizes) == 3
-    assert count_reductions(folded.apply, folded.params, state, X, sizes=sizes) == 1
+@pytest.mark.parametrize(("build", "sizes"), FOLDING.values(), ids=FOLDING)
+def test_norm_folds(build: Build, sizes: tuple[int, ...]) -> None:
+    check_folds(*stateless(functional(build)), X, sizes=sizes)
 
 
 # name: (build of a model with one norm at the end, where the way is barred)
@@ -173,10 +164,7 @@ LEFT: dict[str, tuple[Build, str]] = {
         "layer_normalization",
     ),
     "activation": (lambda x: NORM()(dense(activation="relu")(x)), "max"),
-    "maximum pooling": (
-        lambda x: NORM()(layers.MaxPooling1D(2)(dense()(x))),
-        "reduce_window_max",
-    ),
+    "maximum pooling": (lambda x: NORM()(layers.MaxPooling1D(2)(dense()(x))), "reduce_window_max"),
     "maximum": (lambda x: NORM()(layers.Maximum()([dense()(x), dense()(x)])), "max"),
     "multiply": (lambda x: NORM()(layers.Multiply()([dense()(x), dense()(x)])), "mul"),
     "concatenate features": (
@@ -202,20 +190,13 @@ LEFT: dict[str, tuple[Build, str]] = {
 def test_scale_and_shift_are_taken_up(biased: bool, taken: int) -> None:
     """Keras writes the scale twice, and subtracts the mean from the shift."""
     model = functional(chain(dense(), NORM(), layers.Dense(OUT, use_bias=biased)))
-    apply, params, state = stateless(model)
-    folded = fold_checked(apply, params, state, X, fold_affine=True)
-    assert len(folded.report.affine) == taken
-    assert len(folded.report.affine_left) == 1 - taken
+    check_taken_up(taken, *stateless(model), X, rtol=RTOL)
 
 
 @pytest.mark.usefixtures("lazy")
-@pytest.mark.parametrize("name", LEFT)
-def test_norm_is_left_alone(name: str) -> None:
-    build, obstacle = LEFT[name]
-    report = jax_lnfold.analyze(*stateless(functional(build)), X)
-    assert report.norms
-    assert (report.n_folded, report.n_inserted, report.edits) == (0, 0, ())
-    assert obstacle in report.norms[-1].reason
+@pytest.mark.parametrize(("build", "obstacle"), LEFT.values(), ids=LEFT)
+def test_norm_is_left_alone(build: Build, obstacle: str) -> None:
+    check_left(*stateless(functional(build)), X, obstacle=obstacle)
 
 
 @pytest.mark.usefixtures("lazy")
@@ -254,9 +235,8 @@ def read_twice(reader: Build, x: Any) -> list[Any]:
 
 
 @pytest.mark.usefixtures("lazy")
-@pytest.mark.parametrize("name", READERS)
-def test_readers_of_the_stream(name: str) -> None:
-    reader, folded = READERS[name]
+@pytest.mark.parametrize(("reader", "folded"), READERS.values(), ids=READERS)
+def test_readers_of_the_stream(reader: Build, folded: int) -> None:
     report = jax_lnfold.analyze(*stateless(functional(partial(read_twice, reader))), X)
     assert (report.n_folded, report.n_inserted) == (folded, 0)
 
@@ -369,16 +349,13 @@ TRANSFORMERS: dict[str, tuple[Callable[[], keras.Model], Any, int]] = {
 
 
 @pytest.mark.usefixtures("lazy")
-@pytest.mark.parametrize("name", TRANSFORMERS)
-def test_transformer(name: str) -> None:
-    make, x, inserted = TRANSFORMERS[name]
+@pytest.mark.parametrize(("make", "x", "inserted"), TRANSFORMERS.values(), ids=TRANSFORMERS)
+def test_transformer(make: Callable[[], keras.Model], x: Any, inserted: int) -> None:
     apply, params, state = stateless(make())
     folded = fold_checked(apply, params, state, x)
     assert counts(folded.report) == (2 * L + 1, 2 * L + 1, inserted)
-    removed = count_equations("reduce_sum", apply, params, state, x) - count_equations(
-        "reduce_sum", folded.apply, folded.params, state, x
-    )
-    assert removed == 2 * (2 * L + 1) - inserted  # the mean of `ops.moments` and of its variance
+    # the mean of `ops.moments` and of its variance
+    assert removed_sums(apply, params, folded, state, x) == 2 * (2 * L + 1) - inserted
 
 
 @pytest.mark.usefixtures("lazy")

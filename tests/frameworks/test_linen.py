@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,32 +12,37 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contracts import (
-    assert_drop_in,
-    check_contracts,
-    count_equations,
-    fold_checked,
-    relative_difference,
-    snapshot,
-)
 from flax.core import FrozenDict, freeze
 from flax.linen import partitioning
 from flax.training.train_state import TrainState
 from jax.sharding import Mesh
-from zoo import perturb
 
 import jax_lnfold
+from tests.frameworks import harness
+from tests.frameworks.harness import (
+    Edits,
+    Fold,
+    assert_blames,
+    check_as_accurate,
+    check_folds_whole,
+    draw,
+    writer,
+)
+from tests.helpers.contracts import (
+    assert_drop_in,
+    check_contracts,
+    count_equations,
+    counts,
+    fold_checked,
+    relative_difference,
+)
+from tests.models.zoo import perturb
 
 Array = jax.Array
 Body = Callable[[nn.Module, Array, Array], Array]
-Edits = dict[str, tuple[int, ...]]
 
 B, T, DIN, D, HID, OUT, L, VOCAB = 2, 5, 7, 12, 20, 3, 4, 17  # no two axes of equal size
 HEADS, HEAD_DIM = 3, 6
-
-
-def draw(*shape: int) -> Array:
-    return jnp.asarray(np.random.default_rng(sum(shape)).standard_normal(shape))
 
 
 KEY = jax.random.key(7, impl="rbg")
@@ -84,30 +88,15 @@ def init(model: nn.Module, *inputs: Array) -> Any:
     return perturb(jax.tree.map(lambda leaf: np.ones(leaf.shape), shapes))
 
 
-def counts(report: jax_lnfold.Report) -> tuple[int, int, int]:
-    return len(report.norms), report.n_folded, report.n_inserted
+def fold_model(model: nn.Module, *inputs: Array) -> jax_lnfold.Folded:
+    return fold_checked(jax.jit(model.apply), init(model, *inputs), *inputs)
 
 
 def edits_of(report: jax_lnfold.Report) -> Edits:
     return {e.key_path.removeprefix("params/"): e.axes for e in report.edits}
 
 
-def assert_left(apply: Any, variables: Any, *inputs: Array, norms: int, primitive: str) -> None:
-    """No LayerNorm folds, because of `primitive` in this file, and no parameter is touched."""
-    folded = jax_lnfold.fold(apply, variables, *inputs)
-    report = folded.report
-    assert counts(report) == (norms, 0, 0)
-    assert (report.edits, report.scales) == ((), ())
-    leaves = zip(jax.tree.leaves(folded.params), jax.tree.leaves(variables), strict=True)
-    assert all(new is old for new, old in leaves)
-    for norm in report.norms:
-        assert re.search(rf"`{primitive}` \(.*test_linen\.py:\d+\)", norm.reason), norm.reason
-
-
-def writer(path: str, kernel: int = 1, bias: int = 0) -> Edits:
-    return {f"{path}/kernel": (kernel,), f"{path}/bias": (bias,)}
-
-
+assert_left = partial(harness.assert_left, "test_linen")
 START = writer("embed")
 BLOCKS = START | writer("first/down") | writer("second/down")
 
@@ -272,14 +261,6 @@ def custom_vjp(module: nn.Module, s: Array, x: Array) -> Array:
     return nn.custom_vjp(run, partial(nn.vjp, run), backward)(Block(name="block"), s)
 
 
-class Fold(NamedTuple):
-    """A body, how often its LayerNorms run, and the parameters besides `embed` that are edited."""
-
-    body: Body
-    counts: tuple[int, ...]
-    edits: Edits
-
-
 ONCE = writer("block/down")
 STACKED = writer("block/down", 2, 1)
 
@@ -323,19 +304,10 @@ FOLDS: dict[str, Fold] = {
 
 @pytest.mark.parametrize("name", FOLDS)
 def test_folds_through_the_transform(name: str) -> None:
-    body, inner, edits = FOLDS[name]
+    body, runs, edits = FOLDS[name]
     model = Stream(body)
-    apply, variables = jax.jit(model.apply), init(model, X)
-    before = snapshot(variables)
-    folded = jax_lnfold.fold(apply, variables, X)
-    check_contracts(apply, variables, folded, OTHER_X, before=before)
-    norms = folded.report.norms
-    assert [(n.count, n.folded) for n in norms] == [(c, True) for c in (*inner, 1)]
-    assert (folded.report.n_inserted, edits_of(folded.report)) == (0, START | edits)
-    removed = count_equations("reduce_sum", apply, variables, X) - count_equations(
-        "reduce_sum", folded.apply, folded.params, X
-    )
-    assert removed == len(norms)
+    report = check_folds_whole(jax.jit(model.apply), init(model, X), runs, X, OTHER_X)
+    assert edits_of(report) == START | edits
 
 
 def read_by_dense(module: nn.Module, s: Array, x: Array) -> Array:
@@ -385,9 +357,8 @@ LEFT: dict[str, tuple[Body, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", LEFT)
-def test_is_left_alone(name: str) -> None:
-    body, primitive = LEFT[name]
+@pytest.mark.parametrize(("body", "primitive"), LEFT.values(), ids=LEFT)
+def test_is_left_alone(body: Body, primitive: str) -> None:
     model = Stream(body)
     assert_left(model.apply, init(model, X), X, norms=2, primitive=primitive)
 
@@ -580,8 +551,7 @@ def test_dropout(name: str) -> None:
     check_contracts(apply, variables, folded, X, jax.random.fold_in(KEY, 1))
     assert counts(folded.report) == (3, n_folded, n_inserted)
     for norm in folded.report.norms[n_folded:]:
-        assert "`select_n` (" in norm.reason
-        assert "test_linen.py:" in norm.reason
+        assert_blames(norm, "select_n", "test_linen")
     random = relative_difference(folded(X, jax.random.fold_in(KEY, 1)), folded(X, KEY))
     assert (random > 0) == (name != "deterministic")
 
@@ -600,8 +570,7 @@ def test_padding_mask_on_the_stream(name: str) -> None:
     def body(module: nn.Module, s: Array, x: Array) -> Array:
         return MASKS[name](Block(name="block")(s), x[..., :1] > 0)
 
-    model = Stream(body)
-    report = fold_checked(jax.jit(model.apply), init(model, X), X).report
+    report = fold_model(Stream(body), X).report
     assert (counts(report), edits_of(report)) == ((2, 2, 0), START | ONCE)
 
 
@@ -644,8 +613,7 @@ class Coder(nn.Module):
 @pytest.mark.parametrize("tied", [True, False])
 def test_kernel_tied_by_map_variables(tied: bool) -> None:
     """The decoder notices a centering of the kernel: the stream is centered instead, once."""
-    model = Coder(tied)
-    report = fold_checked(jax.jit(model.apply), init(model, X), X).report
+    report = fold_model(Coder(tied), X).report
     writers = writer("first/down") | writer("second/down")
     assert counts(report) == (3, 3, int(tied))
     assert edits_of(report) == (writers if tied else writers | {"code/Dense_0/kernel": (1,)})
@@ -669,8 +637,7 @@ class Language(nn.Module):
 @pytest.mark.parametrize("tied", [True, False])
 def test_embedding(tied: bool) -> None:
     """The logits notice a centering of the table: the sum of both embeddings is centered, once."""
-    model = Language("tied" if tied else "dense")
-    report = fold_checked(jax.jit(model.apply), init(model, IDS), IDS).report
+    report = fold_model(Language("tied" if tied else "dense"), IDS).report
     expected = writer("first/down") | writer("second/down")
     if not tied:
         expected |= {"table/embedding": (1,), "position/embedding": (1,)}
@@ -716,12 +683,10 @@ REMADE: dict[str, tuple[Body, int, Edits]] = {
 }
 
 
-@pytest.mark.parametrize("name", REMADE)
-def test_computed_kernel_is_centered_explicitly(name: str) -> None:
+@pytest.mark.parametrize(("body", "norms", "edits"), REMADE.values(), ids=REMADE)
+def test_computed_kernel_is_centered_explicitly(body: Body, norms: int, edits: Edits) -> None:
     """Once per call, which is cheaper than to center what the kernel writes."""
-    body, norms, edits = REMADE[name]
-    model = Stream(body)
-    folded = fold_checked(jax.jit(model.apply), init(model, X), X)
+    folded = fold_model(Stream(body), X)
     assert counts(folded.report) == (norms, norms, 1)
     assert edits_of(folded.report) == START | ONCE | edits
 
@@ -753,21 +718,17 @@ QUERY_KEY = writer("attention/query", 2, 1) | writer("attention/key", 2, 1)
 
 def test_attention_with_normalized_queries_and_keys() -> None:
     """Both LayerNorms run per head, so the projections are centered per head."""
-    model = Stream(attention)
-    variables = init(model, X)
-    folded = fold_checked(jax.jit(model.apply), variables, X)
+    folded = fold_model(Stream(attention), X)
     assert counts(folded.report) == (4, 4, 0)
     assert edits_of(folded.report) == START | QUERY_KEY | writer("attention/out", 2, 0)
 
 
 def test_attention_that_reads_keys_from_the_raw_stream() -> None:
-    model = Stream(partial(attention, raw=True))
-    report = fold_checked(jax.jit(model.apply), init(model, X), X).report
+    report = fold_model(Stream(partial(attention, raw=True)), X).report
     assert [n.folded for n in report.norms] == [False, True, True, False]
     assert (report.n_inserted, edits_of(report)) == (0, QUERY_KEY)
     for norm in (report.norms[0], report.norms[-1]):
-        assert "`dot_general` (Stream/attention/" in norm.reason
-        assert "test_linen.py:" in norm.reason
+        assert_blames(norm, "dot_general", r"Stream/attention/.*test_linen")
 
 
 def test_attention_with_a_cache() -> None:
@@ -816,13 +777,11 @@ class NormedLSTM(nn.RNNCellBase):
 
 def test_recurrent_cell() -> None:
     """The gates are linear in what is read; the state is gated per feature."""
-    model = nn.RNN(NormedLSTM(name="cell"))
-    report = fold_checked(jax.jit(model.apply), init(model, X), X).report
+    report = fold_model(nn.RNN(NormedLSTM(name="cell")), X).report
     gates, state = report.norms
     assert (gates.count, gates.folded, gates.shape) == (T, True, (B, 4 * D))
     assert (state.count, state.folded, report.n_inserted) == (T, False, 0)
-    assert "`mul` (" in state.reason
-    assert "test_linen.py:" in state.reason
+    assert_blames(state, "mul", "test_linen")
     assert edits_of(report) == writer("cell/in") | {"cell/again/kernel": (1,)}
 
 
@@ -842,20 +801,17 @@ NORMS: dict[str, tuple[Callable[..., nn.Module], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", NORMS)
-def test_norm_modules(name: str) -> None:
+@pytest.mark.parametrize(("norm", "reason"), NORMS.values(), ids=NORMS)
+def test_norm_modules(norm: Callable[..., nn.Module], reason: str) -> None:
     """A norm folds if its mean does not span tokens, which have means of their own."""
-    norm, reason = NORMS[name]
-    model = Stream(lambda m, s, x: s, norm=norm)
-    report = fold_checked(jax.jit(model.apply), init(model, X), X).report
+    report = fold_model(Stream(lambda m, s, x: s, norm=norm), X).report
     assert counts(report) == (1, int(not reason), 0)
     assert edits_of(report) == ({} if reason else START)
     assert reason in report.norms[0].reason
 
 
 def test_group_norm_over_tokens_is_left_alone() -> None:
-    model = Stream(lambda m, s, x: s, norm=partial(nn.GroupNorm, HEADS))
-    report = fold_checked(jax.jit(model.apply), init(model, X), X).report
+    report = fold_model(Stream(lambda m, s, x: s, norm=partial(nn.GroupNorm, HEADS)), X).report
     assert (report.n_folded, report.n_inserted, report.edits) == (0, 0, ())
 
 
@@ -882,8 +838,7 @@ def test_norm_across_the_members_of_an_ensemble(shared: bool) -> None:
     expected = {"members/kernel": (0,), "members/bias": (0,)} if shared else {}
     assert edits_of(report) == expected
     if not shared:
-        assert "`dot_general` (" in report.norms[0].reason
-        assert "test_linen.py:" in report.norms[0].reason
+        assert_blames(report.norms[0], "dot_general", "test_linen")
 
 
 def test_one_module_called_twice() -> None:
@@ -1063,14 +1018,7 @@ def test_bfloat16(param_dtype: Any) -> None:
     assert (counts(folded.report), edits_of(folded.report)) == ((3, 3, 0), BLOCKS)
     wide = jax.tree.map(lambda w: w.astype(jnp.float64), params)
     reference = jax.jit(stream_of(dtype=jnp.float64).apply)(wide, x)
-
-    def error(y: Array) -> float:
-        assert y.dtype == jnp.bfloat16
-        return float(jnp.sqrt(jnp.mean((y.astype(jnp.float64) - reference) ** 2)))
-
-    original = error(apply(params, x))
-    assert error(folded(x)) <= 1.5 * original
-    assert error(apply(folded.params, x)) <= 1.5 * original
+    check_as_accurate(apply, params, folded, x, reference)
 
 
 # --- training ------------------------------------------------------------------------------------

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contracts import check_contracts, count_equations, fold_checked, relative_difference, snapshot
 from flax import nnx
-from zoo import perturb
 
 import jax_lnfold
+from tests.frameworks import harness
+from tests.frameworks.harness import (
+    Edits,
+    Fold,
+    assert_blames,
+    check_as_accurate,
+    check_folds_whole,
+    draw,
+    writer,
+)
+from tests.helpers.contracts import check_contracts, counts, fold_checked, relative_difference
+from tests.models.zoo import perturb
 
 Array = jax.Array
 Make = Callable[[nnx.Rngs], Callable[[Array], Array]]
-Edits = dict[str, tuple[int, ...]]
 
 B, T, DIN, D, HID, OUT, L, VOCAB = 2, 5, 7, 12, 20, 3, 4, 17  # no two axes of equal size
 HEADS, HEAD_DIM, RANK = 3, 6, 9
-
-
-def draw(*shape: int) -> Array:
-    return jnp.asarray(np.random.default_rng(sum(shape)).standard_normal(shape))
 
 
 X, OTHER_X = draw(B, T, DIN), draw(3, 6, DIN)
@@ -97,32 +101,17 @@ def split(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable[..., Array],
     return jax.jit(lambda state, x: nnx.merge(graphdef, state)(x)), state
 
 
-def counts(report: jax_lnfold.Report) -> tuple[int, int, int]:
-    return len(report.norms), report.n_folded, report.n_inserted
+def fold_model(make: Callable[[nnx.Rngs], nnx.Module], *inputs: Array) -> jax_lnfold.Folded:
+    return fold_checked(*split(make), *inputs)
 
 
 def edits_of(report: jax_lnfold.Report) -> Edits:
     return {e.key_path.removesuffix("/value"): e.axes for e in report.edits}
 
 
-def writer(path: str, kernel: int = 1, bias: int = 0) -> Edits:
-    return {f"{path}/kernel": (kernel,), f"{path}/bias": (bias,)}
-
-
+assert_left = partial(harness.assert_left, "test_nnx")
 START = writer("embed")
 LAYERS = writer("body/layers/0/down") | writer("body/layers/1/down")
-
-
-def assert_left(apply: Any, state: Any, *inputs: Any, norms: int, primitive: str) -> None:
-    """No LayerNorm folds, because of `primitive` in this file, and no parameter is touched."""
-    folded = jax_lnfold.fold(apply, state, *inputs)
-    report = folded.report
-    assert counts(report) == (norms, 0, 0)
-    assert (report.edits, report.scales) == ((), ())
-    leaves = zip(jax.tree.leaves(folded.params), jax.tree.leaves(state), strict=True)
-    assert all(new is old for new, old in leaves)
-    for norm in report.norms:
-        assert re.search(rf"`{primitive}` \(.*test_nnx\.py:\d+\)", norm.reason), norm.reason
 
 
 # --- ways to call a module -----------------------------------------------------------------------
@@ -277,14 +266,6 @@ def fori_loop(block: Block, s: Array) -> Array:
     return nnx.fori_loop(0, L, body, (block, s))[1]
 
 
-class Fold(NamedTuple):
-    """A body, how often its LayerNorms run, and the parameters besides `embed` that are edited."""
-
-    body: Make
-    counts: tuple[int, ...]
-    edits: Edits
-
-
 ONCE = writer("body/block/down")
 STACKED = writer("body/block/down", 2, 1)
 
@@ -312,18 +293,9 @@ FOLDS: dict[str, Fold] = {
 
 @pytest.mark.parametrize("name", FOLDS)
 def test_folds_through_the_transform(name: str) -> None:
-    body, inner, edits = FOLDS[name]
-    apply, state = split(partial(Stream, body))
-    before = snapshot(state)
-    folded = jax_lnfold.fold(apply, state, X)
-    check_contracts(apply, state, folded, OTHER_X, before=before)
-    norms = folded.report.norms
-    assert [(n.count, n.folded) for n in norms] == [(c, True) for c in (*inner, 1)]
-    assert (folded.report.n_inserted, edits_of(folded.report)) == (0, START | edits)
-    removed = count_equations("reduce_sum", apply, state, X) - count_equations(
-        "reduce_sum", folded.apply, folded.params, X
-    )
-    assert removed == len(norms)
+    body, runs, edits = FOLDS[name]
+    report = check_folds_whole(*split(partial(Stream, body)), runs, X, OTHER_X)
+    assert edits_of(report) == START | edits
 
 
 def cond_tanh(block: Block, s: Array) -> Array:
@@ -444,8 +416,7 @@ class Language(nnx.Module):
 @pytest.mark.parametrize("head", ["own", "attend", "reference"])
 def test_embedding(head: str) -> None:
     """The logits notice a centering of the table: what is looked up is centered, once."""
-    apply, state = split(partial(Language, head))
-    report = fold_checked(apply, state, IDS).report
+    report = fold_model(partial(Language, head), IDS).report
     assert counts(report) == (3, 3, int(head != "own"))
     assert edits_of(report) == LAYERS | ({"table/embedding": (1,)} if head == "own" else {})
     assert all("test_nnx.py:" in i.after for i in report.insertions)
@@ -555,7 +526,7 @@ def test_dropout(residual: bool, train: bool, n_folded: int, in_params: bool) ->
     layers = writer("body/layers/0/down") | writer("body/layers/1/down")
     assert edits_of(report) == START | (layers if n_folded == 3 else {})
     for norm in report.norms[n_folded:]:
-        assert re.search(r"`select_n` \(.*test_nnx\.py:\d+\)", norm.reason), norm.reason
+        assert_blames(norm, "select_n", "test_nnx")
 
 
 class Sown(nnx.Module):
@@ -594,8 +565,7 @@ def test_sown_stream(returned: bool) -> None:
 @pytest.mark.parametrize("fast", [False, True])
 def test_layer_norm_spellings(fast: bool, affine: bool) -> None:
     norm = partial(nnx.LayerNorm, use_fast_variance=fast, use_scale=affine, use_bias=affine)
-    apply, state = split(partial(Stream, partial(Block, norm=norm), norm=norm))
-    folded = fold_checked(apply, state, X)
+    folded = fold_model(partial(Stream, partial(Block, norm=norm), norm=norm), X)
     assert counts(folded.report) == (2, 2, 0)
     assert edits_of(folded.report) == START | writer("body/down")
 
@@ -633,19 +603,17 @@ QUERY_KEY = writer("body/attend/query", 2, 1) | writer("body/attend/key", 2, 1)
 
 def test_attention_with_normalized_queries_and_keys() -> None:
     """Both LayerNorms run per head, so the projections are centered per head."""
-    apply, state = split(partial(Stream, partial(Attention, False)))
-    report = fold_checked(apply, state, X).report
+    report = fold_model(partial(Stream, partial(Attention, False)), X).report
     assert counts(report) == (4, 4, 0)
     assert edits_of(report) == START | QUERY_KEY | writer("body/attend/out", 2, 0)
 
 
 def test_attention_that_reads_keys_from_the_raw_stream() -> None:
-    apply, state = split(partial(Stream, partial(Attention, True)))
-    report = fold_checked(apply, state, X).report
+    report = fold_model(partial(Stream, partial(Attention, True)), X).report
     assert [n.folded for n in report.norms] == [False, True, True, False]
     assert (report.n_inserted, edits_of(report)) == (0, QUERY_KEY)
     for norm in (report.norms[0], report.norms[-1]):
-        assert re.search(r"`dot_general` \(.*test_nnx\.py:\d+\)", norm.reason), norm.reason
+        assert_blames(norm, "dot_general", "test_nnx")
 
 
 class Adapted(nnx.Module):
@@ -660,8 +628,7 @@ class Adapted(nnx.Module):
 
 
 def test_lora() -> None:
-    apply, state = split(Adapted)
-    report = fold_checked(apply, state, X).report
+    report = fold_model(Adapted, X).report
     assert counts(report) == (2, 2, 0)
     expected = writer("start") | writer("body/down") | {"start/lora/lora_b": (1,)}
     assert edits_of(report) == expected
@@ -728,14 +695,7 @@ def test_bfloat16(param_dtype: Any) -> None:
     assert (counts(folded.report), edits_of(folded.report)) == ((3, 3, 0), START | LAYERS)
     wide = jax.tree.map(lambda w: w.astype(jnp.float64), state)
     reference = of(dtype=jnp.float64)[0](wide, x)
-
-    def error(y: Array) -> float:
-        assert y.dtype == jnp.bfloat16
-        return float(jnp.sqrt(jnp.mean((y.astype(jnp.float64) - reference) ** 2)))
-
-    original = error(apply(state, x))
-    assert error(folded(x)) <= 1.5 * original
-    assert error(apply(folded.params, x)) <= 1.5 * original
+    check_as_accurate(apply, state, folded, x, reference)
 
 
 def test_gradient_of_a_module_with_folded_parameters() -> None:

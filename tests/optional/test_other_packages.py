@@ -18,12 +18,12 @@ import equinox as eqx
 import jax
 import keras_hub.models as kh
 import pytest
-from contracts import check_contracts, snapshot
 from equimo.models import convnext, vit
 from esm2quinox import ESM2
-from zoo.base import VOCAB, floats, lengths_mask, perturb, tokens
 
 import jax_lnfold
+from tests.helpers.contracts import check_contracts, counts, snapshot
+from tests.models.zoo.base import VOCAB, floats, lengths_mask, perturb, tokens
 
 D, HEADS, HIDDEN, POSITIONS = 12, 3, 20, 16
 OUTPUT = "makes a value that is an output"
@@ -41,9 +41,7 @@ class Case:
     name: str
     build: Callable[[], Built]
     inputs: tuple[Any, Any]
-    norms: int
-    folded: int
-    inserted: int = 0
+    counts: tuple[int, int, int]  # LayerNorms, folded, inserted centerings
     leaks: int = 0
     rtol: float = 1e-5
 
@@ -162,8 +160,7 @@ CASES = (
         "keras ViT",
         keras_hub(kh.ViTBackbone, image_shape=(20, 30, 3), mlp_dim=22, **VIT_SIZES),
         IMAGES,
-        5,
-        5,
+        (5, 5, 0),
     ),
     Case(
         "keras DINOv2",
@@ -176,8 +173,7 @@ CASES = (
             **VIT_SIZES,
         ),
         SQUARES,
-        5,
-        5,
+        (5, 5, 0),
     ),
     # The patch norm, and the 2L+1 behind the last patch merging.
     Case(
@@ -192,45 +188,38 @@ CASES = (
             window_size=2,
         ),
         WINDOWS,
-        11,
-        6,
+        (11, 6, 0),
     ),
     # 2L+1; a tied table may not be edited, its looked-up rows are centered.
-    Case("keras GPT-2", keras_hub(kh.GPT2Backbone, **POSITIONED), TEXTS, 5, 5),
+    Case("keras GPT-2", keras_hub(kh.GPT2Backbone, **POSITIONED), TEXTS, (5, 5, 0)),
     Case(
         "keras GPT-2, tied",
         keras_hub(kh.GPT2Backbone, kh.GPT2CausalLM, **POSITIONED),
         TEXTS,
-        5,
-        5,
-        1,
+        (5, 5, 1),
     ),
     Case(
         "keras GPT-NeoX",
         keras_hub(kh.GPTNeoXBackbone, rotary_percentage=0.5, **POSITIONED),
         TEXTS,
-        5,
-        5,
+        (5, 5, 0),
     ),
-    Case("keras OPT", keras_hub(kh.OPTBackbone, **POSITIONED), TEXTS, 5, 5),
+    Case("keras OPT", keras_hub(kh.OPTBackbone, **POSITIONED), TEXTS, (5, 5, 0)),
     # 2L+2 with one centering after the embedding norm, which a tied table leaves out.
-    Case("keras BLOOM", keras_hub(kh.BloomBackbone, **TEXT_SIZES), TEXTS, 6, 6, 1),
+    Case("keras BLOOM", keras_hub(kh.BloomBackbone, **TEXT_SIZES), TEXTS, (6, 6, 1)),
     Case(
         "keras BLOOM, tied",
         keras_hub(kh.BloomBackbone, kh.BloomCausalLM, **TEXT_SIZES),
         TEXTS,
-        6,
-        5,
-        1,
+        (6, 5, 1),
     ),
     # Post-LN: the embedding norm.
-    Case("keras BERT", keras_hub(kh.BertBackbone, **POSITIONED), SEGMENTS, 5, 1),
+    Case("keras BERT", keras_hub(kh.BertBackbone, **POSITIONED), SEGMENTS, (5, 1, 0)),
     Case(
         "keras FNet",
         keras_hub(kh.FNetBackbone, **FNET_SIZES),
         tuple({k: v for k, v in x.items() if k != "padding_mask"} for x in SEGMENTS),
-        5,
-        1,
+        (5, 1, 0),
     ),
     # (2L+1) + (3L+1): the encoder's stream starts at a GELU.
     Case(
@@ -243,42 +232,36 @@ CASES = (
             **TEXT_SIZES,
         ),
         SPEECH,
-        12,
-        12,
-        1,
+        (12, 12, 1),
     ),
     # Equimo: 2L+1 again.
-    Case("equimo ViT", image(vit.VisionTransformer, **EQUIMO_SIZES), CHW, 5, 5),
+    Case("equimo ViT", image(vit.VisionTransformer, **EQUIMO_SIZES), CHW, (5, 5, 0)),
     Case(
         "equimo ViT, another size",
         image(vit.VisionTransformer, **EQUIMO_SIZES | {"dynamic_img_size": True}),
         OTHER_SIZE,
-        5,
-        5,
+        (5, 5, 0),
     ),
     # 2L more on queries and keys, per head.
     Case(
         "equimo ViT, QK-norm",
         image(vit.VisionTransformer, **EQUIMO_SIZES | {"qk_norm": True}),
         CHW,
-        9,
-        9,
+        (9, 9, 0),
     ),
-    Case("equimo DINOv2", image(vit.VisionTransformer, **DINO_SIZES), CHW, 5, 5),
+    Case("equimo DINOv2", image(vit.VisionTransformer, **DINO_SIZES), CHW, (5, 5, 0)),
     Case(
         "equimo DINOv2, masked",
         image(vit.VisionTransformer, **DINO_SIZES | {"use_mask_token": True}),
         MASKED,
-        5,
-        5,
+        (5, 5, 0),
     ),
     # The stream before the last norm is returned, too.
     Case(
         "equimo DINOv2, features",
         image(vit.VisionTransformer, "forward_features", **DINO_SIZES),
         CHW,
-        5,
-        0,
+        (5, 0, 0),
         leaks=5,
     ),
     # The stem's norm of 1 + 4 blocks + 3 downsamplings + 1: depthwise convolutions.
@@ -286,19 +269,16 @@ CASES = (
         "equimo ConvNeXt",
         image(convnext.ConvNeXt, depths=[1, 1, 1, 1], dims=[6, 10, 14, 22], num_classes=11),
         LARGE,
-        9,
-        1,
+        (9, 1, 0),
     ),
     # A scan over layers: 2 norms in it, one after it, and one after a GELU in the head. The table
     # is tied: its looked-up rows are centered.
-    Case("esm2quinox ESM-2", protein(token_dropout=False), PROTEINS, 4, 3, 1, rtol=1e-12),
+    Case("esm2quinox ESM-2", protein(token_dropout=False), PROTEINS, (4, 3, 1), rtol=1e-12),
     Case(
         "esm2quinox ESM-2, token dropout",
         protein(token_dropout=True),
         PROTEINS,
-        4,
-        3,
-        1,
+        (4, 3, 1),
         rtol=1e-12,
     ),
 )
@@ -310,11 +290,7 @@ def test_folds_as_derived(case: Case) -> None:
     apply_fn, before = jax.jit(apply_fn), snapshot(params)
     folded = jax_lnfold.fold(apply_fn, params, case.inputs[0])
     report = folded.report
-    assert (len(report.norms), report.n_folded, report.n_inserted) == (
-        case.norms,
-        case.folded,
-        case.inserted,
-    ), str(report)
+    assert counts(report) == case.counts, str(report)
     assert sum(OUTPUT in norm.reason for norm in report.norms) == case.leaks, str(report)
     assert all(bool(norm.reason) != norm.folded for norm in report.norms), str(report)
     for inputs in case.inputs:

@@ -14,10 +14,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 import transformers as hf
-from contracts import assert_identical, check_contracts, fold_checked, snapshot
-from zoo.base import VOCAB, floats, initial, lengths_mask, perturb, tokens
 
 import jax_lnfold
+from tests.helpers.contracts import (
+    assert_identical,
+    check_contracts,
+    counts,
+    fold_checked,
+    snapshot,
+)
+from tests.models.zoo.base import VOCAB, floats, initial, lengths_mask, perturb, tokens
 
 D, HEADS, HIDDEN, POSITIONS = 12, 3, 20, 16
 Batch = dict[str, Any]
@@ -159,9 +165,7 @@ CLIP_VISION = hf.CLIPVisionConfig(**VIT_SIZES, projection_dim=7)
 CLIP = hf.CLIPConfig(CLIP_TEXT.to_dict(), CLIP_VISION.to_dict(), projection_dim=7)
 BEIT = partial(hf.BeitConfig, **VIT_SIZES, use_relative_position_bias=True)
 DINOV2 = partial(
-    hf.Dinov2Config,
-    **{k: v for k, v in VIT_SIZES.items() if k != "intermediate_size"},
-    mlp_ratio=3,
+    hf.Dinov2Config, **{k: v for k, v in VIT_SIZES.items() if k != "intermediate_size"}, mlp_ratio=3
 )
 WAV2VEC2 = hf.Wav2Vec2Config(
     **{
@@ -233,15 +237,7 @@ CASES = (
     Case(hf.FlaxGPT2Model, GPT2(), TEXTS, 5, 5),
     Case(hf.FlaxGPT2LMHeadModel, GPT2(), TEXTS, 5, 5, 1, "tied"),
     Case(hf.FlaxGPT2LMHeadModel, GPT2(tie_word_embeddings=False), TEXTS, 5, 5, note="untied"),
-    Case(
-        hf.FlaxGPT2LMHeadModel,
-        GPT2(add_cross_attention=True),
-        CROSS,
-        7,
-        7,
-        1,
-        "cross-attention",
-    ),
+    Case(hf.FlaxGPT2LMHeadModel, GPT2(add_cross_attention=True), CROSS, 7, 7, 1, "cross-attention"),
     Case(hf.FlaxGPTNeoForCausalLM, GPT_NEO, TEXTS, 5, 5, 1),
     Case(hf.FlaxGPTJForCausalLM, GPTJ(), TEXTS, 3, 3),
     Case(hf.FlaxXGLMForCausalLM, XGLM, TEXTS, 5, 5, 1),
@@ -279,13 +275,7 @@ CASES = (
     Case(hf.FlaxRobertaForSequenceClassification, hf.RobertaConfig(**BERT_SIZES), TEXTS, 5, 1),
     Case(hf.FlaxElectraModel, hf.ElectraConfig(**BERT_SIZES, embedding_size=10), TEXTS, 5, 1),
     Case(hf.FlaxAlbertModel, hf.AlbertConfig(**BERT_SIZES, embedding_size=10), TEXTS, 5, 1),
-    Case(
-        hf.FlaxRoFormerModel,
-        hf.RoFormerConfig(**BERT_SIZES, embedding_size=D),
-        TEXTS,
-        5,
-        1,
-    ),
+    Case(hf.FlaxRoFormerModel, hf.RoFormerConfig(**BERT_SIZES, embedding_size=D), TEXTS, 5, 1),
     Case(
         hf.FlaxBigBirdModel,
         hf.BigBirdConfig(**BERT_SIZES, attention_type="original_full"),
@@ -303,12 +293,7 @@ CASES = (
     ),
     # Pre-LN after an embedding norm: 2L+2, one centering.
     Case(
-        hf.FlaxRobertaPreLayerNormModel,
-        hf.RobertaPreLayerNormConfig(**BERT_SIZES),
-        TEXTS,
-        6,
-        6,
-        1,
+        hf.FlaxRobertaPreLayerNormModel, hf.RobertaPreLayerNormConfig(**BERT_SIZES), TEXTS, 6, 6, 1
     ),
     # BART: both embedding norms of (1+2L) + (1+3L), none if the shared table is tied.
     Case(hf.FlaxBartModel, hf.BartConfig(**BART_SIZES), TRANSLATIONS, 12, 2),
@@ -356,11 +341,7 @@ def test_folds_as_derived(case: Case) -> None:
     apply_fn, before = case.apply_fn(model), snapshot(params)
     folded = jax_lnfold.fold(apply_fn, params, case.batches[0])
     report = folded.report
-    assert (len(report.norms), report.n_folded, report.n_inserted) == (
-        case.norms,
-        case.folded,
-        case.inserted,
-    ), str(report)
+    assert counts(report) == (case.norms, case.folded, case.inserted), str(report)
     assert sum(OUTPUT in norm.reason for norm in report.norms) == case.leaks, str(report)
     assert all(bool(norm.reason) != norm.folded for norm in report.norms), str(report)
     for batch in case.batches:
@@ -404,4 +385,4 @@ def test_folds_a_whole_generation() -> None:
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
         folded = fold_checked(jax.jit(generate), params, case.batches[0])
     report = folded.report
-    assert (len(report.norms), report.n_folded, report.n_inserted) == (10, 10, 2)
+    assert counts(report) == (10, 10, 2)

@@ -1,0 +1,122 @@
+"""What a fold does to every LayerNorm of a program, and why some are left alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..analysis.layer_norms import LayerNorm
+from ..axes.axis_set import AxisSet
+from ..placement.place import Placement
+from ..placement.reasons import Reason
+from ..program.graph import Graph, Location
+from .advice import advice
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """One LayerNorm: module path, axes averaged over, input shape, and what became of it.
+
+    Inside of a `shard_map` the shape is that of one shard, and `mesh_axes` are the mesh axes that
+    the mean spans besides. `count` is how often it runs in one call. `reason` is empty when
+    `folded`, and otherwise names the operation in the way with its module path and source line;
+    `blocker` is that operation. `two_pass` if its variance takes a second pass over the input.
+    `approximate` if it is folded although dropout before it leaves it a mean.
+    """
+
+    path: str
+    axes: tuple[int, ...]
+    shape: tuple[int, ...]
+    count: int
+    folded: bool
+    reason: str
+    mesh_axes: tuple[str, ...] = ()
+    two_pass: bool = False
+    blocker: Location | None = None
+    advice: str = ""
+    approximate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Insertion:
+    """One explicit centering put into the program: after which operation, along which axes.
+
+    `reason` says what keeps its value from being zero-mean by itself, `advice` what could be
+    changed about that; both may be empty.
+    """
+
+    after: str
+    along: AxisSet
+    reason: str = ""
+    advice: str = ""
+
+    def __str__(self) -> str:
+        """The centering in sentences."""
+        words = f"Inserted after {self.after}, along {self.along}"
+        words += f": {self.reason}." if self.reason else "."
+        return words + (f" To do without, {self.advice}." if self.advice else "")
+
+
+def norms_of(placement: Placement) -> tuple[Norm, ...]:
+    """All of them, in program order."""
+    return tuple(_norm(placement, i) for i in range(len(placement.norms)))
+
+
+def _norm(placement: Placement, i: int) -> Norm:
+    """What became of the LayerNorm at position `i`."""
+    graph, norm, reason = placement.graph, placement.norms[i], placement.left.get(i)
+    rank = _local_rank(graph, norm.x)
+    return Norm(
+        path=norm.module or "(top level)",
+        axes=tuple(d for d in norm.along.axes if d < rank),
+        shape=graph.shape(norm.x)[:rank],
+        count=norm.count,
+        folded=placement.folded[i],
+        reason=str(reason or ""),
+        mesh_axes=_mesh_axes(graph, norm),
+        two_pass=norm.two_pass,
+        blocker=_blocker(reason),
+        advice=advice(placement, reason) if reason else "",
+        approximate=i in placement.approximate,
+    )
+
+
+def insertions_of(placement: Placement) -> tuple[Insertion, ...]:
+    """Explicit centerings that are computed in a call: the compiler does those of constants."""
+    graph = placement.graph
+    return tuple(
+        Insertion(
+            _origin(placement, value),
+            graph.on_one_device(value, along) or along,
+            _why_inserted(placement.inserted[value]),
+            advice(placement, placement.inserted[value]),
+        )
+        for value, sets in sorted(placement.explicit.items())
+        for along in sets
+        if not along.trivial and not graph.fixed[value]
+    )
+
+
+def _why_inserted(reason: Reason) -> str:
+    if reason.obstacle is None or reason.leaf is None:
+        return str(reason.obstacle or "")
+    return f"a parameter that feeds it cannot be centered, as {reason.obstacle}{reason.named}"
+
+
+def _blocker(reason: Reason | None) -> Location | None:
+    """What stands in the way: of centering the input, or else of the centering it needs."""
+    found = (reason.obstacle, reason.noticed) if reason else ()
+    return next((b.op.location() for b in found if b is not None and b.op is not None), None)
+
+
+def _local_rank(graph: Graph, value: int) -> int:
+    return len(graph.shape(value)) - len(graph.mesh_axes_of(value))
+
+
+def _mesh_axes(graph: Graph, norm: LayerNorm) -> tuple[str, ...]:
+    start = _local_rank(graph, norm.x)
+    return tuple(graph.mesh_axes_of(norm.x)[d - start][0] for d in norm.along.axes if d >= start)
+
+
+def _origin(placement: Placement, value: int) -> str:
+    made = placement.graph.producer[value]
+    return str(made[0].location()) if made else "an input of the function"

@@ -1,0 +1,726 @@
+"""What the rules must answer to hand-picked questions, above all to those that are near misses."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from itertools import combinations
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.export
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.experimental import checkify  # noqa: F401  (its primitives are of jax, too)
+from jax.experimental.pallas import pallas_call
+from jax.extend.core import Primitive, primitives
+
+from jax_lnfold._compat import WALKED
+from jax_lnfold.analysis.facts import Facts
+from jax_lnfold.axes.axis_set import AxisSet
+from jax_lnfold.axes.labels import ALL, FREE, Labels
+from jax_lnfold.program.flatten import flatten
+from jax_lnfold.program.primitives import EXCHANGES, NOT_CARRYING, UNSEEN
+from jax_lnfold.rules import RULES, Opaque, Rule, register
+from jax_lnfold.rules.example import equation
+from tests.rules.rule_examples import UNARY, Program
+from tests.rules.test_rules import check_pull, check_push, find
+
+F, A = FREE, ALL
+INDEX = np.array([2, 0])
+Given = str | tuple[int, ...]
+Answer = Mapping[int, Sequence[Given]] | None
+"""Entries for each operand (pull) or output (push) named; None where the rule must refuse."""
+
+
+class Asked(NamedTuple):
+    """A question to a rule, about an output (pull) or an operand (push)."""
+
+    rule: str
+    question: str
+    along: Sequence[Given]
+    answer: Answer
+    position: int = 0
+    exact: bool = True
+
+
+class Known(NamedTuple):
+    """What is asked about the first equation of `primitive` in a function."""
+
+    primitive: str
+    fn: Callable[..., Any]
+    operands: Sequence[Any]
+    asked: Asked
+
+
+pull, push = partial(Asked, "pull"), partial(Asked, "push")
+
+
+def about(
+    primitive: str, fn: Callable[..., Any], operands: Sequence[Any]
+) -> Callable[..., list[Known]]:
+    return lambda *questions: [Known(primitive, fn, operands, asked) for asked in questions]
+
+
+def conv(groups: int = 1) -> Callable[[Any, Any], Any]:
+    return lambda x, k: lax.conv_general_dilated(
+        x, k, (1,), "SAME", None, None, ("NWC", "WIO", "NWC"), groups
+    )
+
+
+def window(*size: int) -> Callable[[Any], Any]:
+    return lambda x: lax.reduce_window(x, 0.0, lax.add, size, (1,) * len(size), "SAME")
+
+
+def batched(x: Any, y: Any) -> Any:
+    return lax.dot_general(x, y, (((2,), (1,)), ((0,), (0,))))
+
+
+def repeats(x: Any, w: Any, first: bool = False) -> Any:
+    """A batched product, (2, 5, 4) by (4, 6) or the other way round."""
+    wide = jnp.broadcast_to(w, (2, 4, 6))
+    return batched(wide.transpose(0, 2, 1), x.transpose(0, 2, 1)) if first else batched(x, wide)
+
+
+def repeats_over_one(x: Any, w: Any) -> Any:
+    wide = jnp.broadcast_to(w, (2, 3, 4, 6))
+    return lax.dot_general(x, wide, (((3,), (2,)), ((0, 1), (0, 1))))
+
+
+def spectrum(x: Any) -> Any:
+    return lax.fft(x, lax.FftType.RFFT, (5,))
+
+
+def ragged(x: Any, w: Any) -> Any:
+    return lax.ragged_dot(x, w, jnp.array([2, 1, 2], np.int32))
+
+
+def dense(x: Any, w: Any) -> Any:
+    return jnp.tensordot(x, w, 1)
+
+
+def times(x: Any, g: Any) -> Any:
+    return x * g
+
+
+def repeated(v: Any) -> Any:
+    return jnp.broadcast_to(v[:, None], (2, 6))
+
+
+HALVES = (0, 0, 0, 1, 1, 1)
+PAIRS = (0, 0, 1, 1, 2, 2)
+
+KNOWN: list[Known] = [
+    *about("add", jnp.add, [(2, 6), (2, 6)])(
+        pull("sum: both operands", (F, A), {0: (F, A), 1: (F, A)})
+    ),
+    *about("add", jnp.add, [(2, 6), (2, 1)])(
+        pull("sum with a per-token operand: that one must be zero", (F, A), {0: (F, A), 1: (F, F)})
+    ),
+    *about("sub", jnp.subtract, [(2, 6), ()])(
+        pull("sum with a scalar", (F, A), {0: (F, A), 1: ()})
+    ),
+    *about("mul", times, [(2, 6), (2, 1)])(
+        pull("product with a per-token factor", (F, A), {0: (F, A)}),
+        pull("product with a per-token factor, mean over tokens", (A, A), None),
+        push("product with a per-token factor", (F, A), {0: (F, A)}),
+    ),
+    *about("mul", lambda g, v: g * repeated(v), [(2, 1), (2,)])(
+        pull("product of two that are uniform: rather zero-mean than zero", (F, A), {1: (F, A)})
+    ),
+    *about("mul", lambda g, v: repeated(v) * g, [(2, 1), (2,)])(
+        pull("product of two that are uniform, the other way round", (F, A), {0: (F, A)})
+    ),
+    *about("mul", times, [(2, 6), (1, 6)])(
+        pull("product with a per-channel factor", (F, A), None),
+        pull("product with a per-channel factor, other mean", (A, F), {0: (A, F)}),
+        push("product with a per-channel factor", (F, A), None),
+        push("shifted scale", (F, A), None, 1),
+        push("shift of single elements of a product", (F, F), {0: (F, F)}),
+        push("product with a per-channel factor, both axes shifted", (A, A), {0: (A, F)}),
+    ),
+    *about("mul", lambda x, g: x * jnp.repeat(g, 3), [(2, 6), (2,)])(
+        pull("product with a per-head factor", (F, HALVES), {0: (F, HALVES)}),
+        pull("product with a per-head factor, whole width", (F, A), None),
+        pull("product with a per-head factor, groups across heads", (F, PAIRS), None),
+    ),
+    *about("div", jnp.divide, [(2, 6), (2, 1)])(
+        pull("quotient with a per-token divisor", (F, A), {0: (F, A)}),
+        push("shifted divisor", (F, F), None, 1),
+    ),
+    *about("div", jnp.divide, [(2, 1), (2, 6)])(
+        pull("quotient of a per-token dividend", (F, A), None)
+    ),
+    *about("select_n", jnp.where, [np.eye(2, 6) > 0, (2, 6), (2, 6)])(
+        pull("choice per element", (F, A), None),
+        push("shift of single elements of a choice", (F, F), {0: (F, F)}, 1),
+        push("choice by a shifted value", (F, A), None),
+        push("choice per element", (F, A), None, 1),
+    ),
+    *about("select_n", lambda x, y: jnp.where(x[:, :1] > 0, x, y), [(2, 6), (2, 6)])(
+        pull("choice per token", (F, A), {1: (F, A), 2: (F, A)}),
+        pull("choice per token, mean over tokens", (A, F), None),
+    ),
+    *about("convert_element_type", lambda x: x.astype(int), [(2, 6)])(
+        pull("conversion to whole numbers", (F, A), None),
+        push("conversion to whole numbers", (F, A), None),
+    ),
+    *about("complex", lax.complex, [(2, 6), (2, 6)])(
+        pull("real and imaginary part", (F, A), {0: (F, A), 1: (F, A)})
+    ),
+    *about("abs", jnp.abs, [np.ones((2, 6)) * 1j])(pull("size of a complex number", (F, A), None)),
+    *about("mul", lambda z: z * z.conj(), [np.ones((2, 6)) * 1j])(
+        pull("square of a complex number", (F, A), None)
+    ),
+    *about("ragged_dot_general", ragged, [(5, 4), (3, 4, 6)])(
+        pull("ragged product: columns of all kernels", (F, A), {1: (F, F, A)}),
+        pull("ragged product: mean over the rows", (A, F), None),
+        pull("ragged product: mean over rows and columns", (A, A), None),
+        push("ragged product: shifted columns", (A, A, HALVES), {0: (F, HALVES)}, 1),
+        push("ragged product: shifted rows", (A, A), {0: (F, F)}),
+    ),
+    *about("fft", spectrum, [(6, 5)])(
+        pull("transform along other axes", (A, F), {0: (A, F)}),
+        pull("transform along other axes, half of the channels", (HALVES, F), {0: (HALVES, F)}),
+        pull("transform along the mean", (F, A), None),
+        pull("transform along some axes of the mean", (A, A), {0: (A, F)}, exact=False),
+        push("transform along other axes", (A, A), {0: (A, F)}),
+        push("transform along the mean", (F, A), {0: (F, F)}),
+    ),
+    *about("convert_element_type", lambda x: x.astype(float), [np.ones((2, 6), int)])(
+        pull("conversion from whole numbers", (F, A), None)
+    ),
+    *about("dot_general", dense, [(2, 5, 4), (4, 6)])(
+        pull("dense: columns of the weights", (F, F, A), {1: (F, A)}),
+        pull("dense: heads of the weights", (F, F, HALVES), {1: (F, HALVES)}),
+        pull("dense: mean over tokens", (F, A, F), {0: (F, A, F)}),
+        push("dense: columns of the weights", (F, A), {0: (F, F, A)}, 1),
+        push("dense: what is summed away", (F, F, A), {0: (F, F, F)}),
+    ),
+    *about("dot_general", dense, [(5, 4), (4, 6)])(
+        pull("dense: mean over tokens and features", (A, A), {1: (F, A)}, exact=False)
+    ),
+    *about("dot_general", batched, [(2, 5, 4), (2, 4, 6)])(
+        pull("batched product: mean over the batch", (A, F, F), None),
+        pull(
+            "batched product: mean over batch and features", (A, F, A), {1: (F, F, A)}, exact=False
+        ),
+        push("batched product: across the batch", (A, F, F), {0: (F, F, F)}),
+    ),
+    *about("dot_general", repeats, [(2, 5, 4), (4, 6)])(
+        pull("batched product: weights that repeat over the batch", (A, F, F), {0: (A, F, F)}),
+        pull(
+            "batched product: weights that repeat, mean over batch and features",
+            (A, F, A),
+            {1: (F, F, A)},
+            exact=False,
+        ),
+        push("batched product: weights that repeat over the batch", (A, F, F), {0: (A, F, F)}),
+    ),
+    *about("dot_general", lambda x, w: repeats(x, w, True), [(2, 5, 4), (4, 6)])(
+        pull("batched product: weights first, repeated over the batch", (A, F, F), {1: (A, F, F)})
+    ),
+    *about("dot_general", repeats_over_one, [(2, 3, 5, 4), (3, 4, 6)])(
+        pull("two batch axes: weights that repeat over the first", (A, F, F, F), {0: (A, F, F, F)}),
+        pull("two batch axes: weights that differ over the second", (F, A, F, F), None),
+        push("two batch axes: weights that repeat over the first", (A, A, A, F), {0: (A, F, A, F)}),
+    ),
+    *about("conv_general_dilated", conv(), [(2, 5, 4), (3, 4, 6)])(
+        pull("convolution: output features", (F, F, A), {1: (F, F, A)}),
+        pull("convolution: mean over positions", (F, A, F), None),
+        pull(
+            "convolution: mean over positions and features", (F, A, A), {1: (F, F, A)}, exact=False
+        ),
+        push("convolution: shifted image", (F, F, A), None),
+        push("convolution: output features", (F, F, A), {0: (F, F, A)}, 1),
+    ),
+    *about("conv_general_dilated", conv(2), [(2, 5, 4), (3, 2, 6)])(
+        pull("grouped convolution: across groups", (F, F, A), {1: (F, F, HALVES)}, exact=False),
+        pull("grouped convolution: within groups", (F, F, HALVES), {1: (F, F, HALVES)}),
+        pull(
+            "grouped convolution: pairs across the border",
+            (F, F, PAIRS),
+            {1: (F, F, (0, 0, 1, 2, 3, 3))},
+            exact=False,
+        ),
+        push("grouped convolution: across groups", (F, F, A), {0: (F, F, HALVES)}, 1),
+    ),
+    *about("conv_general_dilated", conv(6), [(2, 5, 6), (3, 1, 6)])(
+        pull("depthwise convolution", (F, F, A), None),
+        push("depthwise convolution", (F, F, A), {0: (F, F, F)}, 1),
+    ),
+    *about("cumsum", lambda x: lax.cumsum(x, 1), [(5, 6)])(
+        pull("cumulative sum along a zero", (F, F), {0: (F, F)}),
+        pull("cumulative sum along the mean", (F, A), None),
+        push("cumulative sum along the mean", (F, A), {0: (F, F)}),
+    ),
+    *about("reduce_window_sum", window(1, 3), [(5, 6)])(
+        pull("pooling a zero", (F, F), {0: (F, F)}),
+        pull("pooling along the mean", (F, A), None),
+        push("pooling along the mean", (F, A), {0: (F, F)}),
+    ),
+    *about("gather", lambda t: t[:, INDEX], [(5, 6)])(
+        pull("single elements that are zero", (F, F), {0: (F, F)}),
+        pull("single elements of a table", (F, A), None),
+        push("single elements of a table", (F, A), {0: (F, F)}),
+    ),
+    *about(
+        "dynamic_update_slice",
+        lambda x, u, i: lax.dynamic_update_slice(x, u, (0, i)),
+        [(5, 6), (5, 2), 1],
+    )(
+        pull("feature update of zeros at run time", (F, F), {0: (F, F), 1: (F, F)}),
+        pull(
+            "token and feature mean of a feature update",
+            (A, A),
+            {0: (A, F), 1: (A, F)},
+            exact=False,
+        ),
+        pull("feature update at run time", (F, A), None),
+        push("feature update at run time", (A, A), {0: (A, F)}),
+    ),
+    *about("gather", lambda t: t[INDEX], [(5, 6)])(
+        pull("rows of a table, mean over rows and features", (A, A), {0: (F, A)}, exact=False),
+        pull("rows of a table", (F, A), {0: (F, A)}),
+        pull("rows of a table, mean over the rows", (A, F), None),
+        push("rows of a table", (F, A), {0: (F, A)}),
+        push("rows of a table, one shift for all", (A, A), {0: (F, A)}),
+    ),
+    *about("reduce_sum", lambda x: x.sum(0), [(5, 6)])(
+        pull("reduction of another axis", (A,), {0: (F, A)})
+    ),
+    *about("cumsum", lambda x: lax.cumsum(x, 0), [(5, 6)])(
+        pull("cumulative sum of another axis", (F, A), {0: (F, A)})
+    ),
+    *about("reduce_window_sum", window(3, 1), [(5, 6)])(
+        pull("pooling other axes", (F, A), {0: (F, A)}),
+        pull("pooling along one of the means", (A, A), {0: (F, A)}, exact=False),
+    ),
+    *about("reshape", lambda x: x.reshape(2, 2, 3), [(2, 6)])(
+        pull("splitting an axis", (F, F, A), {0: (F, HALVES)}),
+        pull("splitting an axis, mean over its slow part", (F, A, F), {0: (F, (0, 1, 2, 0, 1, 2))}),
+        push("splitting an axis", (F, HALVES), {0: (F, F, A)}),
+        push("splitting through groups", (F, PAIRS), None),
+        push("splitting through a region: given up", (A, (0, 1, 2, 3, -1, -1)), {0: (A, F, F)}),
+    ),
+    *about("reshape", lambda x: x.reshape(2, 6), [(2, 2, 3)])(
+        pull("splitting through groups", (F, PAIRS), None),
+        pull("merging: a region of one half", (A, (0, 1, 2, -1, -1, -1)), {0: (A, (0, -1), F)}),
+        pull(
+            "merging: a region across halves asks for all positions",
+            (A, (0, 1, 2, 3, -1, -1)),
+            {0: (A, F, F)},
+        ),
+        pull("merging: groups across halves are given up", (A, PAIRS), {0: (A, F, F)}, exact=False),
+    ),
+    *about("reshape", lambda x: x.reshape(6, 4), [(4, 6)])(
+        pull("merging and splitting elsewhere", (F, A), None)
+    ),
+    *about("broadcast_in_dim", lambda x: jnp.broadcast_to(x[:, None], (2, 3, 6)), [(2, 6)])(
+        pull("new axes: a mean along them is nothing new", (F, A, A), {0: (F, A)})
+    ),
+    *about("broadcast_in_dim", lambda x: lax.broadcast_in_dim(x, (2, 6), (0,)), [(2,)])(
+        pull("new axes only: the operand must be zero", (F, A), {0: (F,)})
+    ),
+    *about("broadcast_in_dim", lambda x: lax.broadcast_in_dim(x, (2, 6), (0, 1)), [(2, 1)])(
+        pull("expanded axis: the operand must be zero", (F, A), {0: (F, F)})
+    ),
+    *about("tile", lambda x: jnp.tile(x, (2, 1)), [(5, 6)])(
+        pull("tiles: mean along another axis", (F, A), {0: (F, A)})
+    ),
+    *about("tile", lambda x: jnp.tile(x, (1, 3)), [(5, 1)])(
+        pull("tiles of one position", (A, A), {0: (A, F)}),
+        push("tiles of one position", (A, F), {0: (A, A)}),
+    ),
+    *about("tile", lambda x: jnp.tile(x, (1, 2)), [(5, 3)])(
+        pull("tiles along the mean", (A, A), {0: (A, F)}, exact=False),
+        push("tiles along the mean", (A, A), {0: (A, F)}),
+    ),
+    *about("unstack", lambda x: tuple(lax.unstack(x, 0)), [(3, 2, 6)])(
+        pull("unstack: a region", (F, A), {0: ((0, -1, -1), F, A)}),
+        push("unstack: a shifted region", ((-1, 0, -1), F, A), {1: (F, A)}),
+    ),
+    *about("stack", lambda *xs: lax.stack(list(xs), 0), [(2, 6), (2, 6)])(
+        pull("stack: a region of one operand", ((-1, 0), F, A), {1: (F, A)}, exact=False)
+    ),
+    *about("stack", lambda *xs: lax.stack(list(xs), 1), [(2, 6), (2, 6)])(
+        pull("stack: mean along other axes", (F, F, A), {0: (F, A), 1: (F, A)})
+    ),
+    *about("slice", lambda x: x[:, 2:5], [(2, 6)])(
+        pull("slice: a region", (F, A), {0: (F, (-1, -1, 0, 0, 0, -1))}),
+        push("slice along the mean", (F, A), {0: (F, A)}),
+        push("slice of groups", (F, HALVES), {0: (F, (0, 1, 1))}),
+    ),
+    *about("slice", lambda x: x[1:3], [(4, 6)])(
+        pull("slice of tokens", (F, A), {0: ((-1, 0, 1, -1), A)})
+    ),
+    *about("slice", lambda x: x[:, ::2], [(2, 6)])(
+        pull("slice with a step", (F, A), {0: (F, (0, -1, 0, -1, 0, -1))})
+    ),
+    *about("split", lambda x: lax.split(x, (2, 4), 1), [(2, 6)])(
+        pull("split: its own region", (F, A), {0: (F, (-1, -1, 0, 0, 0, 0))}, 1),
+        push("split along the mean", (F, A), {0: (F, A), 1: (F, A)}),
+    ),
+    *about("rev", lambda x: lax.rev(x, (1,)), [(2, 6)])(
+        pull("reversed", (F, (0, 0, 0, -1, 1, 1)), {0: (F, (0, 0, -1, 1, 1, 1))})
+    ),
+    *about("transpose", jnp.transpose, [(6, 2)])(pull("transposed", (F, HALVES), {0: (HALVES, F)})),
+    *about("concatenate", lambda x, y: jnp.concatenate([x, y], 0), [(2, 6), (3, 6)])(
+        pull("concatenated along another axis", (F, A), {0: (F, A), 1: (F, A)})
+    ),
+    *about("concatenate", lambda x, y: jnp.concatenate([x, y], 1), [(2, 2), (2, 4)])(
+        pull("concatenated along the mean", (F, A), {0: (F, A), 1: (F, A)}, exact=False),
+        pull(
+            "concatenated: a region inside one operand",
+            (F, (-1, -1, -1, 0, 0, 0)),
+            {1: (F, (-1, 0, 0, 0))},
+            exact=False,
+        ),
+        push("concatenated along the mean", (F, A), {0: (F, (-1, -1, 0, 0, 0, 0))}, 1),
+    ),
+    *about("pad", lambda x: jnp.pad(x, ((0, 0), (1, 2))), [(2, 3)])(
+        pull("padded with zeros", (F, A), {0: (F, A)}, exact=False)
+    ),
+    *about("pad", lambda x: jnp.pad(x, ((0, 0), (0, 2))), [(2, 3)])(
+        pull("padded at the end", (F, A), {0: (F, A)}, exact=False)
+    ),
+    *about("pad", lambda x: lax.pad(x, 1.0, [(0, 0, 0), (1, 2, 0)]), [(2, 3)])(
+        pull("padded with ones", (F, A), None)
+    ),
+    *about("pad", lambda x: lax.pad(x, 1.0, [(1, 2, 0), (0, 0, 0)]), [(2, 3)])(
+        pull("padded with ones along another axis", (F, A), None)
+    ),
+    *about("pad", lambda x, v: lax.pad(x, v, [(0, 0, 0), (1, 2, 0)]), [(2, 3), ()])(
+        pull("padded with an input", (F, A), None), push("shifted padding", (), None, 1)
+    ),
+    *about("pad", lambda x: lax.pad(x, 0.0, [(0, 0, 0), (-1, 0, 0)]), [(2, 6)])(
+        pull("cropped by padding", (F, A), None)
+    ),
+    *about("pad", lambda x: lax.pad(x, 0.0, [(0, -1, 0), (1, 2, 0)]), [(2, 6)])(
+        pull("cropped by padding, padded along another axis", (F, A), None),
+        push("cropped by padding, padded along another axis", (F, A), None),
+    ),
+    *about("gather", lambda t: t[INDEX, 2:4], [(5, 6)])(pull("windows of a table", (F, A), None)),
+    *about("gather", lambda t: jnp.take(t, INDEX, 0, mode="fill", fill_value=1.0), [(5, 6)])(
+        pull("missing rows filled with ones", (F, A), None)
+    ),
+    *about("gather", lambda t: jnp.take(t, INDEX, 0, mode="fill", fill_value=jnp.nan), [(5, 6)])(
+        pull("missing rows filled with numbers that are none", (F, A), {0: (F, A)})
+    ),
+    *about("pad", lambda x: jnp.pad(x, ((0, 0), (1, 2))), [(2, 0)])(
+        pull("nothing padded to something", (A, F), {0: (A, F)}, exact=False)
+    ),
+    *about("dynamic_slice", lambda x, i: lax.dynamic_slice(x, (i, 0), (2, 6)), [(5, 6), 1])(
+        pull("token slice at run time", (F, A), {0: (F, A)})
+    ),
+    *about("dynamic_slice", lambda x, i: lax.dynamic_slice(x, (0, i), (5, 2)), [(5, 6), 1])(
+        pull("feature slice at run time", (F, A), None)
+    ),
+    *about(
+        "dynamic_update_slice",
+        lambda x, u, i: lax.dynamic_update_slice(x, u, (i, 0)),
+        [(5, 6), (2, 6), 1],
+    )(pull("token update at run time", (F, A), {0: (F, A), 1: (F, A)})),
+    *about("scatter", lambda x, u: x.at[INDEX].set(u), [(5, 6), (2, 6)])(
+        pull("rows written", (F, A), {0: (F, A), 2: (F, A)}),
+        push("rows overwritten", (A, A), {0: (F, A)}),
+        push("rows written", (A, A), {0: (F, A)}, 2),
+    ),
+    *about("scatter", lambda x, u: x.at[INDEX, INDEX].set(u), [(5, 4, 6), (2, 6)])(
+        pull("rows written at two indices", (F, F, A), {0: (F, F, A), 2: (F, A)}),
+        push("rows written at two indices", (F, A), {0: (F, F, A)}, 2),
+    ),
+    *about("scatter-add", lambda x, u: x.at[INDEX].add(u), [(5, 6), (2, 6)])(
+        pull("rows increased", (F, A), {0: (F, A), 2: (F, A)})
+    ),
+    *about("scatter-add", lambda x, u: x.at[:, INDEX].add(u), [(5, 6), (5, 2)])(
+        pull("single elements increased", (F, A), None)
+    ),
+    *about("scatter", lambda x: x.at[INDEX].apply(jnp.exp), [(5, 6)])(
+        pull("rows replaced by a function of themselves", (F, A), None),
+        push("rows replaced by a function of themselves", (F, A), None),
+    ),
+    *about("add", jnp.add, [(2, 1), (2, 6)])(
+        push("per-token operand of a sum", (F, F), {0: (F, A)})
+    ),
+    *about("add", jnp.add, [(2, 6), ()])(push("scalar operand of a sum", (), {0: (A, A)}, 1)),
+    *about("mul", times, [(2, 1), (2, 6)])(
+        push("per-token shift of a per-token value", (F, F), {0: (F, F)})
+    ),
+    *about("mul", lambda x, g: x * jnp.broadcast_to(g, (2, 6)).reshape(3, 4), [(3, 4), ()])(
+        push("product with one number, spread in another shape", (A, A), {0: (A, A)})
+    ),
+    *about("optimization_barrier", lambda x, y: lax.optimization_barrier((x, y)), [(2, 6), (6,)])(
+        push("barrier: its own output", (A,), {1: (A,)}, 1)
+    ),
+    *about("reduce_sum", lambda x: x.sum(1), [(5, 6)])(
+        push("reduction along the mean", (F, A), {0: (F,)})
+    ),
+    *about("pad", lambda x: lax.pad(x, 1.0, [(0, 0, 0), (1, 1, 1)]), [(2, 2)])(
+        push("padded along the mean", (F, A), {0: (F, (-1, 0, -1, 0, -1))})
+    ),
+]
+
+
+def labelled(shape: tuple[int, ...], entries: Sequence[Given]) -> AxisSet:
+    return AxisSet(shape, tuple(Labels(e) if isinstance(e, tuple) else e for e in entries))
+
+
+@pytest.mark.parametrize("known", KNOWN, ids=lambda k: f"{k.asked.rule}: {k.asked.question}")
+def test_known_answer(known: Known) -> None:
+    rule, _, asked, answer, position, exact = known.asked
+    rng = np.random.default_rng(0)
+    operands = [rng.normal(0.5, 1, x) if isinstance(x, tuple) else x for x in known.operands]
+    one = find(known.primitive, Program(known.fn, operands), 2)[0]
+    pulls, ctx = rule == "pull", one.context
+    along = labelled(ctx.out_shape(position) if pulls else ctx.in_shape(position), asked)
+    got = (one.rule.pull if pulls else one.rule.push)(ctx, position, along)
+    assert isinstance(got, Opaque) == (answer is None)
+    if answer is not None:
+        assert {i: s.entries for i, s in (got.needs if pulls else got)} == answer
+        assert not pulls or got.exact == exact
+        (check_pull if pulls else check_push)(one, position, along)
+
+
+@pytest.mark.parametrize("name", UNARY.split())
+def test_nonlinear_primitives_neither_carry_a_mean_nor_hide_a_shift(name: str) -> None:
+    one = find(name, Program(getattr(lax, name), [np.full((2, 3), 0.5)]), 1)[0]
+    along = AxisSet.over((2, 3), (1,))
+    assert isinstance(one.rule.pull(one.context, 0, along), Opaque)
+    assert isinstance(one.rule.push(one.context, 0, along), Opaque)
+
+
+def test_nonlinear_rules_only_say_what_is_uniform() -> None:
+    linear = {"convert_element_type", "mul", "div", "dot_general", "conv_general_dilated"}
+    silent = {n for n, r in RULES.items() if r.uniform} - linear
+    assert silent > {"sin", "reduce_max"}
+    bare = Rule()
+    for name in silent:
+        assert RULES[name].pull is bare.pull
+        assert RULES[name].push is bare.push
+
+
+def looped(xs: Any, c: Any) -> Any:
+    """All that loops and conditionals do to a value: (2, 6) per iteration of 4."""
+    c, ys = lax.scan(lambda c, x: (c + x, c), c, xs)
+    return lax.cond(c.sum() > 0, lambda: c, lambda: -c), ys
+
+
+BOTH = {0: (F, A), 1: (F, A)}
+LOOP_PULLS: list[tuple[str, Sequence[Given], Answer, bool]] = [
+    ("loop_carry", (F, A), BOTH, True),
+    ("loop_result", (F, A), BOTH, True),
+    ("branch_result", (F, A), BOTH, True),
+    ("loop_slice", (F, A), {0: (F, F, A)}, True),
+    ("loop_slice", (A, HALVES), {0: (F, A, HALVES)}, True),
+    ("loop_stack", (F, F, A), {0: (F, A)}, True),
+    ("loop_stack", (F, F, F), {0: (F, F)}, True),
+    ("loop_stack", (A, F, A), {0: (F, A)}, False),
+    ("loop_stack", (A, F, F), None, False),
+]
+LOOP_PUSHES: list[tuple[str, int, Sequence[Given], Answer]] = [
+    ("loop_carry", 0, (F, A), {0: (F, A)}),
+    ("loop_result", 1, (F, A), {0: (F, A)}),
+    ("branch_result", 1, (F, A), {0: (F, A)}),
+    ("loop_slice", 0, (F, F, A), {0: (F, A)}),
+    ("loop_slice", 0, (F, A, HALVES), {0: (A, HALVES)}),
+    ("loop_slice", 0, (A, F, F), {0: (F, F)}),
+    ("loop_stack", 0, (F, A), {0: (F, F, A)}),
+]
+
+
+@pytest.mark.parametrize(("name", "asked", "answer", "exact"), LOOP_PULLS)
+def test_pull_of_loops(name: str, asked: Sequence[Given], answer: Answer, exact: bool) -> None:
+    ctx = equation(looped, (4, 2, 6), (2, 6), primitive=name)
+    pulled = RULES[name].pull(ctx, 0, labelled(ctx.out_shape(), asked))
+    assert isinstance(pulled, Opaque) == (answer is None)
+    if not isinstance(pulled, Opaque):
+        assert {i: s.entries for i, s in pulled.needs} == answer
+        assert all(s.shape == ctx.in_shape(i) for i, s in pulled.needs)
+        assert pulled.exact == exact
+
+
+@pytest.mark.parametrize(("name", "operand", "asked", "answer"), LOOP_PUSHES)
+def test_push_of_loops(name: str, operand: int, asked: Sequence[Given], answer: Answer) -> None:
+    ctx = equation(looped, (4, 2, 6), (2, 6), primitive=name)
+    pushed = RULES[name].push(ctx, operand, labelled(ctx.in_shape(operand), asked))
+    assert not isinstance(pushed, Opaque)
+    assert {i: s.entries for i, s in pushed} == answer
+    assert all(s.shape == ctx.out_shape(i) for i, s in pushed)
+
+
+LONG = 1 << 23
+"""More positions than labels are spelled out for."""
+LONG_PULLS: dict[str, Callable[[Any], Any]] = {
+    "slice": lambda x: x[:, 3:],
+    "split": lambda x: lax.split(x, (3, LONG - 3), 1),
+}
+LONG_PUSHES: dict[str, Callable[[Any], Any]] = {
+    "concatenate": lambda x: jnp.concatenate([x, jnp.zeros((2, 3))], 1),
+    "pad": lambda x: jnp.pad(x, ((0, 0), (1, 0))),
+}
+
+
+def test_pull_through_slices_of_axes_too_long_for_regions() -> None:
+    for name, fn in LONG_PULLS.items():
+        ctx = equation(fn, (2, LONG), primitive=name)
+        pull, shape = RULES[name].pull, ctx.out_shape()
+        answer = pull(ctx, 0, AxisSet.over(shape, (0,)))
+        assert not isinstance(answer, Opaque)
+        assert answer.needs == ((0, AxisSet.over((2, LONG), (0,))),)
+        assert isinstance(pull(ctx, 0, AxisSet.over(shape, (1,))), Opaque)
+        assert isinstance(pull(ctx, 0, AxisSet.over(shape, (0, 1))), Opaque)
+
+
+def test_pull_through_a_slice_of_several_axes_one_of_them_too_long() -> None:
+    ctx = equation(lambda x: x[1:, 3:], (3, LONG), primitive="slice")
+    for axes in ((0,), (1,), (0, 1)):
+        along = AxisSet.over(ctx.out_shape(), axes)
+        assert isinstance(RULES["slice"].pull(ctx, 0, along), Opaque)
+
+
+def test_push_into_axes_too_long_for_regions() -> None:
+    for name, fn in LONG_PUSHES.items():
+        ctx = equation(fn, (2, LONG), primitive=name)
+        push, shape = RULES[name].push, ctx.in_shape(0)
+        assert push(ctx, 0, AxisSet.over(shape, (0,))) == (
+            (0, AxisSet.over(ctx.out_shape(), (0,))),
+        )
+        assert isinstance(push(ctx, 0, AxisSet.over(shape, (1,))), Opaque)
+
+
+def opaque_things(x: Any, key: Any) -> Any:
+    """What makes, looks up and orders numbers carries nothing."""
+    first, second = jax.random.split(jax.random.fold_in(jax.random.key(0), 1))
+    wrapped = jax.random.bits(jax.random.wrap_key_data(jax.random.key_data(first)))
+    old = jax.extend.random.threefry_2x32(key, jnp.arange(4, dtype=jnp.uint32))
+    looked_up = [lax.top_k(x, 2), lax.sort(x), lax.iota(int, 3), x.view(jnp.uint64)]
+    rounded = x.astype(jnp.float8_e4m3fn), lax.reduce_precision(x, 4, 3)
+    return second, wrapped, old, looked_up, rounded
+
+
+def test_opaque_primitives_are_known_and_have_no_rule() -> None:
+    operands = jax.ShapeDtypeStruct((5,), float), jax.ShapeDtypeStruct((2,), jnp.uint32)
+    graph = flatten(jax.make_jaxpr(opaque_things)(*operands))
+    facts = Facts(graph)
+    for op in graph.ops:
+        facts.context(op)
+    assert not facts.unknown
+    assert {op.name for op in graph.ops} >= {"random_bits", "threefry2x32", "sort", "top_k", "iota"}
+
+
+CLASSES: dict[str, Collection[str]] = {
+    "rule": RULES,
+    "walked into": WALKED,
+    "between devices": EXCHANGES,
+    "opaque": NOT_CARRYING,
+    "not looked into": UNSEEN,
+}
+
+
+def named_in(*modules: ModuleType) -> set[str]:
+    """The primitives that modules know by name."""
+    return {v.name for m in modules for v in vars(m).values() if isinstance(v, Primitive)}
+
+
+def loaded_of_jax() -> list[ModuleType]:
+    """The modules of jax, without experiments; what kernels are written with stays in kernels."""
+    apart = ("pallas", "mosaic", "triton", "thunky", "experimental")
+    loaded = [(name, m) for name, m in sys.modules.items() if name.split(".")[0] == "jax"]
+    return [m for name, m in loaded if not any(part in name for part in apart)]
+
+
+def test_every_primitive_of_jax_is_accounted_for() -> None:
+    """It has a rule, or is left alone for a reason: a new one has to be looked at."""
+    everything = named_in(primitives, lax) | named_in(*loaded_of_jax()) | {pallas_call.__name__}
+    assert len(everything) > 250
+    assert not everything.difference(*CLASSES.values())
+
+
+def test_a_primitive_is_of_one_kind() -> None:
+    for (first, names), (second, others) in combinations(CLASSES.items(), 2):
+        assert not {*names} & {*others}, f"{first} and {second}"
+    assert all({**NOT_CARRYING, **UNSEEN}.values())
+
+
+def test_what_is_not_looked_into_is_counted() -> None:
+    def fn(x: Any) -> Any:
+        return jax.pure_callback(np.sin, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    graph = flatten(jax.make_jaxpr(fn)(jnp.ones(3)))
+    facts = Facts(graph)
+    assert not facts.uniform(graph.ops[0].outputs[0], AxisSet.over((3,), (0,)))
+    assert [op.name for op in facts.unknown.values()] == ["pure_callback"]
+
+
+def test_kernel_with_a_symbolic_number_of_features() -> None:
+    (n,) = jax.export.symbolic_shape("n")
+    ctx = equation(conv(), (2, 5, 4), (3, 4, n), primitive="conv_general_dilated")
+    pulled = RULES["conv_general_dilated"].pull(ctx, 0, AxisSet.over((2, 5, n), (2,)))
+    assert not isinstance(pulled, Opaque)
+    assert pulled.needs == ((1, AxisSet.over((3, 4, n), (2,))),)
+
+
+def test_a_primitive_has_one_rule() -> None:
+    with pytest.raises(ValueError, match="'sin' has a rule already"):
+        register("sin", Rule())
+
+
+REDUCTIONS: dict[str, Callable[..., Any]] = {
+    "argmax": lambda x, d: x.argmax(d),
+    "argmin": lambda x, d: x.argmin(d),
+    "reduce_and": lambda x, d: (x > 0).all(d),
+    "reduce_max": jnp.max,
+    "reduce_min": jnp.min,
+    "reduce_or": lambda x, d: (x > 0).any(d),
+    "reduce_prod": jnp.prod,
+}
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+@pytest.mark.parametrize(
+    ("axis", "asked", "needed"),
+    [
+        (0, (F, A), (F, F, A)),
+        (0, (A, HALVES), (F, A, HALVES)),
+        (1, (A, HALVES), (A, F, HALVES)),
+        (2, (A, F), (A, F, F)),
+        (2, ((0, 0, 1, -1), A), ((0, 0, 1, -1), A, F)),
+    ],
+)
+def test_uniform_through_reductions(
+    name: str, axis: int, asked: Sequence[Given], needed: Sequence[Given]
+) -> None:
+    """They make the same of the same numbers: of whole slices along the axis they reduce."""
+    ctx = equation(lambda x: REDUCTIONS[name](x, axis), (4, 2, 6), primitive=name)
+    rule = RULES[name]
+    assert rule.uniform is not None
+    answer = rule.uniform(ctx, 0, labelled(ctx.out_shape(), asked))
+    assert not isinstance(answer, Opaque)
+    assert answer.needs == ((0, labelled((4, 2, 6), needed)),)
+
+
+MAPS: list[Callable[[Any], Any]] = [
+    lambda x: x.astype(int),
+    lambda x: x.astype(int) * x.astype(int),
+    lambda x: lax.div(x.astype(int), x.astype(int)),
+    lambda x: jnp.where(x > 0, x, 1.0),
+    lambda x: jnp.where(x > 0, x.astype(int), 1),
+    lambda x: jnp.exp(x) - x / x,
+    lambda x: jnp.exp(x - x.max(1, keepdims=True)),
+    lambda x: jnp.broadcast_to(x, (3, 2, 6)).argmin(0),
+]
+
+
+@pytest.mark.parametrize("number", range(len(MAPS)))
+def test_uniform_through_elementwise_operations(number: int) -> None:
+    for fn, expected in ((lambda v: MAPS[number](repeated(v)), True), (MAPS[number], False)):
+        operand = jax.ShapeDtypeStruct((2,) if expected else (2, 6), float)
+        graph = flatten(jax.make_jaxpr(fn)(operand))
+        (out,) = graph.outputs
+        assert Facts(graph).uniform(out, AxisSet.over((2, 6), (1,))) == expected
