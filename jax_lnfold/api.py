@@ -12,7 +12,7 @@ from ._compat import is_tracer
 from .errors import FoldError, TreeError
 from .folded import Folded, placement_of, rewritten_program
 from .folded_functions import FoldedFunctions, check_functions, fold_together
-from .options import Options, check_options
+from .options import Options, check_excluded, check_options
 from .placement.place import Placement
 from .placement.planning import make_plan
 from .plan.plan import FoldPlan, check_donate
@@ -36,6 +36,7 @@ def fold(
     optimize: str | None = ...,
     plan: FoldPlan | None = ...,
     center: bool = ...,
+    exclude: Collection[str] | Callable[[str], bool] = ...,
     weights: Mapping[str, float] | None = ...,
 ) -> Folded: ...
 
@@ -54,6 +55,7 @@ def fold(
     optimize: str | None = ...,
     plan: FoldPlan | None = ...,
     center: bool = ...,
+    exclude: Collection[str] | Callable[[str], bool] = ...,
     weights: Mapping[str, float] | None = ...,
 ) -> FoldedFunctions: ...
 
@@ -71,6 +73,7 @@ def fold(
     optimize: str | None = None,
     plan: FoldPlan | None = None,
     center: bool = False,
+    exclude: Collection[str] | Callable[[str], bool] = (),
     weights: Mapping[str, float] | None = None,
 ) -> Folded | FoldedFunctions:
     """Turn the LayerNorms of a model into RMSNorms wherever that is exact.
@@ -110,6 +113,9 @@ def fold(
             leaves may be `jax.ShapeDtypeStruct`, so that programs are compiled before there are
             weights. A function that notices an edit of the plan is refused.
         center: with a `plan`, edit `params` as it says.
+        exclude: key paths of parameters that must stay as they are (a shared table, a frozen base),
+            or a function that says so of a key path. The best among the rest is found; the report
+            says what would be without.
         weights: with several functions, how often each of them runs, by name; by default alike.
 
     Returns:
@@ -121,11 +127,14 @@ def fold(
             leaves than arrays, or an option has no such value. Nothing has been changed then.
     """
     options = check_options(
-        explicit_cost, approximate, fold_affine, defer_scale, deferred_cost, optimize
+        explicit_cost, approximate, fold_affine, defer_scale, deferred_cost, optimize, exclude
     )
     check_donate(donate)
     _check_follow(plan, center)
-    check_leaves(params, "params", abstract=plan is not None and not center)
+    found = check_leaves(params, "params", abstract=plan is not None and not center)
+    check_excluded(exclude, (path for path, _ in found))
+    if plan is not None and options.excludes is not None:
+        raise FoldError("exclude: a plan is followed as it is; leave one of both out")
     if plan is not None and not center:
         _check_centered(plan, params)
     if isinstance(apply_fn, Mapping):
@@ -151,6 +160,7 @@ def analyze(
     defer_scale: bool = False,
     deferred_cost: float | None = None,
     optimize: str | None = None,
+    exclude: Collection[str] | Callable[[str], bool] = (),
 ) -> Report:
     """Report what `fold` would do, without editing anything.
 
@@ -160,9 +170,10 @@ def analyze(
         FoldError: as for `fold`, or the inputs that `apply_fn` needs are missing.
     """
     options = check_options(
-        explicit_cost, approximate, fold_affine, defer_scale, deferred_cost, optimize
+        explicit_cost, approximate, fold_affine, defer_scale, deferred_cost, optimize, exclude
     )
     traced, placement = _analysis(apply_fn, params, inputs, options)
+    check_excluded(exclude, traced.leaves)
     rewritten, deferred = rewritten_program(traced, placement, options)
     programs = (lambda: (traced.closed, rewritten)) if traced.reusable else None
     return make_report(placement, make_plan(placement), deferred, programs)
@@ -176,14 +187,19 @@ def plan_fold(
     approximate: Collection[str] = (),
     fold_affine: bool = False,
     optimize: str | None = None,
+    exclude: Collection[str] | Callable[[str], bool] = (),
 ) -> FoldPlan:
     """The plan that `fold` would follow, from shapes alone as in `analyze`.
 
     Raises:
         FoldError: as for `fold`, or the inputs that `apply_fn` needs are missing.
     """
-    options = check_options(explicit_cost, approximate, fold_affine, optimize=optimize)
-    return make_plan(_analysis(apply_fn, params, inputs, options)[1])
+    options = check_options(
+        explicit_cost, approximate, fold_affine, optimize=optimize, exclude=exclude
+    )
+    traced, placement = _analysis(apply_fn, params, inputs, options)
+    check_excluded(exclude, traced.leaves)
+    return make_plan(placement)
 
 
 def _analysis(

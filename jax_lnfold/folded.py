@@ -166,7 +166,12 @@ class Folded:
 
 def placement_of(traced: Traced, options: Options) -> Placement:
     """Where the program is centered, and what is merged."""
-    return place_all(traced.graph(options.see_through_dropout), options)
+    graph = traced.graph(options.see_through_dropout)
+    placement = place_all(graph, options)
+    if options.excludes is None:
+        return placement
+    graph.excluded = frozenset(v for v, path in graph.leaves.items() if options.excludes(path))
+    return replace(place_all(graph, options), unrestricted=placement)
 
 
 def rewritten_program(

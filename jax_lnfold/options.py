@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -25,12 +25,16 @@ PRESETS = {"tpu": frozenset({"fold_affine"})}
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The checked options of a fold, see `fold`; `deferred_cost` is None if nothing is deferred."""
+    """The checked options of a fold, see `fold`.
+
+    `deferred_cost` is None if nothing is deferred, `excludes` if no key path is excluded.
+    """
 
     explicit_cost: float
     see_through_dropout: bool
     fold_affine: bool
     deferred_cost: float | None
+    excludes: Callable[[str], bool] | None = None
 
 
 def check_options(
@@ -40,6 +44,7 @@ def check_options(
     defer_scale: Any = False,
     deferred_cost: Any = None,
     optimize: Any = None,
+    exclude: Any = (),
 ) -> Options:
     """The options; raises a `FoldError` unless they have a meaning."""
     cost = _positive(explicit_cost)
@@ -53,7 +58,31 @@ def check_options(
         "dropout" in approximations,
         bool(fold_affine) or "fold_affine" in preset,
         deferred if defer_scale or "defer_scale" in preset else None,
+        _excluding(exclude),
     )
+
+
+def _excluding(exclude: Any) -> Callable[[str], bool] | None:
+    """Whether a key path is excluded; None if none is."""
+    if callable(exclude):
+        return lambda path: bool(exclude(path))
+    is_set = isinstance(exclude, Collection) and not isinstance(exclude, (str, bytes))
+    if not is_set or not all(isinstance(path, str) for path in exclude):
+        raise FoldError(
+            f"exclude: {exclude!r} is no set of key paths, and no function of one; pass "
+            'exclude={"params/embed/embedding"}, or a function such as lambda path: "lora" in path'
+        )
+    return frozenset(exclude).__contains__ if exclude else None
+
+
+def check_excluded(exclude: Any, paths: Iterable[str]) -> None:
+    """Raise a `FoldError` if a key path that is excluded is not in the tree."""
+    unknown = [] if callable(exclude) else sorted({*exclude} - {*paths})
+    if unknown:
+        raise FoldError(
+            f"exclude: no leaf of params has the key path {unknown[0]!r}; pass key paths as a "
+            "report or plan shows them"
+        )
 
 
 def _positive(explicit_cost: Any) -> float:

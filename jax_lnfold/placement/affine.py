@@ -30,11 +30,15 @@ def with_affine(placement: Placement, options: Options) -> Placement:
     merged = {merge.key_path for merge in placement.merges}
     busy = {path for merge in placement.merges for path in merge.parts}
     busy |= {graph.leaves[v] for v in placement.leaf_sets}
+    excluded = {graph.leaves[v] for v in graph.excluded}
     found, left = find_affine(graph)
     for value, merge in [*found.items()]:
         # What is merged or centered, and then filled, would not be what the layers take up.
         if {merge.key_path, merge.shift} & busy:
             left[value] = "it, or its shift, is edited already so that a LayerNorm folds"
+            del found[value]
+        elif kept := [path for path in merge.parts if path in excluded]:
+            left[value] = f"`{kept[0]}` is excluded"
             del found[value]
     words = {graph.leaves[v]: why for v, why in left.items() if graph.leaves[v] not in merged}
     found_too = {**placement.found, "affine": tuple(found.values())}

@@ -26,7 +26,7 @@ def find_merges(graph: Graph) -> dict[int, ScaleEdit]:
         except CannotAbsorb:
             continue
         parts = {value, *absorbed}
-        if absorbed and value not in absorbed and not parts & taken:
+        if absorbed and value not in absorbed and not parts & (taken | graph.excluded):
             targets = tuple((graph.leaves[v], absorbed[v]) for v in sorted(absorbed))
             merges[value] = ScaleEdit(graph.leaves[value], targets)
             taken |= parts

@@ -106,7 +106,8 @@ class ZeroMeanGraph:
             return Node(obstacle=coarse, intolerant=intolerant)
         if value in graph.leaves:
             edit = self._editable(value, along, intolerant)
-            otherwise = Blocker(None, "a parameter leaf is not edited by the plan")
+            why = "is excluded" if value in graph.excluded else "is not edited by the plan"
+            otherwise = Blocker(None, f"it {why}")
         elif value in graph.constants:
             edit = intolerant is None and graph.is_editable_constant(value)
             otherwise = Blocker(None, "a constant is added along the mean")
@@ -168,7 +169,7 @@ class ZeroMeanGraph:
 
     def _editable(self, leaf: int, along: AxisSet, intolerant: Blocker | None) -> bool:
         if self.fixed is None:
-            return intolerant is None
+            return intolerant is None and leaf not in self.facts.graph.excluded
         return any(s.refines(along) for s in self.fixed.get(leaf, ()))
 
     def _bar_conflicts(self) -> None:

@@ -123,6 +123,7 @@ class Graph:
         self.fixed: list[bool] = []  # computed from constants only
         self.home: list[CallPath] = []  # the jaxpr that binds the value to a variable
         self.leaves: dict[int, str] = {}  # parameter leaves in tree order, with their key paths
+        self.excluded: frozenset[int] = frozenset()  # leaves that must not be edited
         self.same: list[int] = []  # the first value that an equal equation of the module makes
         self.outputs: frozenset[int] = frozenset()
         self.output_paths: list[tuple[int, OutputPath]] = []  # where each output is, if known

@@ -29,6 +29,7 @@ def make_report(
     """Put a placement into words."""
     graph, facts = placement.graph, placement.facts
     unknown = (facts.unknown[i] for i in sorted(facts.unknown))
+    free = placement.unrestricted
     hiding = (op.location() for op in graph.ops if _may_hide_norms(graph, op))
     return Report(
         norms=norms_of(placement),
@@ -46,6 +47,7 @@ def make_report(
         n_operations=len(graph.ops),
         programs=programs,
         unseen=dict(Counter(hiding)),
+        unrestricted=(sum(free.folded), len(insertions_of(free))) if free else None,
     )
 
 

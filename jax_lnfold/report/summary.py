@@ -54,6 +54,15 @@ def _deferred(outcome: Outcome) -> Iterable[str]:
         yield f"{counted(len(outcome.deferred), 'scale')} deferred behind matrix products."
 
 
+def _excluded(outcome: Outcome) -> Iterable[str]:
+    if outcome.unrestricted is not None:
+        folded, inserted = outcome.unrestricted
+        yield (
+            f"Without `exclude`, {counted(folded, 'LayerNorm')} would fold with "
+            f"{counted(inserted, 'explicit centering')}."
+        )
+
+
 def _approximation(outcome: Outcome) -> Iterable[str]:
     if outcome.dropouts:
         measured = "not measured: pass arrays to fold"
@@ -123,6 +132,7 @@ def _alike(
 SECTIONS: tuple[Section, ...] = (
     _outcome,
     _insertions,
+    _excluded,
     _deferred,
     _scales_left,
     _approximation,

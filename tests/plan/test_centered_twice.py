@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from zoo import ZOO
 
 import jax_lnfold
 from jax_lnfold.axes.axis_set import AxisSet
 from jax_lnfold.plan.leaf import Recipe, edit_leaf
+from tests.models.zoo import ZOO
 
 DTYPES = ["float64", "float32", "bfloat16", "float16"]
 SETS = {
