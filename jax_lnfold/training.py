@@ -6,7 +6,7 @@ subspace in which the folded program computes the original function.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -54,14 +54,17 @@ def center_updates(plan: FoldPlan) -> optax.GradientTransformation:
     Behind it there may be nothing but a common factor. `CenterState.drift` tells, one step later,
     if that is violated.
 
+    Leaves that are not in the tree it is given (``wrt`` filters, adapters) are taken to be frozen:
+    they stay centered by themselves.
+
     It sees the trained parameters only. Averages of these are centered as they are; parameters that
     an optimiser keeps to itself are so if this is inside: ``schedule_free(optax.chain(adam,
     center_updates(plan)), ...)``, and the same with `optax.lookahead`. Or serve
     ``plan.center(schedule_free_eval_params(...))``: the original model does not notice.
 
     Raises (from `init` and `update`):
-        TreeError: the tree is not the plan's, lacks a leaf that it centers (a mask, say), or its
-            parameters are not centered (seen only where they are not traced).
+        TreeError: the tree is not the plan's, a leaf that it centers is masked, or parameters are
+            not centered (seen only where they are not traced).
         FoldError: `update` is not given the parameters, or optax is not installed.
     """
     _check_plan(plan, "center_updates")
@@ -97,7 +100,7 @@ def center_gradients(plan: FoldPlan) -> optax.GradientTransformation:
     (Adam). It needs no parameters and keeps no state.
 
     Raises (from `init` and `update`):
-        TreeError: the tree is not the plan's, or lacks a leaf that it centers.
+        TreeError: the tree is not the plan's, or a leaf that it centers is masked.
         FoldError: optax is not installed.
     """
     _check_plan(plan, "center_gradients")
@@ -178,10 +181,13 @@ def _fitted(plan: FoldPlan, tree: Any, name: str) -> _Fitted:
             "trained"
         )
     if missing := [path for path in edited if path not in names]:
-        raise TreeError(
-            f"{name}: lacks leaf {missing[0]!r}, which the plan centers (masked, or in another "
-            f"part of multi_transform?); {LAST}"
-        )
+        if _is_masked(tree):  # another part of the optimiser may train them
+            raise TreeError(
+                f"{name}: lacks leaf {missing[0]!r}, which the plan centers (masked, or in another "
+                f"part of multi_transform?); {LAST}"
+            )
+        plan = _for_what_is_trained(plan, names, name)
+        edited = plan.leaf_edits().keys()
     for path in edited:
         _check_leaf(names[path], found[names[path]], name)
     shapes = {path: np.shape(x) for path, x in found.items()}
@@ -191,6 +197,32 @@ def _fitted(plan: FoldPlan, tree: Any, name: str) -> _Fitted:
         leaves=[*found.values()],
         recipes={path: edits[names[path]].recipe for path in edited},
     )
+
+
+def _is_masked(tree: Any) -> bool:
+    masked = _optax("center_updates").MaskedNode
+
+    def is_masked(x: Any) -> bool:
+        return isinstance(x, masked)
+
+    return any(map(is_masked, jax.tree.leaves(tree, is_leaf=is_masked)))
+
+
+def _for_what_is_trained(plan: FoldPlan, present: Container[str], name: str) -> FoldPlan:
+    """The part of the plan about leaves that are there: others are frozen, and stay centered."""
+    sections: dict[str, Any] = {
+        section: tuple(e for e in edits if all(path in present for path in e.parts))
+        for section, edits in plan.sections.items()
+    }
+    part = FoldPlan(plan.leaves, **sections)
+    known = part.leaf_edits()
+    for path, edit in plan.leaf_edits().items():
+        if edit.recipe.fill is not None and path in present and path not in known:
+            raise TreeError(
+                f"{name}: has leaf {path!r}, which other leaves took up, and not all of these; "
+                "train it with them, or freeze it"
+            )
+    return part
 
 
 def _check_leaf(path: str, x: Any, name: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -715,3 +716,52 @@ def test_gradient_of_a_module_with_folded_parameters() -> None:
     assert abs(got - value) < 1e-12 * value
     assert relative_difference(folded.plan.center(folded_grads), nnx.state(grads)) < 1e-10
     assert relative_difference(folded_grads, nnx.state(grads)) > 1e-6
+
+
+class WithAdapters(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.stem = nnx.LoRALinear(7, 12, lora_rank=2, rngs=rngs)
+        self.block = nnx.LoRALinear(7, 12, lora_rank=3, rngs=rngs)
+        self.norm, self.head = nnx.LayerNorm(12, rngs=rngs), nnx.Linear(12, 5, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.head(self.norm(self.stem(x) + self.block(jnp.tanh(x))))
+
+
+@pytest.mark.parametrize("constrained", [True, False])
+def test_adapters_are_trained_alone(constrained: bool) -> None:
+    model, x = WithAdapters(nnx.Rngs(0)), jax.random.normal(jax.random.key(1), (6, 7))
+    graphdef, state = nnx.split(model)
+    folded = jax_lnfold.fold(lambda s, x: nnx.merge(graphdef, s)(x), state, x)
+    assert folded.report.n_folded == 1
+    nnx.update(model, folded.params)
+    last = jax_lnfold.center_updates(folded.plan) if constrained else optax.identity()
+    tx = optax.chain(optax.adamw(1e-2), last)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
+    before = jax.tree.map(np.array, nnx.state(model, nnx.LoRAParam))
+
+    @nnx.jit
+    def step(model: WithAdapters, optimizer: nnx.Optimizer) -> None:
+        def loss(model: WithAdapters) -> jax.Array:
+            return jnp.square(folded.apply(nnx.state(model), x) - 1).mean()
+
+        grads = nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
+        optimizer.update(model, grads)
+
+    for _ in range(30):
+        step(model, optimizer)
+    moved = jax.tree.map(
+        lambda x, y: float(jnp.abs(x - y).max()), nnx.state(model, nnx.LoRAParam), before
+    )
+    assert all(change > 1e-3 for change in jax.tree.leaves(moved))
+    difference = np.abs(folded.apply(nnx.state(model), x) - model(x)).max()
+    assert difference < 1e-6 if constrained else difference > 1e-3
+
+
+def test_what_was_merged_is_not_trained_without_what_took_it_up() -> None:
+    model, x = WithAdapters(nnx.Rngs(0)), jnp.ones((6, 7))
+    graphdef, state = nnx.split(model)
+    plan = jax_lnfold.plan_fold(lambda s, x: nnx.merge(graphdef, s)(x), state, x, fold_affine=True)
+    scale = nnx.state(model)["norm"]["scale"]
+    with pytest.raises(jax_lnfold.TreeError, match="has leaf 'norm/scale/value', which other"):
+        jax_lnfold.center_updates(plan).init({"norm": {"scale": scale}})
