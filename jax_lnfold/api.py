@@ -16,6 +16,7 @@ from .options import Options, check_excluded, check_options
 from .placement.place import Placement
 from .placement.planning import make_plan
 from .plan.plan import FoldPlan, check_donate
+from .program.calls import with_keywords
 from .program.tracing import Traced, trace
 from .report.build import make_report
 from .report.report import Report
@@ -38,6 +39,7 @@ def fold(
     center: bool = ...,
     exclude: Collection[str] | Callable[[str], bool] = ...,
     weights: Mapping[str, float] | None = ...,
+    **keywords: Any,
 ) -> Folded: ...
 
 
@@ -57,6 +59,7 @@ def fold(
     center: bool = ...,
     exclude: Collection[str] | Callable[[str], bool] = ...,
     weights: Mapping[str, float] | None = ...,
+    **keywords: Any,
 ) -> FoldedFunctions: ...
 
 
@@ -75,13 +78,14 @@ def fold(
     center: bool = False,
     exclude: Collection[str] | Callable[[str], bool] = (),
     weights: Mapping[str, float] | None = None,
+    **keywords: Any,
 ) -> Folded | FoldedFunctions:
     """Turn the LayerNorms of a model into RMSNorms wherever that is exact.
 
     Args:
-        apply_fn: any traceable function ``apply_fn(params, *inputs)``; bind keyword arguments
-            with `functools.partial`. Or several functions of one tree, by name; the example inputs
-            are then one mapping from the names to tuples of inputs.
+        apply_fn: any traceable function ``apply_fn(params, *inputs, **keywords)``. Or several
+            functions of one tree, by name; the example inputs are then one mapping from the names
+            to tuples of inputs.
         params: any pytree of arrays.
         *example_inputs: arrays or `jax.ShapeDtypeStruct`; the folded function takes other shapes,
             too. Without them the analysis waits for the first call ``folded(*inputs)``.
@@ -117,6 +121,8 @@ def fold(
             or a function that says so of a key path. The best among the rest is found; the report
             says what would be without.
         weights: with several functions, how often each of them runs, by name; by default alike.
+        **keywords: keyword arguments of `apply_fn`, as far as they are no options: arrays are
+            inputs like all others, what else there is (``train=False``) is bound in this trace.
 
     Returns:
         The folded function and parameters, with a plan and a report. For a mapping of functions, a
@@ -138,11 +144,22 @@ def fold(
     if plan is not None and not center:
         _check_centered(plan, params)
     if isinstance(apply_fn, Mapping):
+        if keywords:
+            raise FoldError(
+                f"{next(iter(keywords))}: which function it is for is not known; bind keywords of "
+                "several functions with functools.partial"
+            )
         inputs = check_functions(apply_fn, example_inputs)
         return fold_together(apply_fn, params, inputs, bool(donate), options, weights, plan, center)
     _check_callable(apply_fn)
     if weights is not None:
         raise FoldError("weights: there is one function only; leave it out, or pass a mapping")
+    if keywords and not example_inputs:
+        raise FoldError(
+            f"{next(iter(keywords))}: without example inputs there is nothing to trace; pass them, "
+            "too, or pass keywords to the folded function only"
+        )
+    example_inputs = with_keywords(example_inputs, keywords)
     check_leaves(example_inputs, "example_inputs", abstract=True)
     folded = Folded(apply_fn, params, bool(donate), options, plan, plan is None or center)
     if example_inputs:
@@ -161,6 +178,7 @@ def analyze(
     deferred_cost: float | None = None,
     optimize: str | None = None,
     exclude: Collection[str] | Callable[[str], bool] = (),
+    **keywords: Any,
 ) -> Report:
     """Report what `fold` would do, without editing anything.
 
@@ -172,7 +190,7 @@ def analyze(
     options = check_options(
         explicit_cost, approximate, fold_affine, defer_scale, deferred_cost, optimize, exclude
     )
-    traced, placement = _analysis(apply_fn, params, inputs, options)
+    traced, placement = _analysis(apply_fn, params, with_keywords(inputs, keywords), options)
     check_excluded(exclude, traced.leaves)
     rewritten, deferred = rewritten_program(traced, placement, options)
     programs = (lambda: (traced.closed, rewritten)) if traced.reusable else None
@@ -188,6 +206,7 @@ def plan_fold(
     fold_affine: bool = False,
     optimize: str | None = None,
     exclude: Collection[str] | Callable[[str], bool] = (),
+    **keywords: Any,
 ) -> FoldPlan:
     """The plan that `fold` would follow, from shapes alone as in `analyze`.
 
@@ -197,7 +216,7 @@ def plan_fold(
     options = check_options(
         explicit_cost, approximate, fold_affine, optimize=optimize, exclude=exclude
     )
-    traced, placement = _analysis(apply_fn, params, inputs, options)
+    traced, placement = _analysis(apply_fn, params, with_keywords(inputs, keywords), options)
     check_excluded(exclude, traced.leaves)
     return make_plan(placement)
 

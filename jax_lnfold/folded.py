@@ -15,6 +15,7 @@ from .output_differences import float_outputs, largest, largest_difference
 from .placement.place import Placement
 from .placement.planning import make_plan, place_again, place_all
 from .plan.plan import FoldPlan
+from .program.calls import with_keywords
 from .program.tracing import Traced, signature, trace
 from .program_cache import ApplyFn, FreshLock, Programs
 from .report.build import make_report
@@ -68,12 +69,13 @@ class Folded:
         assert self._report is not None
         return self._report
 
-    def __call__(self, *inputs: Any) -> Any:
-        """Short for ``folded.apply(folded.params, *inputs)``."""
+    def __call__(self, *inputs: Any, **keywords: Any) -> Any:
+        """Short for ``folded.apply(folded.params, *inputs, **keywords)``."""
+        inputs = with_keywords(inputs, keywords)
         self._require_inputs(inputs)
         return self.apply(self._params, *inputs)
 
-    def apply(self, params: Any, *inputs: Any) -> Any:
+    def apply(self, params: Any, *inputs: Any, **keywords: Any) -> Any:
         """The folded function: pure and traceable (jit, grad, vmap).
 
         `params` must be `self.params`, or another tree edited with ``plan.center``: of unedited
@@ -82,12 +84,17 @@ class Folded:
         proved again for it. So `params` may have other sizes than those that were folded, along
         axes that no mean is taken over: two of ten members of an ensemble, say.
 
+        Keywords are those of the folded function, none of which is remembered from `fold`: arrays
+        (and trees of them) are inputs like all others; flags, names and functions are bound, each
+        value making a program of its own.
+
         Raises:
             TreeError: `params` has not the leaves that were folded, their sizes along other axes
                 differ, or it or the inputs hold other things than arrays on the same devices.
             TraceError: `apply_fn` cannot be traced with these inputs.
             PlanMismatchError: the program for these inputs notices the edits of the plan.
         """
+        inputs = with_keywords(inputs, keywords)
         self._require_inputs(inputs)
         try:
             key = signature(params, inputs)

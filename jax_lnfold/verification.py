@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import jax
 from .errors import FoldError
 from .folded import Folded
 from .output_differences import float_outputs, largest, largest_difference
+from .program.calls import call, with_keywords
 from .program.tracing import trace
 from .training import drift_of
 from .trees import check_devices, check_leaves
@@ -49,7 +51,12 @@ class Verification:
 
 
 def verify(
-    apply_fn: Callable[..., Any], params: Any, folded: Folded, *inputs: Any, edited: Any = None
+    apply_fn: Callable[..., Any],
+    params: Any,
+    folded: Folded,
+    *inputs: Any,
+    edited: Any = None,
+    **keywords: Any,
 ) -> Verification:
     """Run the original and the folded program, compiled, on `inputs` and measure their errors.
 
@@ -68,6 +75,7 @@ def verify(
         edited: the parameters for the folded program, `folded.params` if None. After training with
             `center_updates` pass the trained tree both here and as `params`: its `drift` is
             measured.
+        **keywords: keyword arguments of `apply_fn`.
 
     Example:
         ``verify(model.apply, trained, folded, x, edited=trained)``
@@ -83,6 +91,7 @@ def verify(
             "fold(apply_fn, params, *inputs)"
         )
     edited = folded.params if edited is None else edited
+    inputs = with_keywords(inputs, keywords)
     check_leaves(params, "params")
     check_leaves(edited, "edited")
     check_leaves(inputs, "inputs")
@@ -90,7 +99,7 @@ def verify(
     check_devices(params, inputs)
     check_devices(edited, inputs)
     traced = trace(apply_fn, params, inputs)
-    original = float_outputs(jax.jit(apply_fn)(params, *inputs))
+    original = float_outputs(jax.jit(partial(call, apply_fn))(params, inputs))
     result = float_outputs(jax.jit(folded.apply)(edited, *inputs))
     if not original:
         raise FoldError(

@@ -12,6 +12,7 @@ import numpy as np
 from .._compat import ClosedJaxpr, consts_of, is_tracer, trace_settings, varying_axes
 from ..errors import TraceError, TreeError
 from ..trees import first_line, is_numeric, leaf_paths, rebuilt
+from .calls import call
 from .device_sums import taken_apart
 from .flatten import flatten
 from .graph import Graph, OutputPath
@@ -54,7 +55,7 @@ def trace(apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]) ->
 
     def flat(leaves: list[Any], flat_inputs: list[Any]) -> Any:
         given = rebuilt(inputs_tree, flat_inputs, "inputs")
-        result = apply_fn(rebuilt(params_tree, leaves, "params"), *given)
+        result = call(apply_fn, rebuilt(params_tree, leaves, "params"), given)
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(result)):
             raise TypeError("it returns a ShapeDtypeStruct")
         return result
