@@ -132,6 +132,8 @@ def fold(
         FoldError: `apply_fn` is not callable or traceable, `params` or the inputs hold other
             leaves than arrays, or an option has no such value. Nothing has been changed then.
     """
+    if not _are_functions(apply_fn):
+        _check_callable(apply_fn)
     options = check_options(
         explicit_cost, approximate, fold_affine, defer_scale, deferred_cost, optimize, exclude
     )
@@ -151,7 +153,6 @@ def fold(
             )
         inputs = check_functions(apply_fn, example_inputs)
         return fold_together(apply_fn, params, inputs, bool(donate), options, weights, plan, center)
-    _check_callable(apply_fn)
     if weights is not None:
         raise FoldError("weights: there is one function only; leave it out, or pass a mapping")
     if keywords and not example_inputs:
@@ -257,9 +258,13 @@ def _check_centered(plan: FoldPlan, params: Any) -> None:
         )
 
 
+def _are_functions(x: Any) -> bool:
+    return isinstance(x, Mapping) and bool(x) and all(map(callable, x.values()))
+
+
 def _check_callable(apply_fn: Any) -> None:
     if not callable(apply_fn):
         raise FoldError(
             f"apply_fn: a {type(apply_fn).__name__} is not callable; pass a function of "
-            "(params, *inputs), such as model.apply"
+            "(params, *inputs), such as model.apply, or several of them by name"
         )

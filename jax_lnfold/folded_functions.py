@@ -86,14 +86,8 @@ def check_functions(
     functions: Mapping[Any, Any], given: tuple[Any, ...]
 ) -> dict[str, tuple[Any, ...]]:
     """The inputs of each function; raises a `FoldError` unless they are there."""
-    if not functions:
-        raise FoldError("apply_fn: an empty mapping; pass at least one function by its name")
-    for name, fn in functions.items():
-        if not isinstance(name, str) or not callable(fn):
-            raise FoldError(
-                f"apply_fn: {name!r}: {type(fn).__name__} is no function by its name; pass a "
-                'mapping such as {"encode": encode, "decode": decode}'
-            )
+    if names := [name for name in functions if not isinstance(name, str)]:
+        raise FoldError(f"apply_fn: {names[0]!r} is no name of a function; pass text")
     (inputs,) = given if len(given) == 1 else (None,)
     if not isinstance(inputs, Mapping) or {*inputs} != {*functions}:
         raise FoldError(

@@ -89,16 +89,7 @@ class FoldPlan:
         check_donate(donate)
         plan = self.fitted(params)
         leaves, treedef = jax.tree.flatten(params)
-        position = {leaf.key_path: i for i, leaf in enumerate(plan.leaves)}
-        jobs: dict[int, tuple[list[Any], Recipe]] = {}
-        for path, edit in plan.leaf_edits().items():
-            sources = [leaves[position[source]] for source in edit.sources]
-            jobs[i := position[path]] = (sources, edit.recipe)
-            if len({committed_to(x) for x in (leaves[i], *sources)} - {None}) > 1:
-                raise TreeError(
-                    f"params: leaf {path!r} is on other devices than what is to be merged into "
-                    "it; put them together with jax.device_put"
-                )
+        jobs = plan._jobs(leaves)
         places = Counter(map(id, leaves))  # an array at two key paths keeps its memory
         arrays = [i for i in jobs if isinstance(leaves[i], jax.Array)]
         given = {i for i in arrays if donate and places[id(leaves[i])] == 1}
@@ -110,6 +101,20 @@ class FoldPlan:
         # What is as it was is the caller's own array: nothing is held twice.
         moved = {i: made.leaf for i, made in edited.items() if i in given or not seen[i][1]}
         return treedef.unflatten(moved.get(i, x) for i, x in enumerate(leaves))
+
+    def _jobs(self, leaves: list[Any]) -> dict[int, tuple[list[Any], Recipe]]:
+        """What each edited leaf takes, and its recipe, by the position of the leaf."""
+        position = {leaf.key_path: i for i, leaf in enumerate(self.leaves)}
+        jobs: dict[int, tuple[list[Any], Recipe]] = {}
+        for path, edit in self.leaf_edits().items():
+            sources = [leaves[position[source]] for source in edit.sources]
+            jobs[i := position[path]] = (sources, edit.recipe)
+            if len({committed_to(x) for x in (leaves[i], *sources)} - {None}) > 1:
+                raise TreeError(
+                    f"params: leaf {path!r} is on other devices than what is to be merged into "
+                    "it; put them together with jax.device_put"
+                )
+        return jobs
 
     def is_centered(self, params: Any) -> bool:
         """Whether `params` are as `center` leaves them, up to the rounding of each leaf's dtype.

@@ -277,7 +277,7 @@ BAD_TEXTS: dict[str, tuple[Any, str]] = {
 BAD_FUNCTIONS: dict[str, tuple[Any, str, str]] = {
     "None": (None, "NoneType is not callable", CALLABLE),
     "a string": ("model", "str is not callable", CALLABLE),
-    "a dict": ({"apply": model}, "dict is not callable", CALLABLE),
+    "a dict": ({"apply": 3}, "dict is not callable", CALLABLE),
     "not callable": (Layer(), "Layer is not callable", CALLABLE),
     "a class": (Layer, "takes no arguments", TRACE),
     "an unbound method": (Layer.apply, "missing 1 required", TRACE),

@@ -252,10 +252,14 @@ def test_several_functions_with_excluded_parameters() -> None:
 
 PLAN = fold(prefill, params(), *INPUTS["prefill"]).plan
 BAD: dict[str, tuple[Callable[[], Any], str]] = {
-    "no functions": (lambda: fold({}, params(), {}), "apply_fn: an empty mapping"),
+    "no functions": (lambda: fold({}, params(), {}), "apply_fn: a dict is not callable"),
     "no function": (
         lambda: fold({"prefill": 3}, params(), {"prefill": ()}),  # type: ignore[call-overload]
-        "apply_fn: 'prefill': int is no function",
+        "apply_fn: a dict is not callable",
+    ),
+    "a number for a name": (
+        lambda: fold({3: prefill}, params(), {3: INPUTS["prefill"]}),  # type: ignore[call-overload]
+        "apply_fn: 3 is no name of a function",
     ),
     "inputs of one function": (
         lambda: fold(FUNCTIONS, params(), *INPUTS["prefill"]),
