@@ -11,7 +11,7 @@ import numpy as np
 from ._compat import is_tracer
 from .errors import FoldError, TreeError
 from .folded import Folded, placement_of, rewritten_program
-from .folded_functions import FoldedFunctions, check_functions, fold_together
+from .folded_functions import FoldedFunctions, check_functions, fold_together, trace_together
 from .options import Options, check_excluded, check_options
 from .placement.place import Placement
 from .placement.planning import make_plan
@@ -169,7 +169,7 @@ def fold(
 
 
 def analyze(
-    apply_fn: Callable[..., Any],
+    apply_fn: Callable[..., Any] | Mapping[str, Callable[..., Any]],
     params: Any,
     *inputs: Any,
     explicit_cost: float = 2.0,
@@ -179,6 +179,7 @@ def analyze(
     deferred_cost: float | None = None,
     optimize: str | None = None,
     exclude: Collection[str] | Callable[[str], bool] = (),
+    weights: Mapping[str, float] | None = None,
     **keywords: Any,
 ) -> Report:
     """Report what `fold` would do, without editing anything.
@@ -191,7 +192,9 @@ def analyze(
     options = check_options(
         explicit_cost, approximate, fold_affine, defer_scale, deferred_cost, optimize, exclude
     )
-    traced, placement = _analysis(apply_fn, params, with_keywords(inputs, keywords), options)
+    traced, placement = _analysis(
+        apply_fn, params, with_keywords(inputs, keywords), options, weights
+    )
     check_excluded(exclude, traced.leaves)
     rewritten, deferred = rewritten_program(traced, placement, options)
     programs = (lambda: (traced.closed, rewritten)) if traced.reusable else None
@@ -199,7 +202,7 @@ def analyze(
 
 
 def plan_fold(
-    apply_fn: Callable[..., Any],
+    apply_fn: Callable[..., Any] | Mapping[str, Callable[..., Any]],
     params: Any,
     *inputs: Any,
     explicit_cost: float = 2.0,
@@ -207,6 +210,7 @@ def plan_fold(
     fold_affine: bool = False,
     optimize: str | None = None,
     exclude: Collection[str] | Callable[[str], bool] = (),
+    weights: Mapping[str, float] | None = None,
     **keywords: Any,
 ) -> FoldPlan:
     """The plan that `fold` would follow, from shapes alone as in `analyze`.
@@ -217,18 +221,23 @@ def plan_fold(
     options = check_options(
         explicit_cost, approximate, fold_affine, optimize=optimize, exclude=exclude
     )
-    traced, placement = _analysis(apply_fn, params, with_keywords(inputs, keywords), options)
+    traced, placement = _analysis(
+        apply_fn, params, with_keywords(inputs, keywords), options, weights
+    )
     check_excluded(exclude, traced.leaves)
     return make_plan(placement)
 
 
 def _analysis(
-    apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...], options: Options
+    apply_fn: Any, params: Any, inputs: tuple[Any, ...], options: Options, weights: Any
 ) -> tuple[Traced, Placement]:
-    _check_callable(apply_fn)
     check_leaves(params, "params", abstract=True)
-    check_leaves(inputs, "inputs", abstract=True)
-    traced = trace(apply_fn, params, inputs)
+    if _are_functions(apply_fn):
+        traced = trace_together(apply_fn, params, check_functions(apply_fn, inputs), weights)
+    else:
+        _check_callable(apply_fn)
+        check_leaves(inputs, "inputs", abstract=True)
+        traced = trace(apply_fn, params, inputs)
     return traced, placement_of(traced, options)
 
 

@@ -11,7 +11,7 @@ from .options import Options
 from .placement.planning import make_plan, place_again
 from .plan.plan import FoldPlan
 from .program.joint import joined, whole_weights
-from .program.tracing import trace
+from .program.tracing import Traced, trace
 from .report.build import make_report
 from .report.report import Report
 from .rewrite.fold import rewrite
@@ -49,6 +49,18 @@ class FoldedFunctions(Mapping[str, Folded]):
         return len(self._functions)
 
 
+def trace_together(
+    functions: Mapping[str, Callable[..., Any]],
+    params: Any,
+    inputs: Mapping[str, tuple[Any, ...]],
+    weights: Any,
+) -> Traced:
+    """The program that runs all of these functions, each as often as its weight says."""
+    runs = whole_weights(weights, [*functions])
+    traced = {name: trace(fn, params, inputs[name]) for name, fn in functions.items()}
+    return joined(traced, runs)
+
+
 def fold_together(
     functions: Mapping[str, Callable[..., Any]],
     params: Any,
@@ -59,10 +71,8 @@ def fold_together(
     plan: FoldPlan | None,
     center: bool,
 ) -> FoldedFunctions:
-    """One plan for all of these functions, each proved by itself under it before any edit."""
-    runs = whole_weights(weights, [*functions])
-    traced = {name: trace(fn, params, inputs[name]) for name, fn in functions.items()}
-    joint = joined(traced, runs)
+    """One plan for all of these functions, proved for all of them before any edit."""
+    joint = trace_together(functions, params, inputs, weights)
     if plan is None:
         placement, center = placement_of(joint, options), True
         plan = make_plan(placement)
@@ -70,8 +80,6 @@ def fold_together(
         plan = plan.fitted(params, whole=True, abstract=not center)
         graph = joint.graph(options.see_through_dropout)
         placement = place_again(plan, graph, options.explicit_cost)
-    for each in traced.values():
-        place_again(plan, each.graph(options.see_through_dropout), options.explicit_cost)
     programs = joint.closed, rewrite(joint.closed, placement)
     report = make_report(placement, plan, (), lambda: programs)
     edited = plan.center(params, donate=donate) if center else params

@@ -19,8 +19,9 @@ LayerNorm is left; 130 interrupted; `center`: 129, 143 ended by SIGHUP, SIGTERM.
 _TARGET = """\
 TARGET is `package.module:function`, found from the current directory. The function takes nothing
 and returns (apply_fn, params, inputs), as you would pass them to jax_lnfold.fold: inputs is a tuple
-of all inputs, or one input that is no tuple. Weights are not needed: params and inputs may be
-jax.ShapeDtypeStruct, as jax.eval_shape returns them. For a Flax model, in my_model.py:
+of all inputs, or one input that is no tuple. Of several functions, both are mappings by name.
+Weights are not needed: params and inputs may be jax.ShapeDtypeStruct, as jax.eval_shape returns
+them. For a Flax model, in my_model.py:
 
   def target():
       model, x = ViT(), jax.ShapeDtypeStruct((8, 224, 224, 3), jax.numpy.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -54,6 +55,10 @@ def one_list():
 
 def two_inputs():
     return (lambda p, x, y: model(p, x + y)), PARAMS, (of(2, 7), of(2, 7))
+
+def two_functions():
+    functions = {"encode": model, "score": lambda p, x: model(p, x).sum()}
+    return functions, PARAMS, {"encode": (of(2, 7),), "score": of(3, 7)}
 
 def left():
     return (lambda p, x: model(p, x) + layer_norm(jnp.tanh(x)).sum()), PARAMS, of(2, 7)
@@ -107,6 +112,17 @@ def line_of(words: str) -> int:
 Capture = pytest.CaptureFixture[str]
 
 # --- report --------------------------------------------------------------------------------------
+
+
+def test_report_of_several_functions(module: str, capsys: Capture) -> None:
+    assert main(["report", f"{module}:two_functions", "--no-cost"]) == 0
+    out, err = capsys.readouterr()
+    assert "4 of 4 LayerNorms folded, 3 parameters centered, 1 scale merged" in out
+    assert out.index("encode") < out.index("score")
+    assert not err
+    assert main(["plan", f"{module}:two_functions"]) == main(["plan", f"{module}:target"]) == 0
+    both, alone = re.split(r"(?<=\n\})\n", capsys.readouterr().out)[:2]
+    assert FoldPlan.from_json(both) == FoldPlan.from_json(alone)
 
 
 @pytest.mark.parametrize("name", ["target", "one_input", "one_tree", "one_list", "two_inputs"])

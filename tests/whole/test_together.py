@@ -213,6 +213,17 @@ def test_half_centered_trees_are_not_centered(dtype: str) -> None:
     assert not plan.is_centered(centered | {"last": given["last"]})  # merged: ones and zeros
 
 
+def test_what_fold_would_do_for_all_of_them() -> None:
+    shapes = jax.eval_shape(lambda: params())
+    inputs = {name: jax.eval_shape(lambda x=x: x) for name, x in INPUTS.items()}
+    served = fold(FUNCTIONS, params(), INPUTS)
+    assert jax_lnfold.plan_fold(FUNCTIONS, shapes, inputs) == served.plan
+    report = jax_lnfold.analyze(FUNCTIONS, shapes, inputs, weights={"prefill": 1, "decode": 9})
+    assert [norm.path for norm in report.norms] == [norm.path for norm in served.report.norms]
+    before, after = report.cost.reductions
+    assert after < before
+
+
 # --- parameters that stay ------------------------------------------------------------------------
 
 
