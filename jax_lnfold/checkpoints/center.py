@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import mkdtemp
@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import FoldError
-from ..plan.edits.edit import LeafEdit
-from ..plan.leaf import edit_leaf
+from ..plan.edits.edit import LeafEdit, fills_of
+from ..plan.leaf import edit_leaf, look_at
 from ..plan.plan import FoldPlan, overflow_error
 from .formats import open_store
 from .leaf_store import LeafStore, real_path
@@ -66,7 +66,7 @@ def center_checkpoint(
         store.copy(copy, [names[path] for path in edits])
         target = open_store(copy)
         for path, edit in track(edits.items()):
-            new = _edited(store, names, path, edit)
+            new = _edited(store, names, path, edit, fills_of(edits, edit))
             with undisturbed():  # some stores go on writing in other threads
                 target.write(names[path], new)
         _check_dest(source, dest)
@@ -79,12 +79,21 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _edited(store: LeafStore, names: Mapping[str, str], path: str, edit: LeafEdit) -> np.ndarray:
-    sources = [store.read(names[source]) for source in edit.sources]
-    edited = edit_leaf(store.read(names[path]), sources, edit.recipe, donate=False)
-    if edited.too_large:
+def _edited(
+    store: LeafStore,
+    names: Mapping[str, str],
+    path: str,
+    edit: LeafEdit,
+    fills: Sequence[float | None] | None,
+) -> np.ndarray:
+    """The leaf as `FoldPlan.center` leaves it: as it is, if it is so already."""
+    old, sources = store.read(names[path]), [store.read(names[source]) for source in edit.sources]
+    if fills is not None and all(look_at(old, sources, edit.recipe, fills)):
+        return old
+    new, too_large = edit_leaf(old, sources, edit.recipe, donate=False)
+    if too_large:
         raise overflow_error("source", names[path])
-    return edited.leaf
+    return new
 
 
 def _check_dest(source: Path, dest: Path) -> None:

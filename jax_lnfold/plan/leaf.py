@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -83,58 +83,59 @@ class Recipe:
     sets: tuple[AxisSet, ...] = ()
 
 
-class Edited(NamedTuple):
-    """A leaf after its recipe.
-
-    `too_large` is whether finite numbers became too large for the dtype, `same` whether all numbers
-    are as they were (both a bool, maybe on a device).
-    """
-
-    leaf: Any
-    too_large: Any = False
-    same: Any = False
-
-
-def edit_leaf(x: Any, sources: Sequence[Any], recipe: Recipe, donate: bool) -> Edited:
+def edit_leaf(x: Any, sources: Sequence[Any], recipe: Recipe, donate: bool) -> tuple[Any, Any]:
     """One leaf after its recipe.
 
-    Shape, dtype and sharding stay. Means that are zero up to rounding are left, so that an edit
-    changes nothing the second time; those of tracers are not, for the sake of derivatives. With
-    `donate` a JAX array gives up its memory; nothing is then said of the result: ask `overflows`
-    before.
+    Shape, dtype and sharding stay. With `donate` a JAX array gives up its memory. The second
+    result is whether finite numbers became too large for the dtype (a bool, maybe on a device);
+    with `donate` it is false, and to be asked before (see `overflows`).
     """
     if is_tracer(x) or any(map(is_tracer, sources)):
         x = jnp.asarray(x)
-        return Edited(_edited(x, *_terms(x, sources, recipe), recipe).astype(x.dtype))
+        return _edited(x, *_terms(x, sources, recipe), recipe).astype(x.dtype), False
     if not isinstance(x, jax.Array):
         x, noted = np.asarray(x), list[str]()
         with np.errstate(over="call", call=lambda kind, _: noted.append(kind), invalid="ignore"):
             new = _edited_in_blocks(x, *_terms(x, sources, recipe), recipe)
-        same = np.array_equal(new, x)
-        if same or (not noted and not recipe.summed and x.dtype.isbuiltin == 1):
-            return Edited(new, False, same)  # NumPy notes overflows of its dtypes, not in einsum
-        too_large = not _finite(new) and all(_finite(np.asarray(v)) for v in (x, *sources))
-        return Edited(new, too_large)
+        if not noted and not recipe.summed and x.dtype.isbuiltin == 1:
+            return new, False  # NumPy notes overflows of its own dtypes, other than in einsum
+        return new, not _finite(new) and all(_finite(np.asarray(v)) for v in (x, *sources))
     return _compiled_edit(recipe, donate, _sharding_of(x))(x, *sources)
 
 
-def is_edited(x: Any, recipe: Recipe) -> Any:
+def is_edited(x: Any, recipe: Recipe, slack: float = 1.0) -> Any:
     """Whether a leaf is as its recipe leaves it, up to rounding (a bool, maybe on a device).
 
-    What was added to it, or multiplied by, leaves no trace of its own.
+    What was added to it, or multiplied by, leaves no trace of its own. `slack` is how many times
+    larger than by rounding its means may be.
     """
     if isinstance(x, jax.Array):
-        return _compiled_look(recipe, _sharding_of(x))(x)
-    return _looks_edited(np.asarray(x), recipe)
+        return _compiled_look(recipe, slack, _sharding_of(x))(x)
+    x = np.asarray(x)
+    axis = _free_axis(x.shape, recipe)
+    parts = [(...,)] if axis is None else _blocks(x.shape, axis)
+    return all(_looks_edited(x[part], recipe, slack) for part in parts)
 
 
-def _looks_edited(x: Any, recipe: Recipe, part: Shape | None = None) -> Any:
+def look_at(
+    x: Any, sources: Sequence[Any], recipe: Recipe, fills: Sequence[float | None]
+) -> list[Any]:
+    """Bools (maybe on devices) that are all true if an edit would change nothing but roundings.
+
+    The sources are then filled already with `fills`: factors of one, and products of zero.
+    """
+    filled = zip(sources, fills, strict=True)
+    taken = (is_edited(source, Recipe(fill=fill)) for source, fill in filled if fill is not None)
+    return [is_edited(x, recipe), *taken]
+
+
+def _looks_edited(x: Any, recipe: Recipe, slack: float, part: Shape | None = None) -> Any:
     if recipe.fill is not None:
         return (x == recipe.fill).all()
     xp, wide = np if isinstance(x, np.ndarray) else jnp, x.astype(_wide_type(x))
     found = xp.ones((), bool)
     for along in recipe.sets:
-        bound = 2 * rounding_of_means(wide, x.dtype, along, xp, part)
+        bound = slack * rounding_of_means(wide, x.dtype, along, xp, part)
         found &= (abs(group_means(wide, along, xp, part)) <= bound).all()
     return found
 
@@ -142,7 +143,7 @@ def _looks_edited(x: Any, recipe: Recipe, part: Shape | None = None) -> Any:
 def overflows(x: Any, sources: Sequence[Any], recipe: Recipe) -> bool:
     """Whether finite numbers would become too large for the dtype in `edit_leaf`."""
     if not isinstance(x, jax.Array):
-        return bool(edit_leaf(x, sources, recipe, donate=False).too_large)
+        return bool(edit_leaf(x, sources, recipe, donate=False)[1])
     if _compiled_bound(recipe)(x, *sources):
         return False
     return bool(_compiled_check(recipe, _sharding_of(x))(x, *sources))
@@ -198,18 +199,8 @@ def _summed(shift: np.ndarray, kernel: np.ndarray, recipe: Recipe) -> Any:
     return added
 
 
-def _edited(
-    x: Any,
-    added: Any,
-    factor: Any,
-    recipe: Recipe,
-    part: Shape | None = None,
-    settled: bool = False,
-) -> Any:
-    """The leaf after its recipe, in the dtype of the arithmetic.
-
-    Means that are zero up to the rounding of the leaf are left if they may be `settled`.
-    """
+def _edited(x: Any, added: Any, factor: Any, recipe: Recipe, part: Shape | None = None) -> Any:
+    """The leaf after its recipe, in the dtype of the arithmetic."""
     xp = np if isinstance(x, np.ndarray) else jnp
     if recipe.fill is not None:
         return xp.full_like(x, recipe.fill)
@@ -219,12 +210,9 @@ def _edited(
     if factor is not None:
         wide *= factor.astype(wide.dtype, copy=False)
     for along in recipe.sets:
-        means = group_means(wide, along, xp, part)
-        left = settled and abs(means) <= rounding_of_means(wide, x.dtype, along, xp, part)
-        wide -= xp.where(left, xp.zeros((), wide.dtype), means)
+        wide -= group_means(wide, along, xp, part)
         if xp is jnp or wide.dtype == x.dtype:  # what the first pass rounded off
-            means = group_means(wide, along, xp, part)
-            wide -= xp.where(left, xp.zeros((), wide.dtype), means)
+            wide -= group_means(wide, along, xp, part)
     return wide
 
 
@@ -239,41 +227,45 @@ def _blocks(shape: Shape, axis: int) -> Iterator[tuple[slice, ...]]:
         yield (*[slice(None)] * axis, slice(start, start + step))
 
 
+def _free_axis(shape: Shape, recipe: Recipe) -> int | None:
+    """The longest axis that no mean is taken over, if there is one."""
+    free = [d for d in range(len(shape)) if all(s.entries[d] == FREE for s in recipe.sets)]
+    return max(free, key=lambda d: shape[d], default=None)
+
+
 def _edited_in_blocks(x: np.ndarray, added: Any, factor: Any, recipe: Recipe) -> np.ndarray:
     """`_edited` in blocks along the longest axis that no mean is taken over, if there is one."""
     new = np.empty_like(x)
     if factor is not None and factor.dtype == x.dtype and added is None and not recipe.sets:
         return np.multiply(x, factor, out=new)
-    free = [d for d in range(x.ndim) if all(along.entries[d] == FREE for along in recipe.sets)]
-    axis = max(free, key=lambda d: x.shape[d], default=None)
+    axis = _free_axis(x.shape, recipe)
 
     def cut(terms: Any) -> Any:
         return terms if terms is None or axis is None or terms.shape[axis] == 1 else terms[part]
 
     for part in [(...,)] if axis is None else _blocks(x.shape, axis):
-        new[part] = _edited(x[part], cut(added), cut(factor), recipe, settled=True)
+        new[part] = _edited(x[part], cut(added), cut(factor), recipe)
     return new
 
 
 @lru_cache(maxsize=256)
-def _compiled_edit(recipe: Recipe, donate: bool, sharding: Any) -> Callable[..., Edited]:
+def _compiled_edit(recipe: Recipe, donate: bool, sharding: Any) -> Callable[..., tuple[Any, Any]]:
     """The edit under `jit`, so that a sharded leaf stays where it is."""
 
-    def edit(x: Any, *sources: Any) -> Edited:
+    def edit(x: Any, *sources: Any) -> tuple[Any, Any]:
         part = None if sharding is None else sharding.shard_shape(x.shape)
         terms = _terms(x, sources, recipe)
-        new = _edited(x, *terms, recipe, part, settled=True).astype(x.dtype)
+        new = _edited(x, *terms, recipe, part).astype(x.dtype)
         if donate:  # a look at `x` afterwards would take a copy of it
-            return Edited(new)
+            return new, False
 
         def look() -> Any:
             return ~_finite(new) & jnp.stack([_finite(given) for given in (x, *sources)]).all()
 
-        too_large = jax.lax.cond(_is_small(x, *terms, recipe), lambda: jnp.array(False), look)
-        return Edited(new, too_large, (new == x).all())
+        return new, jax.lax.cond(_is_small(x, *terms, recipe), lambda: jnp.array(False), look)
 
     donated = (0,) if donate else ()
-    shardings = Edited(sharding, None, None)
+    shardings = (sharding, None)
     return jax.jit(edit, donate_argnums=donated, out_shardings=shardings, keep_unused=True)
 
 
@@ -294,12 +286,12 @@ def _is_small(x: Any, added: Any, factor: Any, recipe: Recipe) -> Any:
 
 
 @lru_cache(maxsize=256)
-def _compiled_look(recipe: Recipe, sharding: Any) -> Callable[..., Any]:
+def _compiled_look(recipe: Recipe, slack: float, sharding: Any) -> Callable[..., Any]:
     """`_looks_edited` under `jit`."""
 
     def look(x: Any) -> Any:
         part = None if sharding is None else sharding.shard_shape(x.shape)
-        return _looks_edited(x, recipe, part)
+        return _looks_edited(x, recipe, slack, part)
 
     return jax.jit(look)
 
@@ -314,7 +306,7 @@ def _compiled_bound(recipe: Recipe) -> Callable[..., Any]:
 def _compiled_check(recipe: Recipe, sharding: Any) -> Callable[..., Any]:
     """Whether `_compiled_edit` overflows, without the memory for its result."""
     edit = _compiled_edit(recipe, False, sharding)
-    return jax.jit(lambda x, *sources: edit(x, *sources).too_large)
+    return jax.jit(lambda x, *sources: edit(x, *sources)[1])
 
 
 def _wide_type(x: Any) -> Any:

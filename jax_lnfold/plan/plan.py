@@ -14,15 +14,16 @@ from typing import Any, get_args, get_type_hints
 import jax
 import numpy as np
 
+from .._compat import is_tracer
 from ..errors import FoldError, PlanFormatError, TreeError
 from ..printable import printable
 from ..trees import FLOATS, check_leaves, committed_to, is_editable
 from .edits.affine import AffineEdit
 from .edits.center import CenterEdit
-from .edits.edit import Edit, LeafEdit
+from .edits.edit import Edit, LeafEdit, fills_of
 from .edits.scale import ScaleEdit
 from .file import LeafSpec, check_plan, parse
-from .leaf import Recipe, edit_leaf, is_edited, overflows
+from .leaf import Recipe, edit_leaf, is_edited, look_at, overflows
 from .tree_fit import Fit, names_in
 
 
@@ -95,15 +96,15 @@ class FoldPlan:
         given = {i for i in arrays if donate and places[id(leaves[i])] == 1}
         if given:  # what is donated is gone: look at all leaves first
             plan._refuse({i: overflows(leaves[i], *job) for i, job in jobs.items()})
-        edited = {i: edit_leaf(leaves[i], *job, i in given) for i, job in jobs.items()}
-        seen = jax.device_get({i: (made.too_large, made.same) for i, made in edited.items()})
-        plan._refuse({i: too_large for i, (too_large, _) in seen.items()})
-        # What is as it was is the caller's own array: nothing is held twice.
-        moved = {i: made.leaf for i, made in edited.items() if i in given or not seen[i][1]}
-        return treedef.unflatten(moved.get(i, x) for i, x in enumerate(leaves))
+        changed = dict(enumerate(leaves))
+        too_large = {}
+        for i, job in jobs.items():
+            changed[i], too_large[i] = edit_leaf(leaves[i], *job, i in given)
+        plan._refuse(jax.device_get(too_large))
+        return treedef.unflatten(changed.values())
 
     def _jobs(self, leaves: list[Any]) -> dict[int, tuple[list[Any], Recipe]]:
-        """What each edited leaf takes, and its recipe, by the position of the leaf."""
+        """What each leaf takes that an edit would change, and its recipe, by its position."""
         position = {leaf.key_path: i for i, leaf in enumerate(self.leaves)}
         jobs: dict[int, tuple[list[Any], Recipe]] = {}
         for path, edit in self.leaf_edits().items():
@@ -114,7 +115,17 @@ class FoldPlan:
                     f"params: leaf {path!r} is on other devices than what is to be merged into "
                     "it; put them together with jax.device_put"
                 )
-        return jobs
+        if any(is_tracer(x) for i, (sources, _) in jobs.items() for x in (leaves[i], *sources)):
+            return jobs  # derivatives are those of a projection
+        edits = self.leaf_edits()
+        looks = jax.device_get(
+            {
+                position[path]: look_at(leaves[position[path]], *jobs[position[path]], fills)
+                for path, edit in edits.items()
+                if (fills := fills_of(edits, edit)) is not None
+            }
+        )
+        return {i: job for i, job in jobs.items() if not (i in looks and all(looks[i]))}
 
     def is_centered(self, params: Any) -> bool:
         """Whether `params` are as `center` leaves them, up to the rounding of each leaf's dtype.
@@ -133,7 +144,7 @@ class FoldPlan:
         edits = plan.leaf_edits()
         leaves = zip(plan.leaves, jax.tree.leaves(params), strict=True)
         looks = {
-            leaf.key_path: is_edited(x, edits[leaf.key_path].recipe)
+            leaf.key_path: is_edited(x, edits[leaf.key_path].recipe, slack=2.0)
             for leaf, x in leaves
             if leaf.key_path in edits
         }

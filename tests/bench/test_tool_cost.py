@@ -291,7 +291,7 @@ def test_sharded_leaves_stay_where_they_are(name: str, spec: str) -> None:
             assert sums <= 1, "only whether numbers are finite"
         elif name == "all":
             assert sums >= ROWS // 2, "a mean over devices"
-    new, too_large, _ = edit_leaf(placed, (), recipe, donate=True)
+    new, too_large = edit_leaf(placed, (), recipe, donate=True)
     assert new.sharding == sharding
     assert placed.is_deleted()
     assert not too_large

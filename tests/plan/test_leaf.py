@@ -65,7 +65,7 @@ def test_overflows_of_numpy_leaves(
     both = uneven(dtype)
     both[0, 0] = np.inf
     assert not overflow(order(both)), "not finite before"
-    assert np.isinf(edit_leaf(both, (), CENTERED, donate=False)[0][2, -1])
+    assert not np.isfinite(edit_leaf(both, (), CENTERED, donate=False)[0][2, -1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
@@ -133,7 +133,7 @@ def test_leaves_without_axes_or_numbers(dtype: Any) -> None:
         (empty, Recipe(sets=(AxisSet((0, 4), (FREE, ALL)),)), ()),
         (empty, SCALED, (np.zeros(0, dtype),)),
     ):
-        new, too_large, _ = edit_leaf(x, sources, recipe, donate=False)
+        new, too_large = edit_leaf(x, sources, recipe, donate=False)
         assert isinstance(new, np.ndarray)
         assert (new.shape, new.dtype) == (x.shape, x.dtype)
         assert not np.any(new)

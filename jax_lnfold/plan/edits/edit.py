@@ -36,6 +36,17 @@ class LeafEdit:
         return LeafEdit(sources, recipe)
 
 
+def fills_of(edits: Mapping[str, LeafEdit], edit: LeafEdit) -> list[float | None] | None:
+    """With what the sources of an edit are filled when all edits are done.
+
+    None for the kernel of a product, whose other factor, the shift, is then zero. If another source
+    is not filled, what it does to the leaf cannot be told: no list.
+    """
+    fills = [edits[s].recipe.fill if s in edits else None for s in edit.sources]
+    kernel = 1 if edit.recipe.summed else None
+    return None if any(f is None and i != kernel for i, f in enumerate(fills)) else fills
+
+
 class Edit(ABC):
     """One edit of a parameter tree, as plain data: a frozen dataclass of key paths and axes.
 
