@@ -97,7 +97,7 @@ def stages(config: Config, scanned: bool) -> Callable[[], dict[str, float]]:
 
         def plan(graph: Graph) -> Placement:
             placement = place(graph)
-            make_plan(params, placement)
+            make_plan(placement)
             return placement
 
         jax.clear_caches()
