@@ -8,10 +8,15 @@ from typing import Any, overload
 import jax
 import numpy as np
 
-from ._compat import is_tracer
 from .errors import FoldError, TreeError
-from .folded import Folded, placement_of, rewritten_program
-from .folded_functions import FoldedFunctions, check_functions, fold_together, trace_together
+from .folded import Folded, is_abstract, placement_of, rewritten_program
+from .folded_functions import (
+    FoldedFunctions,
+    are_functions,
+    check_functions,
+    fold_together,
+    trace_together,
+)
 from .options import Options, check_excluded, check_options
 from .placement.place import Placement
 from .placement.planning import make_plan
@@ -132,7 +137,7 @@ def fold(
         FoldError: `apply_fn` is not callable or traceable, `params` or the inputs hold other
             leaves than arrays, or an option has no such value. Nothing has been changed then.
     """
-    if not _are_functions(apply_fn):
+    if not are_functions(apply_fn):
         _check_callable(apply_fn)
     options = check_options(
         explicit_cost, approximate, fold_affine, defer_scale, deferred_cost, optimize, exclude
@@ -232,7 +237,7 @@ def _analysis(
     apply_fn: Any, params: Any, inputs: tuple[Any, ...], options: Options, weights: Any
 ) -> tuple[Traced, Placement]:
     check_leaves(params, "params", abstract=True)
-    if _are_functions(apply_fn):
+    if are_functions(apply_fn):
         traced = trace_together(apply_fn, params, check_functions(apply_fn, inputs), weights)
     else:
         _check_callable(apply_fn)
@@ -255,20 +260,13 @@ def _check_follow(plan: Any, center: Any) -> None:
 
 def _check_centered(plan: FoldPlan, params: Any) -> None:
     """The leaves are as the plan leaves them, as far as they have values."""
-    abstract = (
-        isinstance(x, jax.ShapeDtypeStruct) or is_tracer(x) for x in jax.tree.leaves(params)
-    )
-    if any(abstract):
+    if any(map(is_abstract, jax.tree.leaves(params))):
         plan.fitted(params, abstract=True)
     elif (path := plan.not_centered(params)) is not None:
         raise TreeError(
             f"params: leaf {path!r} is not centered as the plan says; pass center=True to edit it, "
             "or plan.center(params)"
         )
-
-
-def _are_functions(x: Any) -> bool:
-    return isinstance(x, Mapping) and bool(x) and all(map(callable, x.values()))
 
 
 def _check_callable(apply_fn: Any) -> None:

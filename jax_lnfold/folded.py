@@ -149,7 +149,7 @@ class Folded:
         programs = (lambda: (traced.closed, rewritten)) if traced.reusable else None
         report = make_report(placement, plan, deferred, programs)
         key = signature(params, inputs)
-        abstract = any(map(_is_abstract, jax.tree.leaves((self._given, inputs))))
+        abstract = any(map(is_abstract, jax.tree.leaves((self._given, inputs))))
         measured = report.dropouts > 0 and not abstract
         original = _run(traced.closed, params, inputs) if measured else []
         with jax.ensure_compile_time_eval():  # a first call may be traced: the edit is not
@@ -191,7 +191,8 @@ def rewritten_program(
     return defer_scales(rewritten, options.deferred_cost)
 
 
-def _is_abstract(x: Any) -> bool:
+def is_abstract(x: Any) -> bool:
+    """Whether a leaf has no numbers here: a shape, or what is being traced."""
     return isinstance(x, jax.ShapeDtypeStruct) or is_tracer(x)
 
 

@@ -90,6 +90,11 @@ def fold_together(
     return FoldedFunctions(folded, plan, report)
 
 
+def are_functions(x: Any) -> bool:
+    """Whether it is a mapping of functions, at least one."""
+    return isinstance(x, Mapping) and bool(x) and all(map(callable, x.values()))
+
+
 def check_functions(
     functions: Mapping[Any, Any], given: tuple[Any, ...]
 ) -> dict[str, tuple[Any, ...]]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from .._compat import PACKAGE
 from ..errors import FoldError
+from ..folded_functions import are_functions
 from ..trees import first_line
 
 
@@ -64,7 +65,11 @@ def load(target: str) -> Model:
 
 
 def _model(target: str, returned: Any) -> Model:
-    if not isinstance(returned, tuple) or len(returned) != 3 or not _can_be_called(returned[0]):
+    if (
+        not isinstance(returned, tuple)
+        or len(returned) != 3
+        or not (callable(returned[0]) or are_functions(returned[0]))
+    ):
         what = type(returned).__name__
         if isinstance(returned, tuple):
             what = f"({', '.join(type(x).__name__ for x in returned)})"
@@ -74,11 +79,6 @@ def _model(target: str, returned: Any) -> Model:
         )
     apply_fn, params, inputs = returned
     return Model(apply_fn, params, inputs if type(inputs) is tuple else (inputs,))
-
-
-def _can_be_called(x: Any) -> bool:
-    """Whether it is a function, or a mapping of functions by name."""
-    return callable(x) or (isinstance(x, Mapping) and bool(x) and all(map(callable, x.values())))
 
 
 def _told(error: Exception) -> str:

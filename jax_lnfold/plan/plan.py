@@ -106,8 +106,8 @@ class FoldPlan:
     def _jobs(self, leaves: list[Any]) -> dict[int, tuple[list[Any], Recipe]]:
         """What each leaf takes that an edit would change, and its recipe, by its position."""
         position = {leaf.key_path: i for i, leaf in enumerate(self.leaves)}
-        jobs: dict[int, tuple[list[Any], Recipe]] = {}
-        for path, edit in self.leaf_edits().items():
+        edits, jobs = self.leaf_edits(), dict[int, tuple[list[Any], Recipe]]()
+        for path, edit in edits.items():
             sources = [leaves[position[source]] for source in edit.sources]
             jobs[i := position[path]] = (sources, edit.recipe)
             if len({committed_to(x) for x in (leaves[i], *sources)} - {None}) > 1:
@@ -117,7 +117,6 @@ class FoldPlan:
                 )
         if any(is_tracer(x) for i, (sources, _) in jobs.items() for x in (leaves[i], *sources)):
             return jobs  # derivatives are those of a projection
-        edits = self.leaf_edits()
         looks = jax.device_get(
             {
                 position[path]: look_at(leaves[position[path]], *jobs[position[path]], fills)
