@@ -10,6 +10,7 @@ from .errors import (
     TreeError,
 )
 from .folded import Folded
+from .models.rms_model import with_rms_norms
 from .plan.plan import FoldPlan
 from .report.report import Report
 from .training import CenterState, center_gradients, center_updates
@@ -35,4 +36,5 @@ __all__ = [
     "fold",
     "plan_fold",
     "verify",
+    "with_rms_norms",
 ]

@@ -17,6 +17,8 @@ from .folded_functions import (
     fold_together,
     trace_together,
 )
+from .models.folded_model import MISSING, FoldedModel, taken_apart
+from .models.linen_modules import apply_of
 from .options import Options, check_excluded, check_options
 from .placement.place import Placement
 from .placement.planning import make_plan
@@ -70,7 +72,7 @@ def fold(
 
 def fold(
     apply_fn: Callable[..., Any] | Mapping[str, Callable[..., Any]],
-    params: Any,
+    params: Any = MISSING,
     *example_inputs: Any,
     donate: bool = False,
     explicit_cost: float = 2.0,
@@ -84,7 +86,7 @@ def fold(
     exclude: Collection[str] | Callable[[str], bool] = (),
     weights: Mapping[str, float] | None = None,
     **keywords: Any,
-) -> Folded | FoldedFunctions:
+) -> Folded | FoldedFunctions | FoldedModel:
     """Turn the LayerNorms of a model into RMSNorms wherever that is exact.
 
     Args:
@@ -137,8 +139,24 @@ def fold(
         FoldError: `apply_fn` is not callable or traceable, `params` or the inputs hold other
             leaves than arrays, or an option has no such value. Nothing has been changed then.
     """
-    if not are_functions(apply_fn):
-        _check_callable(apply_fn)
+    apply_fn, model = apply_of(apply_fn), taken_apart(apply_fn, params, example_inputs)
+    if model is not None:
+        chosen: dict[str, Any] = {
+            "donate": donate,
+            "explicit_cost": explicit_cost,
+            "approximate": approximate,
+            "fold_affine": fold_affine,
+            "defer_scale": defer_scale,
+            "deferred_cost": deferred_cost,
+            "optimize": optimize,
+            "plan": plan,
+            "center": center,
+            "exclude": exclude,
+            "weights": weights,
+        }
+        result = fold(model.functions, model.params, *model.inputs, **chosen, **keywords)
+        return model.folded(result)
+    _check_given(apply_fn, params, example_inputs)
     options = check_options(
         explicit_cost, approximate, fold_affine, defer_scale, deferred_cost, optimize, exclude
     )
@@ -175,7 +193,7 @@ def fold(
 
 def analyze(
     apply_fn: Callable[..., Any] | Mapping[str, Callable[..., Any]],
-    params: Any,
+    params: Any = MISSING,
     *inputs: Any,
     explicit_cost: float = 2.0,
     approximate: Collection[str] = (),
@@ -208,7 +226,7 @@ def analyze(
 
 def plan_fold(
     apply_fn: Callable[..., Any] | Mapping[str, Callable[..., Any]],
-    params: Any,
+    params: Any = MISSING,
     *inputs: Any,
     explicit_cost: float = 2.0,
     approximate: Collection[str] = (),
@@ -236,11 +254,14 @@ def plan_fold(
 def _analysis(
     apply_fn: Any, params: Any, inputs: tuple[Any, ...], options: Options, weights: Any
 ) -> tuple[Traced, Placement]:
+    apply_fn, model = apply_of(apply_fn), taken_apart(apply_fn, params, inputs)
+    if model is not None:
+        apply_fn, params, inputs = model.functions, model.params, model.inputs
+    _check_given(apply_fn, params, inputs)
     check_leaves(params, "params", abstract=True)
     if are_functions(apply_fn):
         traced = trace_together(apply_fn, params, check_functions(apply_fn, inputs), weights)
     else:
-        _check_callable(apply_fn)
         check_leaves(inputs, "inputs", abstract=True)
         traced = trace(apply_fn, params, inputs)
     return traced, placement_of(traced, options)
@@ -269,9 +290,21 @@ def _check_centered(plan: FoldPlan, params: Any) -> None:
         )
 
 
-def _check_callable(apply_fn: Any) -> None:
-    if not callable(apply_fn):
+def _check_given(apply_fn: Any, params: Any, inputs: tuple[Any, ...]) -> None:
+    """There is a function, and something that may be parameters, in this order."""
+    if not callable(apply_fn) and not are_functions(apply_fn):
+        cure = (
+            "pass a function of (params, *inputs), such as model.apply, or several of them by name"
+        )
+        if callable(getattr(apply_fn, "apply", None)):
+            cure = "pass its .apply"
+        elif any(map(callable, (params, *inputs))):
+            cure = "the function comes first: fold(apply_fn, params, *inputs)"
+        raise FoldError(f"apply_fn: a {type(apply_fn).__name__} is not callable; {cure}")
+    if params is MISSING:
+        raise FoldError("params: missing; pass fold(apply_fn, params, *inputs)")
+    if callable(params) and jax.tree.leaves(params) == [params]:
         raise FoldError(
-            f"apply_fn: a {type(apply_fn).__name__} is not callable; pass a function of "
-            "(params, *inputs), such as model.apply, or several of them by name"
+            f"params: a {type(params).__name__} is no tree of arrays; pass "
+            "fold(apply_fn, params, *inputs), or of a model, fold(model, *inputs)"
         )

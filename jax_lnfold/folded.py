@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
 import jax
+import numpy as np
 
 from ._compat import ClosedJaxpr, is_tracer, jaxpr_as_fun
 from .errors import FoldError, NotAnalysedError
@@ -68,6 +70,19 @@ class Folded:
         self._require_analysis("report")
         assert self._report is not None
         return self._report
+
+    def without_params(self) -> Folded:
+        """The same with the shapes of the parameters, for somebody who keeps these elsewhere."""
+        made = copy(self)
+        made._params = shapes_of(self.params)
+        return made
+
+    def of_another(self, apply_fn: Callable[..., Any]) -> Folded:
+        """Another function of these parameters, which must tolerate the plan; analysed when called.
+
+        It holds the shapes of the parameters only.
+        """
+        return Folded(apply_fn, shapes_of(self.params), False, self._options, self.plan, False)
 
     def __call__(self, *inputs: Any, **keywords: Any) -> Any:
         """Short for ``folded.apply(folded.params, *inputs, **keywords)``."""
@@ -189,6 +204,16 @@ def rewritten_program(
     if options.deferred_cost is None:
         return rewritten, ()
     return defer_scales(rewritten, options.deferred_cost)
+
+
+def shapes_of(params: Any) -> Any:
+    """The tree with types in place of numbers."""
+    return jax.tree.map(_shape_of, params)
+
+
+def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
+    dtype = x.dtype if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x).dtype
+    return jax.ShapeDtypeStruct(np.shape(x), dtype)
 
 
 def is_abstract(x: Any) -> bool:

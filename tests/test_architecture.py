@@ -26,6 +26,7 @@ FLOORS = [
     {"program_cache"},
     {"folded"},
     {"folded_functions"},
+    {"models"},
     {"api"},
     {"widening"},
     {"cli", "verification"},

@@ -1,0 +1,134 @@
+"""What `fold` returns for a model that holds its parameters: a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import FoldError
+from ..folded import Folded
+from ..folded_functions import FoldedFunctions
+from ..plan.plan import FoldPlan
+from ..report.report import Report
+from .folded_classes import folded_class
+from .kind import Method, ModelKind, State, kind_of, methods_of
+
+MISSING: Any = object()
+"""What stands for parameters that were not passed."""
+
+
+@dataclass(frozen=True)
+class FoldedModel:
+    """A folded model: the `model` itself, the `plan` and the `report`.
+
+    `model` is of a subclass of the original's class and has its attributes, with edited
+    parameters; the caller's model is as before. Its methods run folded programs: those that were
+    folded, and others as far as they tolerate the plan (`PlanMismatchError` if one does not). It is
+    split, merged, copied, saved, pickled and trained like the original. Parts of it, such as
+    ``model.block``, are those of the original and compute what they say, on edited parameters.
+    """
+
+    model: Any
+    plan: FoldPlan
+    report: Report
+
+    @property
+    def params(self) -> Any:
+        """The edited parameters, with the key paths of the plan: `nnx.State`, or a model."""
+        kind = kind_of(self.model)
+        assert kind is not None
+        return kind.split(self.model)[0]
+
+    def __call__(self, *inputs: Any, **keywords: Any) -> Any:
+        """Short for ``folded.model(*inputs, **keywords)``."""
+        return self.model(*inputs, **keywords)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that was taken apart, to be folded as functions of its parameters."""
+
+    kind: ModelKind
+    owner: type
+    params: Any
+    inputs: tuple[Any, ...]
+    state: State
+    methods: tuple[str, ...] | None  # None: its call
+
+    @property
+    def functions(self) -> Any:
+        """What `fold` takes for this model."""
+        if self.methods is None:
+            return Method(self.kind, self.owner, "__call__")
+        return {name: Method(self.kind, self.owner, name) for name in self.methods}
+
+    def folded(self, result: Folded | FoldedFunctions) -> FoldedModel:
+        """The model with the parameters and programs that `fold` returned for its functions."""
+        one = isinstance(result, Folded)
+        programs = {"__call__": result} if one else dict(result)
+        kept = {name: each.without_params() for name, each in programs.items()}
+        runs = ModelPrograms(self.kind, self.owner, kept)
+        model = self.kind.merge(runs.folded_class, result.params, self.state)
+        return FoldedModel(model, result.plan, result.report)
+
+
+class ModelPrograms:
+    """The folded programs of a model's methods, made when they are called first."""
+
+    def __init__(self, kind: ModelKind, owner: type, programs: dict[str, Folded]) -> None:
+        """Programs of the methods that were folded, which hold no parameters."""
+        self.kind, self.owner, self._programs = kind, owner, programs
+        self.folded_class = folded_class(self, owner, methods_of(kind, owner))
+
+    def call(self, name: str, model: Any, inputs: tuple[Any, ...], keywords: Any) -> Any:
+        """What the method of this name returns; it changes the state of the model as it would."""
+        params, state = self.kind.split(model)
+        folded = self._programs.get(name)
+        if folded is None:
+            proved = next(iter(self._programs.values()))
+            folded = proved.of_another(Method(self.kind, self.owner, name))
+            self._programs[name] = folded
+        result, changes = folded.apply(params, state, *inputs, **keywords)
+        self.kind.update(model, changes)
+        return result
+
+    def __reduce__(self) -> Any:
+        """The class is made again."""
+        return ModelPrograms, (self.kind, self.owner, self._programs)
+
+
+def taken_apart(apply_fn: Any, params: Any, inputs: tuple[Any, ...]) -> Model | None:
+    """The model that was passed for a function, or whose methods were; None if there is none.
+
+    Raises:
+        FoldError: it cannot be called, or a function is no method of the model's class.
+    """
+    if (kind := kind_of(apply_fn)) is not None:
+        if not callable(apply_fn):
+            raise FoldError(
+                f"apply_fn: a {type(apply_fn).__name__} has no __call__; pass its methods by name, "
+                "{'encode': Model.encode}, with the model for params"
+            )
+        own, state = kind.split(apply_fn)
+        given = () if params is MISSING else (params, *inputs)
+        return Model(kind, type(apply_fn), own, (state, *given), state, None)
+    if (kind := kind_of(params)) is None or not isinstance(apply_fn, Mapping):
+        return None
+    own, state = kind.split(params)
+    methods = methods_of(kind, type(params))
+    for name, function in apply_fn.items():
+        if methods.get(name) is not function:
+            raise FoldError(
+                f"apply_fn: {name!r} is no method of {type(params).__name__}; pass methods by "
+                "their names, {'encode': Model.encode}"
+            )
+    return Model(kind, type(params), own, _with_state(state, inputs), state, tuple(apply_fn))
+
+
+def _with_state(state: State, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Inputs of several functions, each with the state before its own."""
+    if len(inputs) != 1 or not isinstance(inputs[0], Mapping):
+        return inputs  # the checks of a mapping say what is missing
+    each = inputs[0].items()
+    return ({n: (state, *(x if isinstance(x, tuple) else (x,))) for n, x in each},)

@@ -1,0 +1,124 @@
+"""What the library needs to know of models that hold their own parameters."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Container, Hashable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+
+from .norm_calls import NormCalls
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclass(frozen=True)
+class State:
+    """All of a model but its parameters: arrays by key, and the rest, which can be hashed."""
+
+    arrays: dict[str, Any]
+    structure: Hashable
+
+    def tree_flatten_with_keys(self) -> tuple[Iterable[Any], Hashable]:
+        """The arrays, by key; all else is structure."""
+        keys = (*self.arrays,)
+        children = [(jax.tree_util.DictKey(key), self.arrays[key]) for key in keys]
+        return children, (keys, self.structure)
+
+    @classmethod
+    def tree_unflatten(cls, structure: Any, children: Iterable[Any]) -> State:
+        """Other arrays with the same keys."""
+        keys, rest = structure
+        return cls(dict(zip(keys, children, strict=True)), rest)
+
+
+class ModelKind(Protocol):
+    """How the models of one framework are taken apart and put together."""
+
+    base: type
+    """The class of all models; its own methods are none of the model's."""
+
+    def split(self, model: Any) -> tuple[Any, State]:
+        """The parameters, a pytree with the key paths of the model, and all else."""
+        ...
+
+    def merge(self, owner: type, params: Any, state: State) -> Any:
+        """A new model of the class `owner`."""
+        ...
+
+    def changes(self, model: Any, params: Any, state: State) -> dict[str, Any]:
+        """The arrays of the state that a call has changed in a model that `merge` made of these.
+
+        Raises:
+            FoldError: the call has changed something else.
+        """
+        ...
+
+    def update(self, model: Any, changes: dict[str, Any]) -> None:
+        """Put the changed arrays into the caller's model."""
+        ...
+
+    def mark_norms(self, model: Any, calls: NormCalls) -> None:
+        """Let every LayerNorm of a model that `merge` made be called in a scope of its own."""
+        ...
+
+    def replace_norms(self, model: Any, norms: Container[str], unshifted: Container[str]) -> None:
+        """Make RMSNorms of the LayerNorms at these key paths of a model that `merge` made.
+
+        Those at the key paths in `unshifted` have lost their shift.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of a model as a pure function of parameters, state and inputs.
+
+    It returns the result and the arrays of the state that have changed.
+    """
+
+    kind: ModelKind
+    owner: type
+    name: str
+
+    def __call__(self, params: Any, state: State, *inputs: Any, **keywords: Any) -> Any:
+        """Call the method of a model that is put together for it."""
+        model = self.kind.merge(self.owner, params, state)
+        result = getattr(self.owner, self.name)(model, *inputs, **keywords)
+        return result, self.kind.changes(model, params, state)
+
+
+def methods_of(kind: ModelKind, owner: type) -> dict[str, Callable[..., Any]]:
+    """``__call__`` and the public methods of a model's class, as far as it defines them itself."""
+    known, fields = {*kind.base.__mro__}, getattr(owner, "__dataclass_fields__", ())
+    defined: dict[str, Any] = {}
+    for own in owner.__mro__:
+        if own not in known:
+            defined = {**vars(own), **defined}
+    return {
+        name: getattr(owner, name)
+        for name, x in defined.items()
+        if (name == "__call__" or not name.startswith("_"))
+        and name not in fields
+        and callable(getattr(owner, name))
+        and not isinstance(x, (staticmethod, classmethod, type))
+    }
+
+
+def kind_of(x: Any) -> ModelKind | None:
+    """The framework of a model that holds its parameters, None for everything else.
+
+    Frameworks that are not imported have made no model.
+    """
+    if "flax.nnx" in sys.modules:
+        from .nnx_models import NNX
+
+        if isinstance(x, NNX.base):
+            return NNX
+    if "equinox" in sys.modules:
+        from .equinox_models import EQUINOX
+
+        if isinstance(x, EQUINOX.base):
+            return EQUINOX
+    return None

@@ -1,0 +1,112 @@
+"""Flax NNX: `nnx.Param` are the parameters; statistics, caches and random keys are the state."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from inspect import signature
+from typing import Any
+
+import jax
+from flax import nnx
+
+from ..errors import FoldError
+from ..trees import leaf_paths
+from .kind import ModelKind, State
+from .norm_calls import NormCalls
+
+
+class _NnxModels:
+    """Models of Flax NNX."""
+
+    base = nnx.Module
+
+    def split(self, model: nnx.Module) -> tuple[Any, State]:
+        """`nnx.Param` and all other variables."""
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+        leaves = leaf_paths(rest, "model")
+        return params, State(dict(leaves), (graphdef, jax.tree.structure(rest)))
+
+    def merge(self, owner: type, params: Any, state: State) -> nnx.Module:
+        """New variables, in a graph like that of the model."""
+        graphdef, rest = state.structure  # type: ignore[misc]
+        own = jax.tree.map(lambda x: x, params)  # a merged model shares the variables it is given
+        model = nnx.merge(graphdef, own, rest.unflatten(state.arrays.values()))
+        object.__setattr__(model, "__class__", owner)
+        return model
+
+    def changes(self, model: nnx.Module, params: Any, state: State) -> dict[str, Any]:
+        """Variables that hold another array than before."""
+        after, rest = self.split(model)
+        before = leaf_paths(params, "model")
+        if rest.arrays.keys() != state.arrays.keys() or len(leaf_paths(after)) != len(before):
+            raise FoldError(
+                "model: its call makes or removes variables; call it once before folding, so that "
+                "they are there, or return what it sows"
+            )
+        for (path, x), y in zip(before, jax.tree.leaves(after), strict=True):
+            if x is not y:
+                raise FoldError(
+                    f"model: its call changes the parameter {path!r}; keep that in a variable of "
+                    "another type than nnx.Param"
+                )
+        return {key: x for key, x in rest.arrays.items() if x is not state.arrays[key]}
+
+    def update(self, model: nnx.Module, changes: dict[str, Any]) -> None:
+        """In place, as the method itself does."""
+        if changes:
+            _, state = self.split(model)
+            arrays = {**state.arrays, **changes}
+            _, rest = state.structure  # type: ignore[misc]
+            nnx.update(model, rest.unflatten(arrays.values()))
+
+    def mark_norms(self, model: nnx.Module, calls: NormCalls) -> None:
+        """By subclasses that enter the scopes."""
+        for path, norm in _layer_norms(model):
+            object.__setattr__(norm, "__class__", _marked(calls, path))
+
+    def replace_norms(
+        self, model: nnx.Module, norms: Container[str], unshifted: Container[str]
+    ) -> None:
+        """In place: a `nnx.LayerNorm` has the attributes of a `nnx.RMSNorm`, and a bias."""
+        for path, norm in _layer_norms(model):
+            if path in norms:
+                shifted = norm.bias is not None and path not in unshifted
+                object.__setattr__(norm, "__class__", ShiftedRMSNorm if shifted else nnx.RMSNorm)
+                if not shifted:
+                    del norm.bias
+                del norm.use_bias
+
+
+class ShiftedRMSNorm(nnx.RMSNorm):
+    """An RMSNorm that adds a `bias`, as the LayerNorm did whose place it takes."""
+
+    bias: nnx.Param[jax.Array]
+
+    def __call__(self, x: Any, mask: jax.Array | None = None) -> jax.Array:
+        """Normalise, scale and shift: the same shape as `x`."""
+        y = super().__call__(x, mask)
+        return y + self.bias[...].astype(y.dtype)
+
+
+_PROMOTE = signature(nnx.LayerNorm.__init__).parameters["promote_dtype"].default
+
+
+def _layer_norms(model: nnx.Module) -> list[tuple[str, Any]]:
+    """All by key path, but those that may compute something else: of subclasses, own promotion."""
+    return [
+        ("/".join(map(str, path)), x)
+        for path, x in list(nnx.iter_graph(model))
+        if type(x) is nnx.LayerNorm and x.promote_dtype is _PROMOTE
+    ]
+
+
+def _marked(calls: NormCalls, path: str) -> type:
+    class Marked(nnx.LayerNorm):
+        def __call__(self, x: Any, **keywords: Any) -> jax.Array:
+            with calls.scope(path):
+                return super().__call__(x, **keywords)
+
+    return Marked
+
+
+NNX: ModelKind = _NnxModels()
