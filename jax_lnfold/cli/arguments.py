@@ -38,6 +38,21 @@ plan edits are checked first; other leaves (optimizer state, random keys) are co
 
 The original model computes the same with DEST, and so does the folded one: load it in place of
 folded.params.
+
+A checkpoint with other names or layouts, such as PyTorch's, takes --keys FILE, a JSON object from
+key paths of the plan to names in the checkpoint; {} stands for a number, steps are NumPy's:
+
+  {"params/ln_{}/scale": "h.{}.ln.weight",
+   "params/fc_{}/kernel": {"name": "h.{}.fc.weight", "steps": [{"transpose": [1, 0]}]},
+   "params/q_{}/kernel": {"name": "h.{}.qkv.weight", "steps": [
+     {"slice": [0, 0, 768]}, {"reshape": [12, 64, 768]}, {"transpose": [2, 0, 1]}]},
+   "params/qkv/kernel": {"concat": ["q.weight", "k.weight"], "axis": 1, "steps": []},
+   "*": null}
+
+"slice" takes axis, start and stop. Every leaf of the plan has one entry, those that are not edited,
+too: leaves that share an array in the checkpoint alone (tied weights) are refused. null: not in the
+checkpoint; "*": null: other leaves are in none of these arrays. Nothing tells whether a square
+kernel has to be transposed: compare what the model computes before and after.
 """
 
 
@@ -92,13 +107,16 @@ def _add_center(add: AddParser, run: Run) -> None:
     parser.add_argument("plan", metavar="PLAN", type=Path, help="JSON file that `plan` wrote")
     parser.add_argument("source", metavar="SOURCE", type=Path, help="checkpoint to read")
     parser.add_argument("dest", metavar="DEST", type=Path, help="checkpoint to make")
-    parser.add_argument(
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
         "--prefix",
         metavar="[OWN=]KEY/PATH",
         default="",
         help="where the tree of the plan is in the checkpoint: with `state`, params/w of the plan "
         "is state/params/w there; with `params=state/weights`, state/weights/w; with `params=`, w",
     )
+    words = "JSON that says where the leaves are, if names or layouts are others (see above)"
+    where.add_argument("--keys", metavar="FILE", type=Path, help=words)
 
 
 # --- parts of commands ---------------------------------------------------------------------------
