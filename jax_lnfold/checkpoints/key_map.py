@@ -228,7 +228,7 @@ def _misfits(
         if leaf.shape != shape:
             yield f"{path!r}: {str(views[path])!r} gives shape {leaf.shape} instead of {shape}"
         elif path in edited and leaf.dtype not in FLOATS:
-            yield f"{path!r}: dtype {leaf.dtype} cannot be edited, but {', '.join(FLOATS)}"
+            yield f"{path!r}: dtype {leaf.dtype} cannot be edited, only {', '.join(FLOATS)}"
 
 
 def _overlaps(
