@@ -40,19 +40,21 @@ The original model computes the same with DEST, and so does the folded one: load
 folded.params.
 
 A checkpoint with other names or layouts, such as PyTorch's, takes --keys FILE, a JSON object from
-key paths of the plan to names in the checkpoint; {} stands for a number, steps are NumPy's:
+key paths of the plan to names in the checkpoint; {} stands for a number, the steps are NumPy's:
 
-  {"params/ln_{}/scale": "h.{}.ln.weight",
-   "params/fc_{}/kernel": {"name": "h.{}.fc.weight", "steps": [{"transpose": [1, 0]}]},
-   "params/q_{}/kernel": {"name": "h.{}.qkv.weight", "steps": [
-     {"slice": [0, 0, 768]}, {"reshape": [12, 64, 768]}, {"transpose": [2, 0, 1]}]},
-   "params/qkv/kernel": {"concat": ["q.weight", "k.weight"], "axis": 1, "steps": []},
+  {"params/h_{}/ln/scale": "h.{}.ln.weight",
+   "params/h_{}/query/kernel": {"name": "h.{}.qkv.weight", "steps": [
+     {"slice": [0, 0, 768]}, {"transpose": [1, 0]}, {"reshape": [768, 12, 64]}]},
+   "params/gate_up/kernel": {"concat": [
+     {"name": "gate.weight", "steps": [{"transpose": [1, 0]}]},
+     {"name": "up.weight", "steps": [{"transpose": [1, 0]}]}], "axis": 1},
    "*": null}
 
-"slice" takes axis, start and stop. Every leaf of the plan has one entry, those that are not edited,
-too: leaves that share an array in the checkpoint alone (tied weights) are refused. null: not in the
-checkpoint; "*": null: other leaves are in none of these arrays. Nothing tells whether a square
-kernel has to be transposed: compare what the model computes before and after.
+"slice" is [axis, start, stop]; "concat" may be followed by "steps" of its own. Every leaf of the
+plan has one entry, those that are not edited, too: what is tied in the checkpoint alone is refused.
+null: it is not in the checkpoint; "*": null: all others are in none of these arrays. An array saved
+under two names is edited under the one given. Whether a square kernel is to be transposed, no check
+can tell: compare what the model computes with SOURCE and DEST.
 """
 
 

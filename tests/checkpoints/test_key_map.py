@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from itertools import pairwise
 from math import prod
@@ -16,6 +17,7 @@ import pytest
 import safetensors.flax
 import safetensors.numpy
 
+import jax_lnfold
 from jax_lnfold import FoldError, FoldPlan, TreeError
 from jax_lnfold.axes.axis_set import AxisSet
 from jax_lnfold.checkpoints.center import center_checkpoint
@@ -386,7 +388,7 @@ ONE = plan_of({"a/k": (4, 3), "b": (3,), "c": (5,)}, "a/k")
 HELD: Arrays = {
     "k": np.ones((4, 3)), "kt": np.ones((3, 4)), "two": np.ones((8, 3)), "b": np.ones(3),
     "c": np.ones(5), "ints": np.ones((4, 3), int), "half": np.ones((2, 3), np.float16),
-    "full": np.ones((2, 3)),
+    "full": np.ones((2, 3)), "ids": np.ones(5, int),
 }  # fmt: skip
 REST = {"*": None}
 
@@ -405,6 +407,7 @@ FIT: dict[str, Any] = {
         "c": None,
     },
     "no steps": stepped("k"),
+    "integers that are not edited": {"a/k": "k", "b": "b", "c": "ids"},
     "what is not edited may be shared": {
         "a/k": "k",
         "b": "b",
@@ -494,6 +497,10 @@ UNFIT: dict[str, tuple[Any, str]] = {
     "sizes side by side": (
         {"a/k": {"concat": ["k", "kt"], "axis": 0}, "*": None},
         r"shapes \(4, 3\) and \(3, 4\) do not fit along axis 0",
+    ),
+    "sizes one behind the other": (
+        {"a/k": {"concat": ["k", "full"], "axis": 1}, "*": None},
+        r"shapes \(4, 3\) and \(2, 3\) do not fit along axis 1",
     ),
     "axes side by side": ({"a/k": {"concat": ["k", "b"], "axis": 0}, "*": None}, r"shape \(3,\)"),
     "no axis to join": (
@@ -588,6 +595,17 @@ def test_overlaps() -> None:
     assert min(seen.values()) > 20
 
 
+def test_the_other_leaf_is_named() -> None:
+    plan = plan_of(dict.fromkeys("abc", (2, 4)), *"abc")
+    cuts = {"a": [0, 0, 2], "b": [0, 2, 4], "c": [0, 3, 5]}
+    entries = {name: {"name": "x", "steps": [{"slice": cut}]} for name, cut in cuts.items()}
+    stored = {"x": StoredLeaf((6, 4), "float32")}
+    with pytest.raises(TreeError, match=r"1 of .* share stored numbers .*: 'c' and 'b' in 'x'; as"):
+        key_map(entries).located(plan, stored)
+    entries["c"] = {"name": "x", "steps": [{"slice": [0, 4, 6]}]}
+    assert key_map(entries).located(plan, stored).keys() == {*"abc"}
+
+
 def test_overflow(tmp_path: Path) -> None:
     x = np.float16([[65504] * 5 + [-65504]] * 3).T
     safetensors.numpy.save_file({"w": x.copy()}, tmp_path / "a")
@@ -596,6 +614,37 @@ def test_overflow(tmp_path: Path) -> None:
     with pytest.raises(TreeError, match="source: leaf 'w' would overflow"):
         center_checkpoint(plan, tmp_path / "a", tmp_path / "b", keys=keys)
     assert [*tmp_path.iterdir()] == [tmp_path / "a"]
+
+
+README = Path(jax_lnfold.__file__).parents[1] / "README.md"
+
+
+@pytest.mark.parametrize("where", ["README", "help"])
+def test_examples(where: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both fit a model of the sizes that they speak of."""
+    with pytest.raises(SystemExit):
+        main(["center", "--help"])
+    text = README.read_text("utf-8") if where == "README" else capsys.readouterr().out
+    found = re.search(r'\{"params/h_\{\}.*?: null\}', text, re.DOTALL)
+    assert found is not None
+    keys = KeyMap.from_json(found[0].encode())
+    block, prefix = ("h_2/", "h.2.") if where == "README" else ("", "")
+    stored = {
+        "h.2.ln.weight": (768,),
+        "h.2.qkv.weight": (3 * 768, 768),
+        f"{prefix}gate.weight": (50, 768),
+        f"{prefix}up.weight": (50, 768),
+    }
+    leaves = {
+        "params/h_2/ln/scale": (768,),
+        "params/h_2/query/kernel": (768, 12, 64),
+        f"params/{block}gate_up/kernel": (768, 100),
+        "params/step": (),
+    }
+    views = keys.located(
+        plan_of(leaves, *[*leaves][1:3]), {n: StoredLeaf(s, "float32") for n, s in stored.items()}
+    )
+    assert [*views] == [*leaves][:3]
 
 
 def test_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
