@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tracemalloc
 from collections import Counter
 from itertools import pairwise
 from math import prod
@@ -339,6 +340,28 @@ def test_each_array_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(read) == 12
     for name, x in arrays.items():
         np.testing.assert_allclose(found[name], x - x.mean(1, keepdims=True), atol=1e-15)
+
+
+def test_memory(tmp_path: Path) -> None:
+    """Of 24 MB in fused arrays of 1.2 MB, whose leaves are far from each other in the tree."""
+    arrays = {f"h.{i}.qkv": np.ones((600, 500), np.float32) for i in range(20)}
+    safetensors.numpy.save_file(arrays, tmp_path / "a")
+    names = [f"{kind}/h_{i}" for kind in "kqv" for i in range(20)]
+    plan = plan_of(dict.fromkeys(names, (500, 200)), *names)
+    entries = {
+        f"{kind}/h_{{}}": {
+            "name": "h.{}.qkv",
+            "steps": [{"slice": [0, n, n + 200]}, {"transpose": [1, 0]}],
+        }
+        for kind, n in {"q": 0, "k": 200, "v": 400}.items()
+    }
+    del arrays
+    tracemalloc.start()
+    center_checkpoint(plan, tmp_path / "a", tmp_path / "b", keys=key_map(entries))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8e6
+    assert not any(x.any() for x in safetensors.numpy.load_file(tmp_path / "b").values())
 
 
 @pytest.mark.parametrize("ocdbt", [True, False])
