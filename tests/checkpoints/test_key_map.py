@@ -107,15 +107,16 @@ def split(number: int, *more: Any) -> Map:
     return {"name": "h.c_attn", "steps": steps}
 
 
+TURN = {"transpose": [1, 0]}
 HEADS = ({"reshape": [H, K, D]}, {"transpose": [2, 0, 1]})
 LAYOUTS: dict[str, tuple[Any, Any]] = {
     "another name": ("h.out", lambda a: a["h.out"]),
     "transposed": (
-        {"name": "h.out", "steps": [{"transpose": [1, 0]}]},
+        {"name": "h.out", "steps": [TURN]},
         lambda a: a["h.out"].T,
     ),
     "heads": (
-        {"name": "h.out", "steps": [{"transpose": [1, 0]}, {"reshape": [H, K, D]}]},
+        {"name": "h.out", "steps": [TURN, {"reshape": [H, K, D]}]},
         lambda a: np.stack([a["h.out"][:, K * i : K * i + K].T for i in range(H)]),
     ),
     "query of qkv": (
@@ -142,17 +143,27 @@ LAYOUTS: dict[str, tuple[Any, Any]] = {
         lambda a: np.moveaxis(a["h.conv"], (0, 1), (3, 2)),
     ),
     "one of two kernels": (
-        {"concat": [{"name": "q", "steps": [{"transpose": [1, 0]}]},
-                    {"name": "k", "steps": [{"transpose": [1, 0]}]}], "axis": 1},
+        {"concat": [{"name": "q", "steps": [TURN]},
+                    {"name": "k", "steps": [TURN]}], "axis": 1},
         lambda a: np.vstack([a["q"], a["k"]]).T,
     ),
     "rows in another order, then heads": (
         {
             "concat": ["k", "q"],
             "axis": 0,
-            "steps": [{"transpose": [1, 0]}, {"reshape": [5, 2, 12]}],
+            "steps": [TURN, {"reshape": [5, 2, 12]}],
         },
         lambda a: np.vstack([a["k"], a["q"]]).T.reshape(5, 2, 12),
+    ),
+    "layers stacked for a loop": (
+        {
+            "concat": [
+                {"name": name, "steps": [{"slice": [0, 0, 5]}, TURN, {"reshape": [1, D, 5]}]}
+                for name in ("q", "k")
+            ],
+            "axis": 0,
+        },
+        lambda a: np.stack([a["q"][:5].T, a["k"].T]),
     ),
     "two parts of one array": (
         {"concat": [split(2), split(0)], "axis": 0},
@@ -373,7 +384,7 @@ def test_orbax(tmp_path: Path, ocdbt: bool) -> None:
     plan = plan_of({"k": (50, 40), "q": (70, 100), "v": (100, 70)}, "k", "q", "v")
     steps = [{"slice": [0, 100, 200]}, {"transpose": [1, 0]}]
     entries = {
-        "k": {"name": "h/0/k", "steps": [{"transpose": [1, 0]}]},
+        "k": {"name": "h/0/k", "steps": [TURN]},
         "q": {"name": "h/0/qkv", "steps": steps},
         "v": {"name": "h/0/qkv", "steps": [{"slice": [0, 200, 300]}]},
     }
@@ -632,7 +643,7 @@ def test_the_other_leaf_is_named() -> None:
 def test_overflow(tmp_path: Path) -> None:
     x = np.float16([[65504] * 5 + [-65504]] * 3).T
     safetensors.numpy.save_file({"w": x.copy()}, tmp_path / "a")
-    keys = key_map({"k": {"name": "w", "steps": [{"transpose": [1, 0]}]}})
+    keys = key_map({"k": {"name": "w", "steps": [TURN]}})
     plan = plan_of({"k": (3, 6)}, "k")
     with pytest.raises(TreeError, match="source: leaf 'w' would overflow"):
         center_checkpoint(plan, tmp_path / "a", tmp_path / "b", keys=keys)
