@@ -105,7 +105,7 @@ def _instead(stored: Iterable[str], claimed: Container[str]) -> str:
     some = ", ".join(map(repr, others[:_SHOWN])) + ", ..." * (len(others) > _SHOWN)
     if not others:
         return "pass a checkpoint that holds them: this one has nothing else"
-    return f"name its leaves as the plan does: it has {some} instead"
+    return f"name its leaves as the plan does, or pass --keys: it has {some} instead"
 
 
 def _moved(path: str, prefix: str) -> str | None:

@@ -38,6 +38,23 @@ plan edits are checked first; other leaves (optimizer state, random keys) are co
 
 The original model computes the same with DEST, and so does the folded one: load it in place of
 folded.params.
+
+A checkpoint with other names or layouts, such as PyTorch's, takes --keys FILE, a JSON object from
+key paths of the plan to names in the checkpoint; {} stands for a number, the steps are NumPy's:
+
+  {"params/h_{}/ln/scale": "h.{}.ln.weight",
+   "params/h_{}/query/kernel": {"name": "h.{}.qkv.weight", "steps": [
+     {"slice": [0, 0, 768]}, {"transpose": [1, 0]}, {"reshape": [768, 12, 64]}]},
+   "params/gate_up/kernel": {"concat": [
+     {"name": "gate.weight", "steps": [{"transpose": [1, 0]}]},
+     {"name": "up.weight", "steps": [{"transpose": [1, 0]}]}], "axis": 1},
+   "*": null}
+
+"slice" is [axis, start, stop]; "concat" may be followed by "steps" of its own. Every leaf of the
+plan has one entry, those that are not edited, too: what is tied in the checkpoint alone is refused.
+null: it is not in the checkpoint; "*": null: all others are in none of these arrays. An array saved
+under two names is edited under the one given. Whether a square kernel is to be transposed, no check
+can tell: compare what the model computes with SOURCE and DEST.
 """
 
 
@@ -92,13 +109,16 @@ def _add_center(add: AddParser, run: Run) -> None:
     parser.add_argument("plan", metavar="PLAN", type=Path, help="JSON file that `plan` wrote")
     parser.add_argument("source", metavar="SOURCE", type=Path, help="checkpoint to read")
     parser.add_argument("dest", metavar="DEST", type=Path, help="checkpoint to make")
-    parser.add_argument(
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
         "--prefix",
         metavar="[OWN=]KEY/PATH",
         default="",
         help="where the tree of the plan is in the checkpoint: with `state`, params/w of the plan "
         "is state/params/w there; with `params=state/weights`, state/weights/w; with `params=`, w",
     )
+    words = "JSON that says where the leaves are, if names or layouts are others (see above)"
+    where.add_argument("--keys", metavar="FILE", type=Path, help=words)
 
 
 # --- parts of commands ---------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from rich.progress import track
 
 from ..api import analyze, plan_fold
 from ..checkpoints.center import Edits, center_checkpoint
+from ..checkpoints.key_map import KeyMap
 from ..checkpoints.signals import Stopped, stoppable
 from ..errors import FoldError
 from ..plan.plan import FoldPlan
@@ -116,8 +117,9 @@ def _center(args: argparse.Namespace) -> int:
         plan = FoldPlan.from_json(args.plan.read_text("utf-8"))
     except UnicodeDecodeError as error:
         raise FoldError(f"plan: {args.plan} is not text; pass what `plan` wrote") from error
+    keys = KeyMap.from_json(args.keys.read_bytes()) if args.keys else None
     with stoppable():
-        done = center_checkpoint(plan, args.source, args.dest, args.prefix, _tracked)
+        done = center_checkpoint(plan, args.source, args.dest, args.prefix, _tracked, keys)
     what = plan.told() or ["nothing to edit"]
     size = f"{decimal(done.nbytes)} in {counted(done.leaves, 'leaf', 'leaves')}"
     print(f"{', '.join(what)}: {size} of {printable(str(args.dest))}")

@@ -386,8 +386,8 @@ MISFITS: dict[str, tuple[dict[str, Any], str, str]] = {
     "another model": (
         {f"w{i}": np.ones(3) for i in range(5)},
         "",
-        "4 of 4 .*missing; .*missing; .*missing; .*missing; name its leaves as the plan does: "
-        "it has 'w0', 'w1', 'w2', 'w3', ... instead$",
+        "4 of 4 .*missing; .*missing; .*missing; .*missing; name its leaves as the plan does, "
+        "or pass --keys: it has 'w0', 'w1', 'w2', 'w3', ... instead$",
     ),
     "boxed and not": (
         changed(**{"scale/value": np.ones(6)}),
