@@ -189,6 +189,7 @@ class Folded:
 def placement_of(traced: Traced, options: Options) -> Placement:
     """Where the program is centered, and what is merged."""
     graph = traced.graph(options.see_through_dropout)
+    graph.only_leaves = options.only_leaves
     placement = place_all(graph, options)
     if options.excludes is None:
         return placement

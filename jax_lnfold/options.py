@@ -27,7 +27,8 @@ PRESETS = {"tpu": frozenset({"fold_affine"})}
 class Options:
     """The checked options of a fold, see `fold`.
 
-    `deferred_cost` is None if nothing is deferred, `excludes` if no key path is excluded.
+    `deferred_cost` is None if nothing is deferred, `excludes` if no key path is excluded. With
+    `only_leaves` the program stays as it is: LayerNorms fold if edited parameters alone allow it.
     """
 
     explicit_cost: float
@@ -35,6 +36,7 @@ class Options:
     fold_affine: bool
     deferred_cost: float | None
     excludes: Callable[[str], bool] | None = None
+    only_leaves: bool = False
 
 
 def check_options(

@@ -56,7 +56,7 @@ class _EquinoxModels:
         """Nothing to do."""
 
     def mark_norms(self, model: eqx.Module, calls: NormCalls) -> None:
-        """By subclasses that enter the scopes."""
+        """By subclasses that mark their calls."""
         for path, norm in _layer_norms(model):
             object.__setattr__(norm, "__class__", _marked(calls, path))
 
@@ -89,7 +89,7 @@ def _is_layer_norm(x: Any) -> bool:
 def _marked(calls: NormCalls, path: str) -> type:
     class Marked(eqx.nn.LayerNorm):
         def __call__(self, x: Any, *rest: Any, **keywords: Any) -> Any:
-            with calls.scope(path):
+            with calls.mark(path):
                 return super().__call__(x, *rest, **keywords)
 
     return Marked

@@ -60,7 +60,7 @@ class ModelKind(Protocol):
         ...
 
     def mark_norms(self, model: Any, calls: NormCalls) -> None:
-        """Let every LayerNorm of a model that `merge` made be called in a scope of its own."""
+        """Let every LayerNorm of a model that `merge` made mark its calls."""
         ...
 
     def replace_norms(self, model: Any, norms: Container[str], unshifted: Container[str]) -> None:

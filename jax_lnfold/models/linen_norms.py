@@ -15,12 +15,12 @@ Interceptor = Callable[..., Any]
 
 
 def marked(module: nn.Module, calls: NormCalls) -> Callable[..., Any]:
-    """``module.apply`` with every call of a LayerNorm in a scope of its own."""
+    """``module.apply`` with every call of a LayerNorm with a mark of its own."""
 
     def intercept(call: Any, args: Any, keywords: Any, context: Any) -> Any:
         if not _is_norm_call(context):
             return call(*args, **keywords)
-        with calls.scope("/".join(context.module.path)):
+        with calls.mark("/".join(context.module.path)):
             return call(*args, **keywords)
 
     def apply(variables: Any, *inputs: Any, **keywords: Any) -> Any:

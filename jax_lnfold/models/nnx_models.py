@@ -60,7 +60,7 @@ class _NnxModels:
             nnx.update(model, rest.unflatten(arrays.values()))
 
     def mark_norms(self, model: nnx.Module, calls: NormCalls) -> None:
-        """By subclasses that enter the scopes."""
+        """By subclasses that mark their calls."""
         for path, norm in _layer_norms(model):
             object.__setattr__(norm, "__class__", _marked(calls, path))
 
@@ -103,7 +103,7 @@ def _layer_norms(model: nnx.Module) -> list[tuple[str, Any]]:
 def _marked(calls: NormCalls, path: str) -> type:
     class Marked(nnx.LayerNorm):
         def __call__(self, x: Any, **keywords: Any) -> jax.Array:
-            with calls.scope(path):
+            with calls.mark(path):
                 return super().__call__(x, **keywords)
 
     return Marked

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,6 @@ from .kind import ModelKind, kind_of
 from .linen_modules import is_linen
 from .norm_calls import NormCalls
 
-_NEVER = 1e30
-"""The cost of an explicit centering: a model of modules has no place for one."""
-
 
 @dataclass(frozen=True)
 class RMSModel:
@@ -46,7 +43,7 @@ class RMSModel:
 
 @dataclass(frozen=True)
 class _Source:
-    """A model as a function of its parameters; modules are called in scopes that `calls` knows."""
+    """A model as a function of its parameters; `calls` knows the marks of its modules."""
 
     model: Any
     params: Any
@@ -67,8 +64,8 @@ def with_rms_norms(
 
     For quantisation, rotation of streams, export to other runtimes, or plain reading. Modules of
     exactly the classes `nnx.LayerNorm`, `nn.LayerNorm` and `eqx.nn.LayerNorm` become `nnx.RMSNorm`,
-    `nn.RMSNorm` and `eqx.nn.RMSNorm` if all their calls fold without an explicit centering; all
-    else stays. Flax's RMSNorms add no shift: a subclass of `nnx.RMSNorm` does it, and what stands
+    `nn.RMSNorm` and `eqx.nn.RMSNorm` if all their calls fold by edits of parameters alone; all else
+    stays. Flax's RMSNorms add no shift: a subclass of `nnx.RMSNorm` does it, and what stands
     for the module in linen, unless `fold_affine` moves the shift into the layers behind it.
 
     It is the same function: the new model is analysed again, and its program must have as many
@@ -90,7 +87,8 @@ def with_rms_norms(
     Example:
         ``model = jax_lnfold.with_rms_norms(model, x).model``
     """
-    options = check_options(_NEVER, (), fold_affine, exclude=exclude)
+    options = check_options(2.0, (), fold_affine, exclude=exclude)
+    options = replace(options, only_leaves=True)  # modules have no place for explicit centerings
     given = with_keywords(inputs, keywords)
     source = _of_linen(model, given) if is_linen(model) else _of_object(model, given)
     check_leaves(source.params, "params")

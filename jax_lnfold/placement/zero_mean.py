@@ -110,6 +110,7 @@ class ZeroMeanGraph:
             otherwise = Blocker(None, f"it {why}")
         elif value in graph.constants:
             edit = intolerant is None and graph.is_editable_constant(value)
+            edit = edit and not graph.only_leaves
             otherwise = Blocker(None, "a constant is added along the mean")
         else:
             return self._computed(value, along, intolerant)
@@ -145,7 +146,8 @@ class ZeroMeanGraph:
     def _insertion(self, value: int, along: AxisSet) -> int | None:
         """What an explicit centering costs, None where the program has no place for one."""
         graph = self.facts.graph
-        if graph.is_sealed(value) or graph.on_one_device(value, along) is None:
+        barred = graph.only_leaves or graph.is_sealed(value)
+        if barred or graph.on_one_device(value, along) is None:
             return None
         # What depends on constants only is computed once, by the compiler, so a thousandth of
         # the price. A value computed from parameters is computed in every call: full price.

@@ -39,6 +39,7 @@ from .dropout import dropped_operand, note_noise
 from .frames import UNKNOWN, Line, calling_line
 from .garbage import collector_paused
 from .graph import DROPOUT, OTHER_MEANING, QUANTIZE, CallPath, Graph, Op, OutputPath
+from .marks import marks_in, without_marks
 
 
 @collector_paused()
@@ -69,13 +70,14 @@ def flatten(
 
 @dataclass(frozen=True, slots=True)
 class _Frame:
-    """Where a jaxpr stands: its path, module, the calls and the caller around it, and mesh axes."""
+    """Where a jaxpr stands: path, module, marks, calls and caller around it, and mesh axes."""
 
     path: CallPath = ()
     module: str = ""
     calls: tuple[JaxprEqn, ...] = ()
     mesh_axes: MeshAxes = ()
     caller: Callable[[], Line] = lambda: UNKNOWN
+    marks: tuple[str, ...] = ()
 
     def inside(self, eqn: JaxprEqn, *key: int) -> _Frame:
         """The frame of a jaxpr that an equation of this one holds."""
@@ -127,7 +129,8 @@ class _Walker:
     def _equation(self, eqn: JaxprEqn, index: int, frame: _Frame) -> list[int]:
         """Add what an equation does; the values of its results."""
         names = "" if frame.path in self.graph.stand_ins else str(eqn.source_info.name_stack)
-        here = replace(frame, module="/".join(p for p in (frame.module, names) if p))
+        module = "/".join(p for p in (frame.module, without_marks(names)) if p)
+        here = replace(frame, module=module, marks=(*frame.marks, *marks_in(names)))
         if (meaning := _for_all_devices(eqn, frame)) is not None:
             given = [self._read(a, frame) for a in eqn.invars if not isinstance(a, Literal)]
             results = self._stand_in(meaning, given, here.inside(eqn, index))
@@ -165,6 +168,7 @@ class _Walker:
             carry=carry,
             stands_in=frame.path in self.graph.stand_ins,
             caller=frame.caller,
+            marks=frame.marks,
         )
         self.graph.add(op)
         return op

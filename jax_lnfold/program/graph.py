@@ -60,6 +60,7 @@ class Op:
     what the innermost one means. `role` names what a loop or a conditional does with one value
     (see `JOINS` and `rules.control`), empty for other equations; `carry` is the number of the
     carry that a loop joins. `caller` is the line that calls a model which a package defines.
+    `marks` are those that it was traced under.
     """
 
     index: int
@@ -73,6 +74,7 @@ class Op:
     carry: int | None = None
     stands_in: bool = False
     caller: Callable[[], Line] = lambda: UNKNOWN
+    marks: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -124,6 +126,7 @@ class Graph:
         self.home: list[CallPath] = []  # the jaxpr that binds the value to a variable
         self.leaves: dict[int, str] = {}  # parameter leaves in tree order, with their key paths
         self.excluded: frozenset[int] = frozenset()  # leaves that must not be edited
+        self.only_leaves = False  # nothing but leaves may be edited, or centered where it appears
         self.same: list[int] = []  # the first value that an equal equation of the module makes
         self.outputs: frozenset[int] = frozenset()
         self.output_paths: list[tuple[int, OutputPath]] = []  # where each output is, if known
