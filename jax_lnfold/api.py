@@ -18,6 +18,7 @@ from .folded_functions import (
     trace_together,
 )
 from .models.folded_model import MISSING, FoldedModel, taken_apart
+from .models.kind import EquinoxModel, LinenModule, NnxModel
 from .models.linen_modules import apply_of
 from .options import Options, check_excluded, check_options
 from .placement.place import Placement
@@ -28,6 +29,18 @@ from .program.tracing import Traced, trace
 from .report.build import make_report
 from .report.report import Report
 from .trees import check_leaves
+
+
+@overload
+def fold(
+    apply_fn: LinenModule, params: Any, *example_inputs: Any, **options_and_keywords: Any
+) -> Folded: ...
+
+
+@overload
+def fold(
+    apply_fn: NnxModel | EquinoxModel, *example_inputs: Any, **options_and_keywords: Any
+) -> FoldedModel: ...
 
 
 @overload
@@ -71,7 +84,7 @@ def fold(
 
 
 def fold(
-    apply_fn: Callable[..., Any] | Mapping[str, Callable[..., Any]],
+    apply_fn: Any,
     params: Any = MISSING,
     *example_inputs: Any,
     donate: bool = False,
@@ -192,7 +205,7 @@ def fold(
 
 
 def analyze(
-    apply_fn: Callable[..., Any] | Mapping[str, Callable[..., Any]],
+    apply_fn: Any,
     params: Any = MISSING,
     *inputs: Any,
     explicit_cost: float = 2.0,
@@ -225,7 +238,7 @@ def analyze(
 
 
 def plan_fold(
-    apply_fn: Callable[..., Any] | Mapping[str, Callable[..., Any]],
+    apply_fn: Any,
     params: Any = MISSING,
     *inputs: Any,
     explicit_cost: float = 2.0,

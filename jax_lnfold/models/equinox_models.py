@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Hashable
+from collections.abc import Callable, Container, Hashable
 from enum import Enum
 from typing import Any
 
@@ -57,33 +57,37 @@ class _EquinoxModels:
 
     def mark_norms(self, model: eqx.Module, calls: NormCalls) -> None:
         """By subclasses that mark their calls."""
-        for path, norm in _layer_norms(model):
+        for path, norm in _parts(model, eqx.nn.LayerNorm):
             object.__setattr__(norm, "__class__", _marked(calls, path))
 
     def replace_norms(
         self, model: eqx.Module, norms: Container[str], unshifted: Container[str]
     ) -> None:
         """In place: `eqx.nn.LayerNorm` and `eqx.nn.RMSNorm` have the same fields."""
-        for path, norm in _layer_norms(model):
+        for path, norm in _parts(model, eqx.nn.LayerNorm):
             if path in norms:
                 object.__setattr__(norm, "__class__", eqx.nn.RMSNorm)
                 if path in unshifted:
                     object.__setattr__(norm, "bias", None)
                     object.__setattr__(norm, "use_bias", False)
 
+    def add_biases(self, model: eqx.Module, wanted: Callable[[str], bool]) -> None:
+        """Of `eqx.nn.Linear`, also of stacked ones."""
+        for path, layer in _parts(model, eqx.nn.Linear):
+            if wanted(path) and layer.bias is None:
+                bias = jnp.zeros(layer.weight.shape[:-1], layer.weight.dtype)
+                object.__setattr__(layer, "bias", bias)
+                object.__setattr__(layer, "use_bias", True)
 
-def _layer_norms(model: eqx.Module) -> list[tuple[str, Any]]:
-    """All of exactly this class, by key path: subclasses may compute something else."""
-    found, _ = jax.tree_util.tree_flatten_with_path(model, is_leaf=_is_layer_norm)
+
+def _parts(model: eqx.Module, kind: type) -> list[tuple[str, Any]]:
+    """Those of exactly this class, by key path: subclasses may compute something else."""
+    found, _ = jax.tree_util.tree_flatten_with_path(model, is_leaf=lambda x: type(x) is kind)
     return [
         (jax.tree_util.keystr(path, simple=True, separator="/"), x)
         for path, x in found
-        if _is_layer_norm(x)
+        if type(x) is kind
     ]
-
-
-def _is_layer_norm(x: Any) -> bool:
-    return type(x) is eqx.nn.LayerNorm
 
 
 def _marked(calls: NormCalls, path: str) -> type:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Container, Hashable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 
@@ -31,6 +31,28 @@ class State:
         """Other arrays with the same keys."""
         keys, rest = structure
         return cls(dict(zip(keys, children, strict=True)), rest)
+
+
+class LinenModule(Protocol):
+    """A description of a model, for type checkers: a linen module."""
+
+    def bind(self, variables: Any, *args: Any, **keywords: Any) -> Any: ...  # noqa: D102
+    def __call__(self, *inputs: Any, **keywords: Any) -> Any: ...  # noqa: D102
+
+
+class NnxModel(Protocol):
+    """A model that holds its parameters, for type checkers: one of NNX."""
+
+    def set_attributes(self, *filters: Any, **attributes: Any) -> None: ...  # noqa: D102
+    def __call__(self, *inputs: Any, **keywords: Any) -> Any: ...  # noqa: D102
+
+
+class EquinoxModel(Protocol):
+    """A model that holds its parameters, for type checkers: one of Equinox."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def __call__(self, *inputs: Any, **keywords: Any) -> Any: ...  # noqa: D102
 
 
 class ModelKind(Protocol):
@@ -67,6 +89,13 @@ class ModelKind(Protocol):
         """Make RMSNorms of the LayerNorms at these key paths of a model that `merge` made.
 
         Those at the key paths in `unshifted` have lost their shift.
+        """
+        ...
+
+    def add_biases(self, model: Any, wanted: Callable[[str], bool]) -> None:
+        """Give linear layers without a bias one of zeros, if their key path is wanted.
+
+        `model` is one that `merge` made.
         """
         ...
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from inspect import signature
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from ..errors import FoldError
@@ -76,6 +77,13 @@ class _NnxModels:
                     del norm.bias
                 del norm.use_bias
 
+    def add_biases(self, model: nnx.Module, wanted: Callable[[str], bool]) -> None:
+        """Layers stacked for a loop are left: which axis is theirs, a module does not say."""
+        for path, layer in list(nnx.iter_graph(model)):
+            if wanted(_path(path)) and (shape := _missing_bias(layer)) is not None:
+                layer.bias = nnx.Param(jnp.zeros(shape, layer.kernel[...].dtype))
+                layer.use_bias = True
+
 
 class ShiftedRMSNorm(nnx.RMSNorm):
     """An RMSNorm that adds a `bias`, as the LayerNorm did whose place it takes."""
@@ -94,10 +102,25 @@ _PROMOTE = signature(nnx.LayerNorm.__init__).parameters["promote_dtype"].default
 def _layer_norms(model: nnx.Module) -> list[tuple[str, Any]]:
     """All by key path, but those that may compute something else: of subclasses, own promotion."""
     return [
-        ("/".join(map(str, path)), x)
+        (_path(path), x)
         for path, x in list(nnx.iter_graph(model))
         if type(x) is nnx.LayerNorm and x.promote_dtype is _PROMOTE
     ]
+
+
+def _path(keys: tuple[Any, ...]) -> str:
+    """The key path of a part of a model."""
+    return "/".join(map(str, keys))
+
+
+def _missing_bias(layer: Any) -> tuple[int, ...] | None:
+    """The shape of the bias that a linear layer does not have."""
+    if type(layer) not in (nnx.Linear, nnx.LinearGeneral) or layer.bias is not None:
+        return None
+    one = isinstance(layer, nnx.Linear)
+    n_in, n_out = (1, 1) if one else (len(layer.in_features), len(layer.out_features))
+    kernel = layer.kernel[...]
+    return kernel.shape[n_in:] if kernel.ndim == n_in + n_out else None
 
 
 def _marked(calls: NormCalls, path: str) -> type:

@@ -57,6 +57,7 @@ def with_rms_norms(
     model: Any,
     *inputs: Any,
     fold_affine: bool = False,
+    add_biases: bool = False,
     exclude: Collection[str] | Callable[[str], bool] = (),
     **keywords: Any,
 ) -> RMSModel:
@@ -75,6 +76,8 @@ def with_rms_norms(
         model: an NNX or Equinox model that can be called, or an unbound linen module.
         *inputs: arrays or `jax.ShapeDtypeStruct`; for linen, the variables come first.
         fold_affine: move scales and shifts into the linear layers behind them, see `fold`.
+        add_biases: with `fold_affine`, give linear layers (`nnx.Linear`, `nnx.LinearGeneral`,
+            `eqx.nn.Linear`) that have none a bias, where it takes up the shift of a LayerNorm.
         exclude: parameters that must stay as they are, see `fold`.
         **keywords: keyword arguments of the call.
 
@@ -90,6 +93,8 @@ def with_rms_norms(
     options = check_options(2.0, (), fold_affine, exclude=exclude)
     options = replace(options, only_leaves=True)  # modules have no place for explicit centerings
     given = with_keywords(inputs, keywords)
+    if add_biases:
+        model = _with_biases(model, given, options)
     source = _of_linen(model, given) if is_linen(model) else _of_object(model, given)
     check_leaves(source.params, "params")
     check_leaves(source.inputs, "inputs", abstract=True)
@@ -117,13 +122,39 @@ def _without_shift(plan: FoldPlan) -> frozenset[str]:
     return frozenset(unboxed(path).removesuffix("/bias") for path in filled)
 
 
-def _of_object(model: Any, inputs: tuple[Any, ...]) -> _Source:
+def _with_biases(model: Any, inputs: tuple[Any, ...], options: Options) -> Any:
+    """A copy with the biases that take up shifts."""
+    if is_linen(model) or not options.fold_affine:
+        raise FoldError(
+            "add_biases: is for NNX and Equinox models with fold_affine=True; give the layers of a "
+            "linen module use_bias=True, with biases of zeros"
+        )
+    source = _of_object(model, inputs)
+    kind, params, state = _kind(model), source.params, source.inputs[0]
+
+    def with_biases(wanted: Callable[[str], bool]) -> Any:
+        made = kind.merge(type(model), params, state)
+        kind.add_biases(made, wanted)
+        return made
+
+    _, placement = _placed(_of_object(with_biases(lambda path: True), inputs), options)
+    shifts = (edit for edit in make_plan(placement).affine if edit.shift is not None)
+    used = {reader.bias for edit in shifts for reader in edit.readers} - {None}
+    return with_biases({unboxed(bias).removesuffix("/bias") for bias in used}.__contains__)
+
+
+def _kind(model: Any) -> ModelKind:
     kind = kind_of(model)
     if kind is None or not callable(model):
         raise FoldError(
             f"model: a {type(model).__name__} is no model of Flax or Equinox that can be called; "
             "pass the module, and for linen its variables before the inputs"
         )
+    return kind
+
+
+def _of_object(model: Any, inputs: tuple[Any, ...]) -> _Source:
+    kind = _kind(model)
     params, state = kind.split(model)
     return _source(kind, model, params, (state, *inputs))
 

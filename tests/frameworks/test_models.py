@@ -244,6 +244,59 @@ def test_norms_that_are_no_modules_of_flax_stay() -> None:
     assert relative_difference(made.model.apply(made.params, *built.inputs), want) < 1e-12
 
 
+# --- biases ---------------------------------------------------------------------------------------
+
+
+class Headless(nnx.Module):
+    """No linear layer has a bias; those behind the second norm cannot use one."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        plain = partial(nnx.Linear, use_bias=False, rngs=rngs)
+        self.enter, self.up, self.down = plain(5, 8), plain(8, 11), plain(11, 8)
+        self.heads = nnx.LinearGeneral(8, (2, 3), use_bias=False, rngs=rngs)
+        self.first, self.second = nnx.LayerNorm(8, rngs=rngs), nnx.LayerNorm(8, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        s = self.enter(x)
+        h = self.first(s)
+        s = (
+            s
+            + self.down(nnx.gelu(self.up(h)))
+            + self.heads(h).sum((-2, -1), keepdims=False)[:, None]
+        )
+        return self.second(s)
+
+
+class HeadlessModule(eqx.Module):
+    """One linear layer reads the norm."""
+
+    enter: eqx.nn.Linear
+    norm: eqx.nn.LayerNorm
+    leave: eqx.nn.Linear
+
+    def __init__(self, key: Array) -> None:
+        self.enter, self.norm = eqx.nn.Linear(5, 7, use_bias=False, key=key), eqx.nn.LayerNorm(7)
+        self.leave = eqx.nn.Linear(7, 3, use_bias=False, key=key)
+
+    def __call__(self, x: Array) -> Array:
+        return self.leave(self.norm(self.enter(x)))
+
+
+def test_biases_are_added_where_they_take_up_a_shift() -> None:
+    model, x = nnx_model(Headless), in_nnx.draw(4, 5)
+    made = jax_lnfold.with_rms_norms(model, x, fold_affine=True, add_biases=True).model
+    assert model.up.bias is None  # the caller's is as before
+    assert [made.enter.bias, made.down.bias] == [None, None]
+    assert (made.up.bias[...].shape, made.heads.bias[...].shape) == ((11,), (2, 3))
+    assert type(made.first) is nnx.RMSNorm
+    compare_calls(made, model, x)
+    module = eqx_model(partial(HeadlessModule, jax.random.key(0)))
+    made = jax_lnfold.with_rms_norms(module, x[0], fold_affine=True, add_biases=True).model
+    assert made.enter.bias is None
+    assert made.norm.bias is None
+    compare_calls(made, module, x[0])
+
+
 # --- near misses ----------------------------------------------------------------------------------
 
 
@@ -398,6 +451,7 @@ class Growing(Coder):
         return super().__call__(x)
 
 
+FOLD: Any = jax_lnfold.fold  # type checkers refuse what is tried here
 LINEN_MODEL = nn.Dense(3)
 VARIABLES = {"params": {"kernel": jnp.ones((5, 3)), "bias": jnp.ones(3)}}
 ROW = jnp.ones((2, 5))
@@ -407,18 +461,19 @@ CODER = Coder(nnx.Rngs(0))
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: jax_lnfold.fold(Changing(nnx.Rngs(0)), ROW), "changes the parameter 'enter/bias"),
-        (lambda: jax_lnfold.fold(Growing(nnx.Rngs(0)), ROW), "makes or removes variables"),
-        (lambda: jax_lnfold.fold(ROW, CODER), "the function comes first"),
-        (lambda: jax_lnfold.fold(VARIABLES, LINEN_MODEL, ROW), "the function comes first"),
-        (lambda: jax_lnfold.fold(LINEN_MODEL.bind(VARIABLES), VARIABLES, ROW), "unbind"),
-        (lambda: jax_lnfold.fold(LINEN_MODEL.apply), "params: missing"),
-        (lambda: jax_lnfold.fold(lambda x: x, LINEN_MODEL.apply, ROW), "params: a method is no"),
-        (lambda: jax_lnfold.fold({"f": jnp.sin}, CODER, {"f": ROW}), "'f' is no method of Coder"),
-        (lambda: jax_lnfold.fold({"encode": Coder.encode}, CODER, ROW), "example_inputs"),
-        (lambda: jax_lnfold.fold(nnx.Dict(a=nnx.Param(ROW)), ROW), "has no __call__"),
+        (lambda: FOLD(Changing(nnx.Rngs(0)), ROW), "changes the parameter 'enter/bias"),
+        (lambda: FOLD(Growing(nnx.Rngs(0)), ROW), "makes or removes variables"),
+        (lambda: FOLD(ROW, CODER), "the function comes first"),
+        (lambda: FOLD(VARIABLES, LINEN_MODEL, ROW), "the function comes first"),
+        (lambda: FOLD(LINEN_MODEL.bind(VARIABLES), VARIABLES, ROW), "unbind"),
+        (lambda: FOLD(LINEN_MODEL.apply), "params: missing"),
+        (lambda: FOLD(lambda x: x, LINEN_MODEL.apply, ROW), "params: a method is no"),
+        (lambda: FOLD({"f": jnp.sin}, CODER, {"f": ROW}), "'f' is no method of Coder"),
+        (lambda: FOLD({"encode": Coder.encode}, CODER, ROW), "example_inputs"),
+        (lambda: FOLD(nnx.Dict(a=nnx.Param(ROW)), ROW), "has no __call__"),
         (lambda: jax_lnfold.with_rms_norms(jnp.sin, ROW), "model: a .* is no model"),
         (lambda: jax_lnfold.with_rms_norms(LINEN_MODEL), "its variables and then its inputs"),
+        (lambda: jax_lnfold.with_rms_norms(CODER, ROW, add_biases=True), "with fold_affine=True"),
     ],
 )
 def test_bad_input(call: Callable[[], Any], words: str) -> None:
