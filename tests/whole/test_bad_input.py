@@ -270,7 +270,11 @@ BAD_TEXTS: dict[str, tuple[Any, str]] = {
     "no JSON": ("w, b", "not JSON"),
     "bytes": (b"\xff\xfe\x00", "not JSON"),
     "too deep": ("[" * 100_000, "not JSON .*recursion"),
+    "cut off": ("{", "not JSON"),
     "no object": ("[2]", "version None"),
+    "an empty list": ("[]", "version None"),
+    "an empty object": ("{}", "version None"),
+    "a version before the first": ('{"version": 1}', "version 1"),
 }
 
 # A function that is none, or not one of arrays.
@@ -475,7 +479,7 @@ def test_nothing_to_see_before_the_first_call(name: str) -> None:
     params, x = make_params(), make_input()
     before = snapshot(params)
     folded = fold(model, params)
-    with pytest.raises(FoldError, match="call"):
+    with pytest.raises(jax_lnfold.NotAnalysedError, match=rf"{name}: .*folded\(\*inputs\)"):
         getattr(folded, name)
     assert relative_difference(folded(x), model(params, x)) < 1e-12
     assert getattr(folded, name) is not None

@@ -229,9 +229,11 @@ def test_other_weights_of_the_same_structure() -> None:
     other = jax.tree.map(lambda leaf: jnp.cos(3 * leaf) + 1.0, make_params())
     before = snapshot(other)
     again = FoldPlan.from_json(folded.plan.to_json())
+    assert again == folded.plan
     want = model(other, make_input())
-    for plan in (folded.plan, again):
-        new = plan.center(other)
+    for center in (folded.plan.center, again.center, jax.jit(folded.plan.center)):
+        new = center(other)
+        assert relative_difference(center(new), new) < 1e-14, "centering is a projection"
         assert relative_difference(folded.apply(new, make_input()), want) < 1e-12
         assert relative_difference(model(new, make_input()), want) < 1e-12
     assert_identical(other, before)
@@ -416,7 +418,7 @@ def test_arrays_of_the_caller_are_not_changed(kind: str) -> None:
     assert folded.report.n_folded == 1
     for name, leaf in leaves.items():
         assert params[name] is leaf
-        assert type(folded.params[name]) is type(leaf) or isinstance(folded.params[name], jax.Array)
+        assert isinstance(folded.params[name], np.ndarray) == isinstance(leaf, np.ndarray)
 
 
 # --- nothing to do -------------------------------------------------------------------------------
@@ -487,21 +489,6 @@ def test_no_tokens_or_one(shape: tuple[int, ...]) -> None:
     folded = fold_checked(model, make_params(), make_input(*shape))
     assert folded.report.n_folded == 1 or 0 in shape  # no element, no cost
     check_contracts(model, make_params(), folded, make_input())
-
-
-def test_shape_for_which_the_facts_do_not_hold() -> None:
-    """The program is traced anew for every shape, and so are the proofs."""
-
-    def apply(p: Params, x: Array) -> Array:
-        s = x @ p["w"] + p["b"]
-        return (layer_norm(s) if x.shape[1] > 1 else jax.nn.gelu(s)) @ p["v"]
-
-    params = make_params()
-    folded = fold_checked(apply, params, make_input())
-    assert folded.report.n_folded == 1
-    with pytest.raises(FoldError):
-        folded.apply(folded.params, make_input(B, 1, DIN))
-    check_contracts(apply, params, folded, make_input(B + 1, T + 1, DIN))
 
 
 def test_scalars_and_python_numbers_as_leaves() -> None:

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import traceback
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -598,25 +593,34 @@ def data_parallel(f: ApplyFn, out: Any = ROWS, **options: Any) -> ApplyFn:
     return jax.jit(jax.shard_map(f, mesh=devices(), **specs, **options))
 
 
-def check_shard_map(
-    apply: ApplyFn, params: Params, folded: Any, inserted: int, check_vma: bool = True
-) -> None:
+class Spread(NamedTuple):
+    """A model that is computed on several devices, its fold, and the centerings inserted."""
+
+    apply: ApplyFn
+    params: Params
+    folded: jax_lnfold.Folded
+    inserted: int
+
+    @property
+    def both(self) -> tuple[ApplyFn, ApplyFn]:
+        return self.apply, self.folded.apply
+
+
+def check_shard_map(m: Spread, check_vma: bool = True) -> None:
     """Replicated parameters, and a batch in eight parts."""
-    want = apply(params, BATCH)
-    original, got = (data_parallel(f, check_vma=check_vma) for f in (apply, folded.apply))
-    assert agree(want, got(folded.params, BATCH), original(folded.params, BATCH))
-    counts = [count_reductions(f, params, BATCH, sizes=D) for f in (original, got)]
-    assert counts == [4, 2 + inserted]
+    want, edited = m.apply(m.params, BATCH), m.folded.params
+    original, got = (data_parallel(f, check_vma=check_vma) for f in m.both)
+    assert agree(want, got(edited, BATCH), original(edited, BATCH))
+    counts = [count_reductions(f, m.params, BATCH, sizes=D) for f in (original, got)]
+    assert counts == [4, 2 + m.inserted]
 
 
-def check_shard_map_without_types(
-    apply: ApplyFn, params: Params, folded: Any, inserted: int
-) -> None:
+def check_shard_map_without_types(m: Spread) -> None:
     """Where JAX does not track what is replicated."""
-    check_shard_map(apply, params, folded, inserted, check_vma=False)
+    check_shard_map(m, check_vma=False)
 
 
-def check_gradients(apply: ApplyFn, params: Params, folded: Any, inserted: int) -> None:
+def check_gradients(m: Spread) -> None:
     """Every device adds the gradient of its part."""
 
     def total(f: ApplyFn) -> ApplyFn:
@@ -625,53 +629,50 @@ def check_gradients(apply: ApplyFn, params: Params, folded: Any, inserted: int) 
 
         return data_parallel(local, EVERYWHERE, check_vma=False)
 
-    want = jax.jit(jax.grad(partial(loss, apply)))(params, BATCH)
-    assert agree(want, total(apply)(params, BATCH), within=CLOSE)
-    got = folded.plan.center(total(folded.apply)(folded.params, BATCH))
+    want = jax.jit(jax.grad(partial(loss, m.apply)))(m.params, BATCH)
+    assert agree(want, total(m.apply)(m.params, BATCH), within=CLOSE)
+    got = m.folded.plan.center(total(m.folded.apply)(m.folded.params, BATCH))
     assert agree(want, got, within=CLOSE)
 
 
-def check_equal_local_shapes(apply: ApplyFn, params: Params, folded: Any, inserted: int) -> None:
+def check_equal_local_shapes(m: Spread) -> None:
     """A part of the batch and replicated inputs of its shape are two programs."""
     same = jnp.ones_like(BATCH[:2])
+    original, run = (
+        data_parallel(lambda p, x, f=f: (f(p, x), f(p, same)), (ROWS, EVERYWHERE)) for f in m.both
+    )
+    assert agree(original(m.params, BATCH), run(m.folded.params, BATCH))
 
-    def both(f: ApplyFn) -> ApplyFn:
-        return data_parallel(lambda p, x: (f(p, x), f(p, same)), (ROWS, EVERYWHERE))
 
-    assert agree(both(apply)(params, BATCH), both(folded.apply)(folded.params, BATCH))
-
-
-def check_compiler_partitions(apply: ApplyFn, params: Params, folded: Any, inserted: int) -> None:
+def check_compiler_partitions(m: Spread) -> None:
     """Sharded inputs of a jitted function: no device asks another one for anything."""
     placed = jax.device_put(BATCH, NamedSharding(devices(), ROWS))
-    compiled = jax.jit(folded.apply).lower(folded.params, placed).compile()
+    compiled = jax.jit(m.folded.apply).lower(m.folded.params, placed).compile()
     text = compiled.as_text()
     assert not any(kind in text for kind in ("all-reduce", "all-gather", "all-to-all", "permute("))
-    got = compiled(folded.params, placed)
-    assert agree(apply(params, BATCH), got)
+    got = compiled(m.folded.params, placed)
+    assert agree(m.apply(m.params, BATCH), got)
     assert got.sharding.is_equivalent_to(placed.sharding, got.ndim)
 
 
-def check_sharding_in_types(apply: ApplyFn, params: Params, folded: Any, inserted: int) -> None:
+def check_sharding_in_types(m: Spread) -> None:
     mesh = devices(AxisType.Explicit)
     with jax.set_mesh(mesh):
-        placed = jax.device_put(BATCH, NamedSharding(mesh, ROWS))
-        p, edited = (
-            jax.device_put(t, NamedSharding(mesh, EVERYWHERE)) for t in (params, folded.params)
+        x = jax.device_put(BATCH, NamedSharding(mesh, ROWS))
+        trees = (
+            jax.device_put(t, NamedSharding(mesh, EVERYWHERE)) for t in (m.params, m.folded.params)
         )
-        want, got = jax.jit(apply)(p, placed), jax.jit(folded.apply)(edited, placed)
+        want, got = (jax.jit(f)(p, x) for f, p in zip(m.both, trees, strict=True))
         assert jax.typeof(got) == jax.typeof(want)
-    assert agree(apply(params, BATCH), want, got)
+    assert agree(m.apply(m.params, BATCH), want, got)
 
 
-def check_fold_of_a_sharded_function(
-    apply: ApplyFn, params: Params, folded: Any, inserted: int
-) -> None:
+def check_fold_of_a_sharded_function(m: Spread) -> None:
     """The plan is that of the whole batch."""
     for check_vma in (False, True):
-        again = fold_checked(data_parallel(apply, check_vma=check_vma), params, BATCH)
-        assert again.plan == folded.plan
-        assert (again.report.n_folded, again.report.n_inserted) == (2, inserted)
+        again = fold_checked(data_parallel(m.apply, check_vma=check_vma), m.params, BATCH)
+        assert again.plan == m.folded.plan
+        assert (again.report.n_folded, again.report.n_inserted) == (2, m.inserted)
 
 
 DEVICE_CHECKS = {
@@ -690,51 +691,14 @@ DEVICE_CHECKS = {
 }
 
 
-def run_device_checks() -> None:
-    """Print what goes wrong in each check, as JSON."""
-    assert len(jax.devices()) == 8
-    outcomes = {}
-    for name, (check, apply, inserted) in DEVICE_CHECKS.items():
-        params = make_params("single" if apply is single else "scanned")
-        folded = jax_lnfold.fold(apply, params, BATCH)
-        report = folded.report
-        assert counts(report) == (2, 2, inserted)
-        try:
-            check(apply, params, folded, inserted)
-            outcomes[name] = ""
-        except Exception:
-            outcomes[name] = traceback.format_exc()
-    print(json.dumps(outcomes))
-
-
-@pytest.fixture(scope="module")
-def outcomes() -> dict[str, str]:
-    """Eight simulated devices need a process of their own."""
-    flags = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_ENABLE_X64": "1",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-    }
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import tests.whole.test_transformations as t; t.run_device_checks()",
-        ],
-        env={**os.environ, **flags},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout)
-
-
 @pytest.mark.parametrize("name", DEVICE_CHECKS)
-def test_eight_devices(name: str, outcomes: dict[str, str]) -> None:
-    assert not outcomes[name], outcomes[name]
+def test_eight_devices(name: str) -> None:
+    assert len(jax.devices()) == 8
+    check, apply, inserted = DEVICE_CHECKS[name]
+    params = make_params("single" if apply is single else "scanned")
+    folded = jax_lnfold.fold(apply, params, BATCH)
+    assert counts(folded.report) == (2, 2, inserted)
+    check(Spread(apply, params, folded, inserted))
 
 
 # --- training and checkpoints --------------------------------------------------------------------
@@ -817,8 +781,9 @@ def test_a_thousand_calls_trace_the_function_twice() -> None:
     assert agree(want, got)
     jitted = jax.jit(folded.apply)
     assert agree(want, (jitted(folded.params, X), jitted(folded.params, LONGER)))
-    with pytest.raises(TraceError, match="traced > 2 times"):
-        folded.apply(folded.params, X[:, 1:])
+    for other in (X[:, 1:], X.astype(jnp.float32)):
+        with pytest.raises(TraceError, match="traced > 2 times"):
+            folded.apply(folded.params, other)
 
 
 def test_nothing_leaks_from_a_trace() -> None:
@@ -892,27 +857,22 @@ def watch_ordered(calls: Calls, seen: Array) -> Array:
     return jnp.zeros(())
 
 
-def host_sum(calls: Calls, v: Array) -> np.ndarray:
-    calls.append(np.array(v))
-    return np.tanh(np.sum(v))
+def on_host(call: Callable[..., Array]) -> Watch:
+    def host_sum(calls: Calls, v: Array) -> np.ndarray:
+        calls.append(np.array(v))
+        return np.tanh(np.sum(v))
+
+    return lambda calls, seen: call(
+        partial(host_sum, calls), jax.ShapeDtypeStruct((), seen.dtype), seen
+    )
 
 
 # name: (callback, its primitive)
 WATCHES: dict[str, tuple[Watch, str]] = {
     "debug.callback": (watch_debug, "debug_callback"),
     "ordered io_callback": (watch_ordered, "io_callback"),
-    "io_callback": (
-        lambda calls, seen: io_callback(
-            partial(host_sum, calls), jax.ShapeDtypeStruct((), seen.dtype), seen
-        ),
-        "io_callback",
-    ),
-    "pure_callback": (
-        lambda calls, seen: jax.pure_callback(
-            partial(host_sum, calls), jax.ShapeDtypeStruct((), seen.dtype), seen
-        ),
-        "pure_callback",
-    ),
+    "io_callback": (on_host(io_callback), "io_callback"),
+    "pure_callback": (on_host(jax.pure_callback), "pure_callback"),
 }
 # What the callback reads of a stream and its norm, and whether a shift of the stream changes it.
 SEEN: dict[str, tuple[Callable[[Array, Array], Array], bool]] = {
@@ -1320,25 +1280,19 @@ def test_mean_that_gradients_keep_is_reported() -> None:
 
 
 @pytest.mark.parametrize("stops", [False, True])
-def test_scale_is_merged_only_where_gradients_may_be(stops: bool) -> None:
+@pytest.mark.parametrize("behind", [False, True], ids=["before the norm", "behind it"])
+def test_scale_goes_into_a_layer_only_where_gradients_may_go(behind: bool, stops: bool) -> None:
     """``(x W) * g``: the gradient of g would become one of W, or none."""
     maybe = stop if stops else lambda s: s
 
     def apply(p: Params, x: Array) -> Array:
-        return (layer_norm(maybe(x @ p["first"]) * p["gain"]) + 0 * x.sum()) @ p["head"]
+        s = x @ p["first"]
+        if behind:
+            return maybe(layer_norm(s) * p["gain"]) @ p["head"]
+        return (layer_norm(maybe(s) * p["gain"]) + 0 * x.sum()) @ p["head"]
 
-    params = {**TOWERS, "gain": draw(9, D)}
-    folded = fold_checked(apply, params, X)
-    assert folded.report.n_folded == len(folded.report.scales) == (not stops)
-
-
-@pytest.mark.parametrize("stops", [False, True])
-def test_affine_is_folded_only_where_gradients_may_be(stops: bool) -> None:
-    maybe = stop if stops else lambda s: s
-
-    def apply(p: Params, x: Array) -> Array:
-        return maybe(layer_norm(x @ p["first"]) * p["gain"]) @ p["head"]
-
-    params = {**TOWERS, "gain": draw(9, D)}
-    folded = fold_checked(apply, params, X, fold_affine=True)
-    assert len(folded.report.affine) == (not stops)
+    report = fold_checked(apply, {**TOWERS, "gain": draw(9, D)}, X, fold_affine=behind).report
+    if behind:
+        assert len(report.affine) == (not stops)
+    else:
+        assert report.n_folded == len(report.scales) == (not stops)
