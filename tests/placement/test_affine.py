@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jax_lnfold
-from jax_lnfold import FoldError, FoldPlan, PlanFormatError, PlanMismatchError, TreeError
+from jax_lnfold import FoldPlan, PlanFormatError, PlanMismatchError, TreeError
 from jax_lnfold.checkpoints.center import center_checkpoint
 from jax_lnfold.report.summary import summary
 from jax_lnfold.trees import leaf_paths
@@ -654,10 +654,3 @@ def test_another_trace_that_sees_the_edit(name: str) -> None:
     check_contracts(apply, params, folded, x[:1])
     with pytest.raises(PlanMismatchError, match="scale 'g', or what takes it up, is used in"):
         folded.apply(folded.params, x[0])
-
-
-@pytest.mark.parametrize("value", [None, "yes", 2, {"g"}])
-def test_option(value: Any) -> None:
-    for call in (jax_lnfold.fold, jax_lnfold.analyze, jax_lnfold.plan_fold):
-        with pytest.raises(FoldError, match=r"^fold_affine: .* is not a bool"):
-            call(plain, arrays(), jnp.ones((2, 7, 12)), fold_affine=value)

@@ -386,16 +386,6 @@ def segments(p: Any, x: Array, leak: bool = False) -> Any:
     return (head(p, out), memory) if leak else head(p, out)
 
 
-def watched(p: Any, x: Array, leak: bool = False) -> Array:
-    """Somebody looks at every layer from outside of the program."""
-
-    def layer(w: Any, s: Array) -> Array:
-        jax.debug.callback(lambda value: None, s if leak else norm(s))
-        return block(w, s)
-
-    return head(p, stack(p, x @ p["embed"], layer))
-
-
 LOOPS = {
     "carry is a named tuple": Case(carried, 2, 2, WRITERS),
     "carry is a dataclass": Case(partial(carried, kind=Registered), 2, 2, WRITERS),
@@ -414,8 +404,6 @@ LOOPS = {
     "momentum": Case(momentum, 2, 2, WRITERS),
     "segments": Case(segments, 2, 2, f"{ONE} token"),
     "segments, memory returned": Case(partial(segments, leak=True), 2, 0),
-    "watched": Case(watched, 3, 3, WRITERS),
-    "watched raw": Case(partial(watched, leak=True), 2, 0),
 }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import chex
@@ -12,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 from jax import export, lax
 from jax.experimental import checkify, io_callback
@@ -21,7 +19,7 @@ from jax.interpreters import mlir
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jax_lnfold
-from jax_lnfold import FoldPlan, TraceError, TreeError
+from jax_lnfold import TraceError, TreeError
 from tests.helpers.contracts import (
     assert_drop_in,
     assert_identical,
@@ -272,6 +270,7 @@ def test_rms_norm_model_needs_the_edited_parameters(small: Model) -> None:
     assert agree(want, apply(folded.params, X, rms_norm))
     assert relative_difference(apply(params, X, rms_norm), want) > WRONG
     assert relative_difference(folded.apply(params, X), want) > WRONG
+    assert "unedited" in (jax_lnfold.Folded.apply.__doc__ or "")
 
 
 @pytest.mark.parametrize("name", VALUES)
@@ -726,14 +725,6 @@ def error(p: Params, f: ApplyFn) -> float:
     return float(jnp.mean((f(p, X) - TARGET) ** 2))
 
 
-def test_training_through_the_plan_is_training_the_original(small: Model) -> None:
-    folded = small.folded
-    want = train(small.apply, small.params)
-    got = train(lambda p, x: folded.apply(folded.plan.center(p), x), small.params)
-    assert relative_difference(want, small.params) > WRONG
-    assert agree(want, got, within=1e-8)
-
-
 def test_training_the_folded_model(small: Model) -> None:
     """Adam leaves the centered parameters, so they are centered after each of its steps."""
     apply, folded = small.apply, small.folded
@@ -744,29 +735,6 @@ def test_training_the_folded_model(small: Model) -> None:
     astray = train(folded.apply, folded.params)
     assert relative_difference(folded.apply(astray, X), apply(astray, X)) > WRONG
     assert error(astray, folded.apply) < 0.9 * error(folded.params, folded.apply)
-
-
-def test_checkpoint_and_plan_on_disk(small: Model, tmp_path: Path) -> None:
-    apply, folded = small.apply, small.folded
-    later = perturb(small.params, seed=3)
-    (tmp_path / "plan.json").write_text(folded.plan.to_json())
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "folded", folded.params)
-        checkpointer.save(tmp_path / "later", later)
-        checkpointer.wait_until_finished()
-        restored, of_later = (
-            checkpointer.restore(tmp_path / name, abstract(small.params))
-            for name in ("folded", "later")
-        )
-    assert_drop_in(restored, small.params)
-    assert_identical(restored, snapshot(folded.params))
-    assert agree(apply(small.params, X), folded.apply(restored, X), apply(restored, X))
-
-    plan = FoldPlan.from_json((tmp_path / "plan.json").read_text())
-    centered = plan.center(of_later)
-    assert_identical(centered, snapshot(folded.plan.center(later)))
-    assert agree(apply(later, X), folded.apply(centered, X), apply(centered, X))
-    assert_identical(of_later, snapshot(later))
 
 
 # --- when the function is traced -----------------------------------------------------------------
