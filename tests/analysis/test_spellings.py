@@ -531,23 +531,6 @@ def test_whole_program_transformed(transform: str) -> None:
     check_folds(jax.jit(inner) if transform == "jit" else mapped, (12,))
 
 
-def test_one_jitted_norm_called_twice() -> None:
-    """Two calls share one jaxpr; what is known of one call must not leak into the other."""
-    norm = jax.jit(bound(two_pass, (-1,)))
-
-    def apply(p: Params, x: Array) -> tuple[Array, Array]:
-        s = x @ p["w"] + leading(p["b"])
-        first = norm(s, leading(p["g"]), leading(p["c"]))
-        return norm(jax.nn.gelu(first), leading(p["g"]), leading(p["c"])) @ p["v"], first
-
-    params, x = make_params((12,)), make_input(B, T, DIN)
-    folded = fold_checked(apply, params, x)
-    assert (folded.report.n_folded, folded.report.n_inserted) == (1, 0)
-    assert sorted(norm.folded for norm in folded.report.norms) == [False, True]
-    assert count_reductions(apply, params, x, sizes=12) == 4
-    assert count_reductions(folded.apply, folded.params, x, sizes=12) == 3
-
-
 # --- low precision -------------------------------------------------------------------------------
 
 

@@ -512,46 +512,40 @@ def looped(xs: Any, c: Any) -> Any:
 
 
 BOTH = {0: (F, A), 1: (F, A)}
-LOOP_PULLS: list[tuple[str, Sequence[Given], Answer, bool]] = [
-    ("loop_carry", (F, A), BOTH, True),
-    ("loop_result", (F, A), BOTH, True),
-    ("branch_result", (F, A), BOTH, True),
-    ("loop_slice", (F, A), {0: (F, F, A)}, True),
-    ("loop_slice", (A, HALVES), {0: (F, A, HALVES)}, True),
-    ("loop_stack", (F, F, A), {0: (F, A)}, True),
-    ("loop_stack", (F, F, F), {0: (F, F)}, True),
-    ("loop_stack", (A, F, A), {0: (F, A)}, False),
-    ("loop_stack", (A, F, F), None, False),
-]
-LOOP_PUSHES: list[tuple[str, int, Sequence[Given], Answer]] = [
-    ("loop_carry", 0, (F, A), {0: (F, A)}),
-    ("loop_result", 1, (F, A), {0: (F, A)}),
-    ("branch_result", 1, (F, A), {0: (F, A)}),
-    ("loop_slice", 0, (F, F, A), {0: (F, A)}),
-    ("loop_slice", 0, (F, A, HALVES), {0: (A, HALVES)}),
-    ("loop_slice", 0, (A, F, F), {0: (F, F)}),
-    ("loop_stack", 0, (F, A), {0: (F, F, A)}),
+LOOPS: list[tuple[str, Asked]] = [
+    ("loop_carry", pull("carry", (F, A), BOTH)),
+    ("loop_result", pull("result", (F, A), BOTH)),
+    ("branch_result", pull("branch", (F, A), BOTH)),
+    ("loop_slice", pull("row", (F, A), {0: (F, F, A)})),
+    ("loop_slice", pull("groups of rows", (A, HALVES), {0: (F, A, HALVES)})),
+    ("loop_stack", pull("stack", (F, F, A), {0: (F, A)})),
+    ("loop_stack", pull("zeros in a stack", (F, F, F), {0: (F, F)})),
+    ("loop_stack", pull("iterations and features", (A, F, A), {0: (F, A)}, exact=False)),
+    ("loop_stack", pull("iterations", (A, F, F), None)),
+    ("loop_carry", push("carry", (F, A), {0: (F, A)})),
+    ("loop_result", push("result", (F, A), {0: (F, A)}, 1)),
+    ("branch_result", push("branch", (F, A), {0: (F, A)}, 1)),
+    ("loop_slice", push("row", (F, F, A), {0: (F, A)})),
+    ("loop_slice", push("groups of rows", (F, A, HALVES), {0: (A, HALVES)})),
+    ("loop_slice", push("all rows", (A, F, F), {0: (F, F)})),
+    ("loop_stack", push("stack", (F, A), {0: (F, F, A)})),
 ]
 
 
-@pytest.mark.parametrize(("name", "asked", "answer", "exact"), LOOP_PULLS)
-def test_pull_of_loops(name: str, asked: Sequence[Given], answer: Answer, exact: bool) -> None:
+@pytest.mark.parametrize(("name", "asked"), LOOPS, ids=lambda v: getattr(v, "question", v))
+def test_known_answer_in_loops(name: str, asked: Asked) -> None:
     ctx = equation(looped, (4, 2, 6), (2, 6), primitive=name)
-    pulled = RULES[name].pull(ctx, 0, labelled(ctx.out_shape(), asked))
-    assert isinstance(pulled, Opaque) == (answer is None)
-    if not isinstance(pulled, Opaque):
-        assert {i: s.entries for i, s in pulled.needs} == answer
-        assert all(s.shape == ctx.in_shape(i) for i, s in pulled.needs)
-        assert pulled.exact == exact
-
-
-@pytest.mark.parametrize(("name", "operand", "asked", "answer"), LOOP_PUSHES)
-def test_push_of_loops(name: str, operand: int, asked: Sequence[Given], answer: Answer) -> None:
-    ctx = equation(looped, (4, 2, 6), (2, 6), primitive=name)
-    pushed = RULES[name].push(ctx, operand, labelled(ctx.in_shape(operand), asked))
-    assert not isinstance(pushed, Opaque)
-    assert {i: s.entries for i, s in pushed} == answer
-    assert all(s.shape == ctx.out_shape(i) for i, s in pushed)
+    pulls, position = asked.rule == "pull", asked.position
+    shape = ctx.out_shape() if pulls else ctx.in_shape(position)
+    rule = RULES[name].pull if pulls else RULES[name].push
+    got = rule(ctx, position, labelled(shape, asked.along))
+    assert isinstance(got, Opaque) == (asked.answer is None)
+    if not isinstance(got, Opaque):
+        found = got.needs if pulls else got
+        assert {i: s.entries for i, s in found} == asked.answer
+        shape_of = ctx.in_shape if pulls else ctx.out_shape
+        assert all(s.shape == shape_of(i) for i, s in found)
+        assert not pulls or got.exact == asked.exact
 
 
 LONG = 1 << 23

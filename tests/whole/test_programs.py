@@ -15,7 +15,7 @@ import pytest
 from flax import linen as nn
 
 import jax_lnfold
-from tests.models.zoo.base import floats, perturb
+from tests.models.zoo.base import floats
 from tests.whole.test_sharing import (
     BLOCK,
     DIN,
@@ -520,36 +520,6 @@ def test_layers_stacked_along_the_second_axis() -> None:
     report = check(apply, params, X, counts=(2, 2, 0), edited=WRITERS).report
     words = {"layers/down centered along axis 2", "layers/bias centered along axis 0"}
     assert words < {str(edit) for edit in report.edits}
-
-
-class Layer(nn.Module):
-    @nn.compact
-    def __call__(self, s: Array, rate: Array) -> tuple[Array, Array]:
-        n = nn.LayerNorm()(s)
-        hidden = jnp.tanh(nn.Dense(HID, name="up")(n))
-        return s + rate * nn.Dense(D, name="down")(hidden), n.mean()
-
-
-class Stacked(nn.Module):
-    """Flax layers with parameters stacked along the second axis, and an input of every layer."""
-
-    @nn.compact
-    def __call__(self, x: Array) -> tuple[Array, Array]:
-        layers = nn.scan(Layer, variable_axes={"params": 1}, split_rngs={"params": True})
-        rates = jnp.linspace(1.0, 0.7, L)
-        s, means = layers(name="layers")(nn.Dense(D, name="embed")(x), rates)
-        return nn.Dense(OUT)(nn.LayerNorm()(s)), means
-
-
-def test_flax_layers_stacked_along_the_second_axis() -> None:
-    model = Stacked()
-    shapes = jax.eval_shape(model.init, jax.random.key(0), X)
-    params = perturb(jax.tree.map(lambda leaf: np.full(leaf.shape, 0.3), shapes))
-    assert params["params"]["layers"]["down"]["kernel"].shape == (HID, L, D)
-    edited = " ".join(
-        f"params/{m}/{leaf}" for m in ("embed", "layers/down") for leaf in ("kernel", "bias")
-    )
-    check(model.apply, params, X, counts=(2, 2, 0), edited=edited)
 
 
 # --- incremental decoding ------------------------------------------------------------------------
