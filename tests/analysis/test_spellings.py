@@ -26,6 +26,7 @@ from tests.helpers.contracts import (
     relative_difference,
     snapshot,
 )
+from tests.helpers.derivative_rules import with_jvp, with_vjp
 
 Array = jax.Array
 Axes = tuple[int, ...]
@@ -450,21 +451,6 @@ def test_formula_that_may_be_left_alone(norm: Any) -> None:
 # --- wrappers ------------------------------------------------------------------------------------
 
 
-def custom_jvp(norm: Callable[..., Array]) -> Callable[..., Array]:
-    wrapped = jax.custom_jvp(norm)
-    wrapped.defjvp(lambda primals, tangents: jax.jvp(norm, primals, tangents))
-    return wrapped
-
-
-def custom_vjp(norm: Callable[..., Array]) -> Callable[..., Array]:
-    wrapped = jax.custom_vjp(norm)
-    wrapped.defvjp(
-        lambda *args: (norm(*args), args),
-        lambda args, cotangent: jax.vjp(norm, *args)[1](cotangent),
-    )
-    return wrapped
-
-
 def per_token(norm: Callable[..., Array]) -> Callable[..., Array]:
     """Equinox: a function of one token, mapped over tokens and then over the batch."""
 
@@ -478,10 +464,10 @@ def per_token(norm: Callable[..., Array]) -> Callable[..., Array]:
 WRAPPERS: dict[str, Callable[[Callable[..., Array]], Callable[..., Array]]] = {
     "jit": jax.jit,
     "checkpoint": jax.checkpoint,
-    "custom_jvp": custom_jvp,
-    "custom_vjp": custom_vjp,
+    "custom_jvp": with_jvp,
+    "custom_vjp": with_vjp,
     "vmap": per_token,
-    "jit of custom_vjp": lambda norm: jax.jit(custom_vjp(norm)),
+    "jit of custom_vjp": lambda norm: jax.jit(with_vjp(norm)),
     "checkpoint of jit": lambda norm: jax.checkpoint(jax.jit(norm)),
     "jit of vmap": lambda norm: jax.jit(per_token(norm)),
     "named_call": lambda norm: jax.named_call(norm, name="norm"),

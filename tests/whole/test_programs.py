@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -236,30 +235,6 @@ def test_mixture_of_experts(name: str) -> None:
 # --- layers in loops -----------------------------------------------------------------------------
 
 
-class Named(NamedTuple):
-    """A carry of two values."""
-
-    stream: Array
-    layer: int | Array
-
-
-@jax.tree_util.register_dataclass
-@dataclass
-class Registered:
-    """The same as a registered class."""
-
-    stream: Array
-    layer: int | Array
-
-
-def carried(p: Any, x: Array, kind: type = Named) -> Array:
-    def body(carry: Any, w: Any) -> Any:
-        return kind(stream=block(w, carry.stream), layer=carry.layer + 1), None
-
-    end, _ = jax.lax.scan(body, kind(stream=x @ p["embed"], layer=0), p["layers"])
-    return head(p, end.stream) * end.layer
-
-
 def weights_in_the_carry(p: Any, x: Array) -> Array:
     start = (x @ p["embed"], p["block"])
     return head(
@@ -387,8 +362,6 @@ def segments(p: Any, x: Array, leak: bool = False) -> Any:
 
 
 LOOPS = {
-    "carry is a named tuple": Case(carried, 2, 2, WRITERS),
-    "carry is a dataclass": Case(partial(carried, kind=Registered), 2, 2, WRITERS),
     "weights in the carry": Case(weights_in_the_carry, 2, 2, ONE),
     "rotating weights": Case(rotating_weights, 2, 2, ONE),
     "a rate for every layer": Case(rates, 2, 2, WRITERS),

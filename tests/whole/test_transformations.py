@@ -32,6 +32,7 @@ from tests.helpers.contracts import (
     relative_difference,
     snapshot,
 )
+from tests.helpers.derivative_rules import with_jvp, with_vjp
 from tests.models.zoo import BY_NAME, perturb
 
 Array = jax.Array
@@ -754,13 +755,6 @@ def test_a_thousand_calls_trace_the_function_twice() -> None:
             folded.apply(folded.params, other)
 
 
-def test_nothing_leaks_from_a_trace() -> None:
-    folded = jax_lnfold.fold(tiny, TINY, X)
-    with jax.checking_leaks():
-        assert agree(tiny(TINY, LONGER), jax.jit(folded.apply)(folded.params, LONGER))
-        jax.grad(partial(loss, folded.apply))(folded.params, X[:, 1:])
-
-
 @pytest.mark.parametrize("transform", [jax.jit, jax.vmap, jax.checkpoint], ids=lambda f: f.__name__)
 def test_first_call_inside_a_transformation(transform: Transform) -> None:
     """What the first call finds out stays valid after the trace around it has ended."""
@@ -1078,18 +1072,6 @@ def test_batching_rule_around_the_model() -> None:
     rules = [with_vmap_rule(partial(f, p)) for f, p in ((tiny, TINY), (fast.apply, fast.params))]
     assert agree(*(jax.vmap(rule)(xs) for rule in rules))
     assert agree(3.0 * jax.vmap(partial(tiny, TINY))(xs), jax.vmap(rules[1])(xs))
-
-
-def with_jvp(f: ApplyFn) -> ApplyFn:
-    ruled = jax.custom_jvp(f)
-    ruled.defjvp(lambda primals, tangents: jax.jvp(f, primals, tangents))
-    return ruled
-
-
-def with_vjp(f: ApplyFn) -> ApplyFn:
-    ruled = jax.custom_vjp(f)
-    ruled.defvjp(lambda *args: jax.vjp(f, *args), lambda pull, g: pull(g))
-    return ruled
 
 
 @pytest.mark.parametrize("ruled", [with_jvp, with_vjp])
