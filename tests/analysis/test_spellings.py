@@ -26,6 +26,7 @@ from tests.helpers.contracts import (
     relative_difference,
     snapshot,
 )
+from tests.helpers.derivative_rules import with_jvp, with_vjp
 
 Array = jax.Array
 Axes = tuple[int, ...]
@@ -450,21 +451,6 @@ def test_formula_that_may_be_left_alone(norm: Any) -> None:
 # --- wrappers ------------------------------------------------------------------------------------
 
 
-def custom_jvp(norm: Callable[..., Array]) -> Callable[..., Array]:
-    wrapped = jax.custom_jvp(norm)
-    wrapped.defjvp(lambda primals, tangents: jax.jvp(norm, primals, tangents))
-    return wrapped
-
-
-def custom_vjp(norm: Callable[..., Array]) -> Callable[..., Array]:
-    wrapped = jax.custom_vjp(norm)
-    wrapped.defvjp(
-        lambda *args: (norm(*args), args),
-        lambda args, cotangent: jax.vjp(norm, *args)[1](cotangent),
-    )
-    return wrapped
-
-
 def per_token(norm: Callable[..., Array]) -> Callable[..., Array]:
     """Equinox: a function of one token, mapped over tokens and then over the batch."""
 
@@ -478,10 +464,10 @@ def per_token(norm: Callable[..., Array]) -> Callable[..., Array]:
 WRAPPERS: dict[str, Callable[[Callable[..., Array]], Callable[..., Array]]] = {
     "jit": jax.jit,
     "checkpoint": jax.checkpoint,
-    "custom_jvp": custom_jvp,
-    "custom_vjp": custom_vjp,
+    "custom_jvp": with_jvp,
+    "custom_vjp": with_vjp,
     "vmap": per_token,
-    "jit of custom_vjp": lambda norm: jax.jit(custom_vjp(norm)),
+    "jit of custom_vjp": lambda norm: jax.jit(with_vjp(norm)),
     "checkpoint of jit": lambda norm: jax.checkpoint(jax.jit(norm)),
     "jit of vmap": lambda norm: jax.jit(per_token(norm)),
     "named_call": lambda norm: jax.named_call(norm, name="norm"),
@@ -529,23 +515,6 @@ def test_whole_program_transformed(transform: str) -> None:
 
     mapped = jax.vmap(jax.vmap(token, (None, 0)), (None, 0))
     check_folds(jax.jit(inner) if transform == "jit" else mapped, (12,))
-
-
-def test_one_jitted_norm_called_twice() -> None:
-    """Two calls share one jaxpr; what is known of one call must not leak into the other."""
-    norm = jax.jit(bound(two_pass, (-1,)))
-
-    def apply(p: Params, x: Array) -> tuple[Array, Array]:
-        s = x @ p["w"] + leading(p["b"])
-        first = norm(s, leading(p["g"]), leading(p["c"]))
-        return norm(jax.nn.gelu(first), leading(p["g"]), leading(p["c"])) @ p["v"], first
-
-    params, x = make_params((12,)), make_input(B, T, DIN)
-    folded = fold_checked(apply, params, x)
-    assert (folded.report.n_folded, folded.report.n_inserted) == (1, 0)
-    assert sorted(norm.folded for norm in folded.report.norms) == [False, True]
-    assert count_reductions(apply, params, x, sizes=12) == 4
-    assert count_reductions(folded.apply, folded.params, x, sizes=12) == 3
 
 
 # --- low precision -------------------------------------------------------------------------------

@@ -199,19 +199,6 @@ def test_refines_and_disjoint_agree_with_the_groups(seed: int) -> None:
     assert apart > 0
 
 
-def test_refines_on_known_pairs() -> None:
-    pairs, four, third = (
-        AxisSet((6,), (Labels(labels),))
-        for labels in ((0, 0, 1, 1, 2, 2), (0, 0, 0, 0, 1, 1), (0, 0, 1, 1, -1, -1))
-    )
-    assert pairs.refines(four)
-    assert pairs.refines(third)
-    assert third.refines(AxisSet((6,), (Labels((0, 0, 0, 0, -1, -1)),)))
-    assert not four.refines(pairs)
-    assert not third.refines(pairs)
-    assert not pairs.refines(AxisSet((6,), (Labels((0, 0, 0, 1, 1, 1)),)))
-
-
 @pytest.mark.parametrize("seed", SEEDS)
 def test_compatible_centerings_do_not_undo_each_other(seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -424,16 +424,6 @@ def test_gpt_edits_every_writer() -> None:
     }
 
 
-def after_tanh(blocks: Any, s: Array, key: Key | None) -> Array:
-    return scanned(blocks, jnp.tanh(s), key)
-
-
-def test_nonlinear_start_costs_one_centering() -> None:
-    """It is made before the loop, where it is paid for once."""
-    apply, params = split(lambda: GPT(stacked(), after_tanh))
-    assert counts(jax_lnfold.analyze(apply, params, IDS)) == (3, 3, 1)
-
-
 # --- dropout --------------------------------------------------------------------------------------
 
 

@@ -562,15 +562,6 @@ def test_sown_stream(returned: bool) -> None:
 # --- modules -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("affine", [False, True])
-@pytest.mark.parametrize("fast", [False, True])
-def test_layer_norm_spellings(fast: bool, affine: bool) -> None:
-    norm = partial(nnx.LayerNorm, use_fast_variance=fast, use_scale=affine, use_bias=affine)
-    folded = fold_model(partial(Stream, partial(Block, norm=norm), norm=norm), X)
-    assert counts(folded.report) == (2, 2, 0)
-    assert edits_of(folded.report) == START | writer("body/down")
-
-
 @pytest.mark.parametrize(
     ("norm", "reason"),
     [

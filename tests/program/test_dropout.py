@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 import jax_lnfold
-from jax_lnfold import FoldError, PlanMismatchError
+from jax_lnfold import PlanMismatchError
 from tests.helpers.contracts import fold_checked, relative_difference
 
 APPROXIMATE = frozenset({"dropout"})
@@ -174,11 +174,3 @@ def test_training_with_dropout_goes_on() -> None:
 
     a, b = grads(apply), grads(folded.apply)
     assert float(a @ b / jnp.linalg.norm(a) / jnp.linalg.norm(b)) > 0.95
-
-
-@pytest.mark.parametrize("value", ["dropout", {"noise"}, 1, [1], None, {"dropout", "x"}])
-def test_options_that_mean_nothing(value: Any) -> None:
-    apply, params, x = network(linen)
-    for call in (jax_lnfold.fold, jax_lnfold.analyze, jax_lnfold.plan_fold):
-        with pytest.raises(FoldError, match=r"^approximate: .* is no set of names"):
-            call(apply, params, x, approximate=value)

@@ -12,7 +12,6 @@ import pytest
 from flax import linen as nn
 
 import jax_lnfold
-from jax_lnfold.program.flatten import flatten
 from tests.helpers.contracts import (
     check_contracts,
     counts,
@@ -20,7 +19,7 @@ from tests.helpers.contracts import (
     relative_difference,
     removed_sums,
 )
-from tests.models.zoo import perturb
+from tests.helpers.derivative_rules import with_vjp
 
 D, L, HIDDEN = 12, 4, 20
 RNG = np.random.default_rng(0)
@@ -142,8 +141,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return jax.nn.softmax(q @ jnp.swapaxes(k, -1, -2)) @ v
 
 
-kernel = jax.custom_vjp(attend)
-kernel.defvjp(lambda *qkv: jax.vjp(attend, *qkv), lambda pull, g: pull(g))
+kernel = with_vjp(attend)
 
 
 def attention_with_a_rule(p: Any, x: jax.Array) -> jax.Array:
@@ -281,51 +279,3 @@ def test_is_left_alone(apply: Callable[..., Any], carry: str) -> None:
 
 def test_mean_over_iterations_is_sound() -> None:
     fold_checked(mean_over_iterations, PARAMS, INPUT)
-
-
-class Layer(nn.Module):
-    @nn.compact
-    def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
-        hidden = nn.gelu(nn.Dense(HIDDEN)(nn.LayerNorm()(x)))
-        return x + nn.Dense(x.shape[-1])(hidden), None
-
-
-class Scanned(nn.Module):
-    depth: int = L
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        stack = nn.scan(
-            nn.remat(Layer),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=self.depth,
-        )
-        x, _ = stack()(nn.Dense(D)(x), None)
-        return nn.Dense(3)(nn.LayerNorm()(x))
-
-
-def test_flax_scan_with_remat() -> None:
-    model = Scanned()
-    params = perturb(model.init(jax.random.key(0), INPUT))
-    report = fold_checked(model.apply, params, INPUT).report
-    assert [(n.count, n.folded) for n in report.norms] == [(L, True), (1, True)]
-    assert {str(e) for e in report.edits} >= {
-        "params/Dense_0/kernel centered along axis 1",
-        "params/ScanCheckpointLayer_0/Dense_1/kernel centered along axis 2",
-    }
-
-
-def test_analysis_does_not_grow_with_the_depth() -> None:
-    """The same equations are looked at, equally often, for 2 layers and for 24."""
-    seen = []
-    for depth in (2, 24):
-        model = Scanned(depth)
-        params = jax.eval_shape(model.init, jax.random.key(0), INPUT)
-        report = jax_lnfold.analyze(model.apply, params, INPUT)
-        assert report.norms[0].count == depth
-        jaxpr = jax.make_jaxpr(model.apply)(params, INPUT)
-        operations = len(flatten(jaxpr, [*map(str, range(len(jax.tree.leaves(params))))]).ops)
-        seen.append((report.visits, operations))
-    assert seen[0] == seen[1]
-    assert seen[0][0] > 20

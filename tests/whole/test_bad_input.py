@@ -6,7 +6,8 @@ import json
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import cache
-from itertools import count
+from inspect import signature
+from itertools import count, product
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jax_lnfold
-from jax_lnfold import Folded, FoldError, FoldPlan, analyze, fold, verify
+from jax_lnfold import Folded, FoldError, FoldPlan, analyze, fold, plan_fold, verify
 from tests.helpers.contracts import (
     assert_identical,
     check_contracts,
@@ -270,7 +271,11 @@ BAD_TEXTS: dict[str, tuple[Any, str]] = {
     "no JSON": ("w, b", "not JSON"),
     "bytes": (b"\xff\xfe\x00", "not JSON"),
     "too deep": ("[" * 100_000, "not JSON .*recursion"),
+    "cut off": ("{", "not JSON"),
     "no object": ("[2]", "version None"),
+    "an empty list": ("[]", "version None"),
+    "an empty object": ("{}", "version None"),
+    "a version before the first": ('{"version": 1}', "version 1"),
 }
 
 # A function that is none, or not one of arrays.
@@ -309,6 +314,26 @@ BAD_INPUTS: dict[str, tuple[Callable[[Array], tuple[Any, ...]], str, str]] = {
 }
 
 
+BOOL = ".* is not a bool", "pass True or False"
+BAD_OPTIONS: dict[str, tuple[tuple[Any, ...], str, str]] = {
+    "explicit_cost": (
+        (0, -1, float("nan"), float("inf"), "2", None, 2j),
+        ".* is not a positive number",
+        "try 2.0",
+    ),
+    "donate": (("no", None, 1, []), *BOOL),
+    "fold_affine": ((None, "yes", 2, {"g"}), *BOOL),
+    "approximate": (
+        ("dropout", {"noise"}, 1, [1], None, ["dropout", "x"]),
+        ".* is no set of names",
+        "",
+    ),
+    "defer_scale": ((1, "yes"), ".*", "; pass"),
+    "deferred_cost": ((-0.1, float("nan"), "cheap"), ".*", "; pass"),
+    "optimize": ((True, "fast"), ".*", "; pass"),
+}
+
+
 def edit_plan(change: Change) -> FoldPlan:
     data = json.loads(folded()[0].plan.to_json())
     change(data)
@@ -332,6 +357,11 @@ BAD_CALLS: dict[str, tuple[Call, str, str]] = {
     "fold: types": (
         lambda p, x: fold(model, abstract(p), x),
         f"params: leaf 'b' {TYPE}",
+        "analyze",
+    ),
+    "fold: one type": (
+        lambda p, x: fold(model, leaf("w", abstract)(p), x),
+        f"params: leaf 'w' {TYPE}",
         "analyze",
     ),
     "fold: swapped": (lambda p, x: fold(p, model, x), "apply_fn: a dict is not call", CALLABLE),
@@ -435,12 +465,11 @@ def refused() -> Iterator[tuple[str, Call, str, str]]:
             said,
             cure,
         )
-    for cost in (0, -1, float("nan"), float("inf"), "2", None, 2j):
-        said = "explicit_cost: .* is not a positive number"
-        yield f"{cost=}", lambda p, x, c=cost: fold(model, p, x, explicit_cost=c), said, "try 2.0"
-    for donate in ("no", None, 1, []):
-        said, cure = "donate: .* is not a bool", "pass True or False"
-        yield f"{donate=}", lambda p, x, d=donate: fold(model, p, x, donate=d), said, cure
+    for option, (values, said, cure) in BAD_OPTIONS.items():
+        for entry, value in product((fold, analyze, plan_fold), values):
+            if option in signature(entry).parameters:
+                call = lambda p, x, e=entry, o={option: value}: e(model, p, x, **o)  # noqa: E731
+                yield f"{entry.__name__}: {option}={value!r}", call, f"{option}: {said}", cure
 
 
 REFUSED = {name: row for name, *row in refused()}
@@ -456,18 +485,13 @@ def test_bad_input_is_refused(call: Call, said: str, cure: str) -> None:
     assert re.match(said, str(caught.value))
     assert re.search(cure, str(caught.value))
     if cure == TRACE:
-        assert caught.value.__cause__ is not None, "what jax had to say is lost"
+        assert isinstance(caught.value, jax_lnfold.TraceError)
+        cause = caught.value.__cause__
+        assert cause is not None, "what jax had to say is lost"
+        assert "own words" not in said or repr(cause) == "ValueError('in its own words')"
     assert_identical((p, x), before)
     done, want = folded()
     assert np.array_equal(done(x), want), "the call has spoiled another fold"
-
-
-def test_errors_of_the_function_are_kept() -> None:
-    with pytest.raises(jax_lnfold.TraceError) as caught:
-        fold(fails, make_params(), make_input())
-    cause = caught.value.__cause__
-    assert isinstance(cause, ValueError)
-    assert str(cause) == "in its own words"
 
 
 @pytest.mark.parametrize("name", ["params", "report", "plan"])
@@ -475,20 +499,11 @@ def test_nothing_to_see_before_the_first_call(name: str) -> None:
     params, x = make_params(), make_input()
     before = snapshot(params)
     folded = fold(model, params)
-    with pytest.raises(FoldError, match="call"):
+    with pytest.raises(FoldError):
+        folded(make_input(B, T, DIN + 1))
+    with pytest.raises(jax_lnfold.NotAnalysedError, match=rf"{name}: .*folded\(\*inputs\)"):
         getattr(folded, name)
     assert relative_difference(folded(x), model(params, x)) < 1e-12
     assert getattr(folded, name) is not None
     assert folded.report.n_folded == 1
     check_contracts(model, params, folded, x, before=before)
-
-
-def test_first_call_with_bad_inputs_spoils_nothing() -> None:
-    params, x = make_params(), make_input()
-    folded = fold(model, params)
-    with pytest.raises(FoldError):
-        folded(make_input(B, T, DIN + 1))
-    with pytest.raises(FoldError, match="call"):
-        _ = folded.params
-    assert relative_difference(folded(x), model(params, x)) < 1e-12
-    assert folded.report.n_folded == 1

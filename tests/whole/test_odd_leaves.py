@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import io_callback
 
 import jax_lnfold
-from jax_lnfold import Folded, FoldError, FoldPlan, analyze, fold
+from jax_lnfold import Folded, FoldPlan, analyze, fold
 from tests.helpers.contracts import (
     assert_identical,
     check_contracts,
@@ -56,27 +55,9 @@ class CallableLayer(Layer):
     __call__ = Layer.apply
 
 
-log: list[float] = []
-
-
 def prints(p: Params, x: Array) -> Array:
     print("traced with", x)
-    log.append(0.0)
     return model(p, x)
-
-
-def shows_the_stream(p: Params, x: Array) -> Array:
-    """What leaves the program before the norm may not change."""
-    s = x @ p["w"] + p["b"]
-    jax.debug.callback(lambda mean: log.append(float(mean)), s.mean())
-    return layer_norm(s) @ p["v"]
-
-
-def shows_the_result(p: Params, x: Array) -> Array:
-    y = model(p, x)
-    jax.debug.print("{}", y.mean())
-    io_callback(lambda mean: log.append(float(mean)), None, y.mean(), ordered=True)
-    return y
 
 
 def asks_the_host(p: Params, x: Array) -> Array:
@@ -117,8 +98,6 @@ CORRECT: dict[str, tuple[Call, int]] = {
     "donate of numpy": (lambda p, x: checked(p, x, x, donate=np.bool_(False)), 1),
     "a callable object": (lambda p, x: fold_checked(CallableLayer(), p, x), 1),
     "prints": (lambda p, x: fold_checked(prints, p, x), 1),
-    "shows the stream": (lambda p, x: fold_checked(shows_the_stream, p, x), 0),
-    "shows the result": (lambda p, x: fold_checked(shows_the_result, p, x), 1),
     "asks the host": (lambda p, x: fold_checked(asks_the_host, p, x), 1),
     "changes params": (lambda p, x: checked_once(changes_params, p, x), 1),
     "returns None": (lambda p, x: fold_checked(lambda p, x: (model(p, x), None)[1:], p, x), 0),
@@ -161,20 +140,6 @@ def test_odd_call_is_answered(call: Callable[[Params, Array], Folded], n_folded:
     assert_identical((p, x), before)
 
 
-def test_side_effects_happen_as_often_as_in_the_original() -> None:
-    p, x = make_params(), make_input()
-    for apply_fn in (shows_the_stream, shows_the_result):
-        done = fold(apply_fn, p, x)
-        log.clear()
-        apply_fn(p, x)
-        jax.effects_barrier()
-        (seen,) = log
-        done(x)
-        jax.effects_barrier()
-        assert len(log) == 2
-        assert abs(log[1] - seen) < 1e-12
-
-
 def test_function_that_is_another_one_at_every_trace() -> None:
     """Every program is proved by itself: it is that of its trace, or refused."""
     times = count()
@@ -197,30 +162,9 @@ def test_function_that_is_another_one_at_every_trace() -> None:
         assert relative_difference(done(some), model(p, some) * factor) < 1e-12
 
 
-def test_unedited_parameters_are_another_function() -> None:
-    """As documented: no call looks at values, so nobody would notice."""
-    p, x = make_params(), make_input()
-    done, want = fold(model, p, x), model(p, x)
-    assert relative_difference(done.apply(p, x), want) > 1e-2
-    assert relative_difference(done.apply(done.plan.center(p), x), want) < 1e-12
-    assert "unedited" in (Folded.apply.__doc__ or "")
-
-
 def test_analyze_without_inputs_where_none_are_needed() -> None:
     x = make_input()
     assert analyze(lambda p: model(p, x), make_params()).n_folded == 1
-
-
-def test_shapes_are_enough_to_analyze_but_not_to_fold() -> None:
-    params, x = make_params(), make_input()
-    of_shapes = analyze(model, abstract(params), abstract(x))
-    of_values = analyze(model, params, x)
-    assert of_shapes.n_folded == of_values.n_folded == 1
-    assert [e.key_path for e in of_shapes.edits] == [e.key_path for e in of_values.edits]
-    assert of_shapes.norms == of_values.norms
-    for some in (abstract(params), {**params, "w": abstract(params["w"])}):
-        with pytest.raises(FoldError, match="w"):
-            fold(model, some, x)
 
 
 def test_other_weights_of_the_same_structure() -> None:
@@ -229,9 +173,11 @@ def test_other_weights_of_the_same_structure() -> None:
     other = jax.tree.map(lambda leaf: jnp.cos(3 * leaf) + 1.0, make_params())
     before = snapshot(other)
     again = FoldPlan.from_json(folded.plan.to_json())
+    assert again == folded.plan
     want = model(other, make_input())
-    for plan in (folded.plan, again):
-        new = plan.center(other)
+    for center in (folded.plan.center, again.center, jax.jit(folded.plan.center)):
+        new = center(other)
+        assert relative_difference(center(new), new) < 1e-14, "centering is a projection"
         assert relative_difference(folded.apply(new, make_input()), want) < 1e-12
         assert relative_difference(model(new, make_input()), want) < 1e-12
     assert_identical(other, before)
@@ -416,7 +362,7 @@ def test_arrays_of_the_caller_are_not_changed(kind: str) -> None:
     assert folded.report.n_folded == 1
     for name, leaf in leaves.items():
         assert params[name] is leaf
-        assert type(folded.params[name]) is type(leaf) or isinstance(folded.params[name], jax.Array)
+        assert isinstance(folded.params[name], np.ndarray) == isinstance(leaf, np.ndarray)
 
 
 # --- nothing to do -------------------------------------------------------------------------------
@@ -445,25 +391,11 @@ def test_nothing_to_fold(apply_fn: Callable[..., Any], norms: int) -> None:
     assert "LayerNorm" in str(report)
 
 
-def test_leaf_that_is_never_read() -> None:
-    params = {**make_params(), "unused": jnp.full((DIN, D), 3.0)}
-    folded = fold_checked(model, params, make_input())
-    assert folded.report.n_folded == 1
-    assert_identical(folded.params["unused"], snapshot(params["unused"]))
-
-
 @pytest.mark.parametrize("params", [{}, None, ()], ids=repr)
 def test_params_without_leaves(params: Any) -> None:
     folded = fold_checked(norm_of_the_input, params, make_input())
     assert folded.report.n_folded == 0
     assert folded.params == params
-
-
-def test_params_of_one_leaf() -> None:
-    w = make_params()["w"]
-    folded = fold_checked(lambda w, x: layer_norm(x @ w), w, make_input())
-    assert (folded.report.n_folded, folded.report.n_inserted) == (1, 0)
-    assert isinstance(folded.params, jax.Array)
 
 
 # --- shapes at the edge --------------------------------------------------------------------------
@@ -487,21 +419,6 @@ def test_no_tokens_or_one(shape: tuple[int, ...]) -> None:
     folded = fold_checked(model, make_params(), make_input(*shape))
     assert folded.report.n_folded == 1 or 0 in shape  # no element, no cost
     check_contracts(model, make_params(), folded, make_input())
-
-
-def test_shape_for_which_the_facts_do_not_hold() -> None:
-    """The program is traced anew for every shape, and so are the proofs."""
-
-    def apply(p: Params, x: Array) -> Array:
-        s = x @ p["w"] + p["b"]
-        return (layer_norm(s) if x.shape[1] > 1 else jax.nn.gelu(s)) @ p["v"]
-
-    params = make_params()
-    folded = fold_checked(apply, params, make_input())
-    assert folded.report.n_folded == 1
-    with pytest.raises(FoldError):
-        folded.apply(folded.params, make_input(B, 1, DIN))
-    check_contracts(apply, params, folded, make_input(B + 1, T + 1, DIN))
 
 
 def test_scalars_and_python_numbers_as_leaves() -> None:

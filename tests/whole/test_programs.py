@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import pytest
 from flax import linen as nn
 
 import jax_lnfold
-from tests.models.zoo.base import floats, perturb
+from tests.models.zoo.base import floats
 from tests.whole.test_sharing import (
     BLOCK,
     DIN,
@@ -236,30 +235,6 @@ def test_mixture_of_experts(name: str) -> None:
 # --- layers in loops -----------------------------------------------------------------------------
 
 
-class Named(NamedTuple):
-    """A carry of two values."""
-
-    stream: Array
-    layer: int | Array
-
-
-@jax.tree_util.register_dataclass
-@dataclass
-class Registered:
-    """The same as a registered class."""
-
-    stream: Array
-    layer: int | Array
-
-
-def carried(p: Any, x: Array, kind: type = Named) -> Array:
-    def body(carry: Any, w: Any) -> Any:
-        return kind(stream=block(w, carry.stream), layer=carry.layer + 1), None
-
-    end, _ = jax.lax.scan(body, kind(stream=x @ p["embed"], layer=0), p["layers"])
-    return head(p, end.stream) * end.layer
-
-
 def weights_in_the_carry(p: Any, x: Array) -> Array:
     start = (x @ p["embed"], p["block"])
     return head(
@@ -386,19 +361,7 @@ def segments(p: Any, x: Array, leak: bool = False) -> Any:
     return (head(p, out), memory) if leak else head(p, out)
 
 
-def watched(p: Any, x: Array, leak: bool = False) -> Array:
-    """Somebody looks at every layer from outside of the program."""
-
-    def layer(w: Any, s: Array) -> Array:
-        jax.debug.callback(lambda value: None, s if leak else norm(s))
-        return block(w, s)
-
-    return head(p, stack(p, x @ p["embed"], layer))
-
-
 LOOPS = {
-    "carry is a named tuple": Case(carried, 2, 2, WRITERS),
-    "carry is a dataclass": Case(partial(carried, kind=Registered), 2, 2, WRITERS),
     "weights in the carry": Case(weights_in_the_carry, 2, 2, ONE),
     "rotating weights": Case(rotating_weights, 2, 2, ONE),
     "a rate for every layer": Case(rates, 2, 2, WRITERS),
@@ -414,8 +377,6 @@ LOOPS = {
     "momentum": Case(momentum, 2, 2, WRITERS),
     "segments": Case(segments, 2, 2, f"{ONE} token"),
     "segments, memory returned": Case(partial(segments, leak=True), 2, 0),
-    "watched": Case(watched, 3, 3, WRITERS),
-    "watched raw": Case(partial(watched, leak=True), 2, 0),
 }
 
 
@@ -532,36 +493,6 @@ def test_layers_stacked_along_the_second_axis() -> None:
     report = check(apply, params, X, counts=(2, 2, 0), edited=WRITERS).report
     words = {"layers/down centered along axis 2", "layers/bias centered along axis 0"}
     assert words < {str(edit) for edit in report.edits}
-
-
-class Layer(nn.Module):
-    @nn.compact
-    def __call__(self, s: Array, rate: Array) -> tuple[Array, Array]:
-        n = nn.LayerNorm()(s)
-        hidden = jnp.tanh(nn.Dense(HID, name="up")(n))
-        return s + rate * nn.Dense(D, name="down")(hidden), n.mean()
-
-
-class Stacked(nn.Module):
-    """Flax layers with parameters stacked along the second axis, and an input of every layer."""
-
-    @nn.compact
-    def __call__(self, x: Array) -> tuple[Array, Array]:
-        layers = nn.scan(Layer, variable_axes={"params": 1}, split_rngs={"params": True})
-        rates = jnp.linspace(1.0, 0.7, L)
-        s, means = layers(name="layers")(nn.Dense(D, name="embed")(x), rates)
-        return nn.Dense(OUT)(nn.LayerNorm()(s)), means
-
-
-def test_flax_layers_stacked_along_the_second_axis() -> None:
-    model = Stacked()
-    shapes = jax.eval_shape(model.init, jax.random.key(0), X)
-    params = perturb(jax.tree.map(lambda leaf: np.full(leaf.shape, 0.3), shapes))
-    assert params["params"]["layers"]["down"]["kernel"].shape == (HID, L, D)
-    edited = " ".join(
-        f"params/{m}/{leaf}" for m in ("embed", "layers/down") for leaf in ("kernel", "bias")
-    )
-    check(model.apply, params, X, counts=(2, 2, 0), edited=edited)
 
 
 # --- incremental decoding ------------------------------------------------------------------------

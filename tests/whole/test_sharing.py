@@ -90,86 +90,41 @@ def post_block(p: Any, s: Array) -> Array:
 ALBERT = make(embed=(DIN, D), block=BLOCK, v=(D, OUT))
 
 
-@pytest.mark.parametrize(("repeat", "norms"), [(in_python, 4), (in_scan, 2)])
-def test_block_shared_by_all_layers(repeat: Model, norms: int) -> None:
-    def apply(p: Any, x: Array) -> Array:
-        return norm(repeat(p["block"], block, x @ p["embed"])) @ p["v"]
-
-    edited = "embed block/down block/bias"
-    check(apply, ALBERT, X, counts=(norms, norms, 0), edited=edited)
-
-
-@pytest.mark.parametrize(
-    ("repeat", "counts", "edited"), [(in_python, (4, 1, 0), "embed"), (in_scan, (2, 0, 0), "")]
-)
-def test_shared_block_whose_writer_is_read_elsewhere(
-    repeat: Model, counts: tuple[int, int, int], edited: str
-) -> None:
-    """One centering per layer costs more than it saves; only the first norm comes for free.
-
-    In a loop the first norm is every norm.
-    """
-
-    def apply(p: Any, x: Array) -> Any:
-        s = repeat(p["block"], block, x @ p["embed"])
-        return norm(s) @ p["v"], jnp.tanh(p["block"]["down"])
-
-    check(apply, ALBERT, X, counts=counts, edited=edited)
-
-
-@pytest.mark.parametrize(
-    ("repeat", "counts", "edited"),
-    [(in_python, (4, 2, 0), "embed block/down block/bias"), (in_scan, (2, 1, 0), "embed")],
-)
-def test_shared_block_after_the_sum(
-    repeat: Model, counts: tuple[int, int, int], edited: str
-) -> None:
-    """ALBERT itself normalises after the sum, where a scale and a bias spoil the mean.
-
-    The first sum still starts from a normalised embedding; in a loop it is every sum.
-    """
-
-    def apply(p: Any, x: Array) -> Array:
-        return repeat(p["block"], post_block, norm(x @ p["embed"])) @ p["v"]
-
-    check(apply, ALBERT, X, counts=counts, edited=edited)
+Expected = tuple[tuple[int, int, int], str]
+ALL = "embed block/down block/bias"
+# name: (program, given how the block is repeated; what is expected unrolled, and in a loop)
+SHARED: dict[str, tuple[Callable[..., Any], Expected, Expected]] = {
+    "plain": (
+        lambda p, repeat, x: norm(repeat(p["block"], block, x @ p["embed"])) @ p["v"],
+        ((4, 4, 0), ALL),
+        ((2, 2, 0), ALL),
+    ),
+    # One centering per layer costs more than it saves; only the first norm comes for free. In a
+    # loop the first norm is every norm.
+    "whose writer is read elsewhere": (
+        lambda p, repeat, x: (
+            norm(repeat(p["block"], block, x @ p["embed"])) @ p["v"],
+            jnp.tanh(p["block"]["down"]),
+        ),
+        ((4, 1, 0), "embed"),
+        ((2, 0, 0), ""),
+    ),
+    # ALBERT itself normalises after the sum, where a scale and a bias spoil the mean. The first
+    # sum still starts from a normalised embedding; in a loop it is every sum.
+    "normalised after the sum": (
+        lambda p, repeat, x: repeat(p["block"], post_block, norm(x @ p["embed"])) @ p["v"],
+        ((4, 2, 0), ALL),
+        ((2, 1, 0), "embed"),
+    ),
+}
 
 
-class Block(nn.Module):
-    def setup(self) -> None:
-        self.norm, self.up, self.down = nn.LayerNorm(), nn.Dense(HID), nn.Dense(D)
-
-    def __call__(self, s: Array) -> Array:
-        return s + self.down(jnp.tanh(self.up(self.norm(s))))
-
-
-class Repeated(nn.Module):
-    """One block three times; with `leak` its last layer is also a head of its own."""
-
-    leak: bool = False
-
-    def setup(self) -> None:
-        self.embed, self.block = nn.Dense(D), Block()
-        self.norm, self.head = nn.LayerNorm(), nn.Dense(OUT)
-
-    def __call__(self, x: Array) -> Any:
-        s = self.embed(x)
-        for _ in range(3):
-            s = self.block(s)
-        y = self.head(self.norm(s))
-        return (y, self.block.down(nn.tanh(y[..., :HID]))) if self.leak else y
-
-
-@pytest.mark.parametrize("leak", [False, True])
-def test_flax_module_applied_three_times(leak: bool) -> None:
-    model = Repeated(leak)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), X)
-    params = perturb(jax.tree.map(lambda leaf: np.full(leaf.shape, 0.3), shapes))
-    edited = "params/embed/kernel params/embed/bias"
-    if not leak:
-        edited += " params/block/down/kernel params/block/down/bias"
-    folded = check(model.apply, params, X, counts=(4, 1 if leak else 4, 0), edited=edited)
-    assert [n.path for n in folded.report.norms] == ["Repeated/block/norm"] * 3 + ["Repeated/norm"]
+@pytest.mark.parametrize("repeat", [in_python, in_scan])
+@pytest.mark.parametrize("name", SHARED)
+def test_block_shared_by_all_layers(name: str, repeat: Model) -> None:
+    apply, unrolled, looped = SHARED[name]
+    counts, edited = unrolled if repeat is in_python else looped
+    check(lambda p, x: apply(p, repeat, x), ALBERT, X, counts=counts, edited=edited)
 
 
 def test_latents_and_one_block_for_every_look_at_the_data() -> None:
@@ -195,6 +150,12 @@ SECOND: dict[str, tuple[Callable[[Array], Array], int, bool]] = {
     "layer norm": (norm, 1, True),
     "layer norm of a gated value": (lambda s: norm(s * jnp.exp(X[..., :1])), 1, True),
     "layer norm of chosen tokens": (lambda s: norm(jnp.where(X[..., :1] > 0, s, 0.0)), 1, True),
+    "layer norm of tokens or an integer": (
+        lambda s: norm(jnp.where(X[..., :1] > 0, s, 0)),
+        1,
+        True,
+    ),
+    "layer norm of masked tokens": (lambda s: norm(s * (X[..., :1] > 0)), 1, True),
     "layer norm of a mean over tokens": (lambda s: norm(s.mean(1)), 1, True),
     "softmax over features": (jax.nn.softmax, 0, True),
     "nothing": (lambda s: jnp.zeros_like(s), 0, True),

@@ -44,11 +44,3 @@ def test_counts_and_reductions(case: Case, spelling: str) -> None:
         before = count_equations("reduce_sum", model.apply_fn, model.params, *inputs)
         after = count_equations("reduce_sum", folded.apply, folded.params, *inputs)
         assert before - after == reductions_removed(report, spelling)
-
-
-@pytest.mark.parametrize("case", ZOO, ids=str)
-def test_analysis_needs_no_weights(case: Case) -> None:
-    model = case.build()
-    shapes = jax.eval_shape(lambda tree: tree, (model.params, *model.inputs))
-    report = jax_lnfold.analyze(model.apply_fn, *shapes)
-    assert (report.n_folded, report.n_inserted) == (case.folded, case.inserted)

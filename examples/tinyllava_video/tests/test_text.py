@@ -48,14 +48,21 @@ def run(code: str) -> tuple[str, str]:
 # The text.
 
 
+PLACED = ["What is it?", "<image>\nWhat is it?", "What is it?\n<image>", " \n What <image>is it?\t"]
+TEXT_ONLY = ["{{ 7 * 7 }}", "{% if %}", '"quoted" \\n', "a  b\n\nc", "<b>&amp;</b>", "猫は?"]
+
+
 @pytest.mark.parametrize(
-    "question",
-    ["What is it?", "<image>\nWhat is it?", "What is it?\n<image>", " \n What <image>is it?\t"],
+    ("question", "asked"),
+    [*((q, PLACED[0]) for q in PLACED), *((q, q) for q in TEXT_ONLY)],
 )
-def test_first_question(tokenizer: Any, question: str) -> None:
-    """The video is in front, wherever the placeholder was, or without one."""
+def test_first_question(tokenizer: Any, question: str, asked: str) -> None:
+    """The video is in front, wherever the placeholder was, or without one.
+
+    The template neither runs nor changes questions.
+    """
     prompt = encode_prompt(tokenizer, question)
-    assert prompt.text == SYSTEM + "USER: <image>\nWhat is it? ASSISTANT:"
+    assert prompt.text == f"{SYSTEM}USER: <image>\n{asked} ASSISTANT:"
 
 
 def test_later_questions(tokenizer: Any) -> None:
@@ -69,15 +76,6 @@ def test_later_questions(tokenizer: Any) -> None:
     )
     assert encode_prompt(tokenizer, "Why?", iter(history)).text == prompt.text
     assert encode_prompt(tokenizer, "Why?", map(list, history)).text == prompt.text
-
-
-@pytest.mark.parametrize(
-    "question", ["{{ 7 * 7 }}", "{% if %}", '"quoted" \\n', "a  b\n\nc", "<b>&amp;</b>", "猫は?"]
-)
-def test_questions_are_text_only(tokenizer: Any, question: str) -> None:
-    """The template neither runs nor changes them."""
-    prompt = encode_prompt(tokenizer, question)
-    assert prompt.text == f"{SYSTEM}USER: <image>\n{question} ASSISTANT:"
 
 
 def test_a_template_of_the_tokenizer_does_not_matter() -> None:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -31,6 +32,12 @@ def textured(count: int, height: int = 48, width: int = 64) -> list[np.ndarray]:
     """Of noise that takes bytes to store, of mean 4 n."""
     noise = np.random.default_rng(0).integers(0, 2, (height, width, 3))
     return [np.uint8(np.clip(4 * n, 8, 247) + 16 * noise - 8) for n in range(count)]
+
+
+def silence(sound: Any, wave: np.ndarray, form: str) -> list[Any]:
+    frame = av.AudioFrame.from_ndarray(wave, format=form, layout="mono")
+    frame.rate = 16000
+    return [*sound.encode(frame), *sound.encode()]
 
 
 def write(
@@ -60,10 +67,7 @@ def write(
             stream.codec_context.time_base = Fraction(1, 1000)
             stream.max_b_frames = 0  # the writer guesses how long frames out of order last
         if audio:
-            wave = np.zeros((1, 1024 * 16), np.float32)
-            silence = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
-            silence.rate = 16000
-            container.mux([*sound.encode(silence), *sound.encode()])
+            container.mux(silence(sound, np.zeros((1, 1024 * 16), np.float32), "fltp"))
         for n, picture in enumerate(pictures):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             if milliseconds is not None:
@@ -316,20 +320,13 @@ def song(path: Path) -> None:
         cover.disposition = Disposition.attached_pic
         picture = av.VideoFrame.from_ndarray(grey(1)[0], format="rgb24")
         container.mux([*cover.encode(picture), *cover.encode()])
-        wave = np.zeros((1, 1152 * 8), np.float32)
-        silence = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
-        silence.rate = 16000
-        container.mux([*sound.encode(silence), *sound.encode()])
+        container.mux(silence(sound, np.zeros((1, 1152 * 8), np.float32), "fltp"))
 
 
 def sound_only(path: Path) -> None:
     with av.open(str(path), "w", format="wav") as container:
         sound = container.add_stream("pcm_s16le", rate=16000)
-        silence = av.AudioFrame.from_ndarray(
-            np.zeros((1, 1600), np.int16), format="s16", layout="mono"
-        )
-        silence.rate = 16000
-        container.mux([*sound.encode(silence), *sound.encode()])
+        container.mux(silence(sound, np.zeros((1, 1600), np.int16), "s16"))
 
 
 def unknown_codec(path: Path) -> None:
