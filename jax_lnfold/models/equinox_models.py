@@ -48,7 +48,7 @@ class _EquinoxModels:
         object.__setattr__(model, "__class__", owner)
         return model
 
-    def changes(self, model: eqx.Module, params: Any, state: State) -> dict[str, Any]:
+    def changes(self, model: eqx.Module, state: State) -> dict[str, Any]:
         """Nothing: these models cannot be changed."""
         return {}
 

@@ -9,6 +9,10 @@ from typing import Any, ClassVar, Protocol
 
 import jax
 
+from .._compat import open_jaxpr
+from ..errors import FoldError
+from ..program.passed_on import passes_all_on
+from ..trees import leaf_paths
 from .norm_calls import NormCalls
 
 
@@ -69,11 +73,11 @@ class ModelKind(Protocol):
         """A new model of the class `owner`."""
         ...
 
-    def changes(self, model: Any, params: Any, state: State) -> dict[str, Any]:
-        """The arrays of the state that a call has changed in a model that `merge` made of these.
+    def changes(self, model: Any, state: State) -> dict[str, Any]:
+        """The arrays of the state that a call has changed in a model that `merge` made.
 
         Raises:
-            FoldError: the call has changed something else.
+            FoldError: there are more or fewer of them than before.
         """
         ...
 
@@ -113,9 +117,38 @@ class Method:
 
     def __call__(self, params: Any, state: State, *inputs: Any, **keywords: Any) -> Any:
         """Call the method of a model that is put together for it."""
+        model, result = self._run(params, state, inputs, keywords)
+        before, after = leaf_paths(params), jax.tree.leaves(self.kind.split(model)[0])
+        if any(x is not y for (_, x), y in zip(before, after, strict=True)):
+            self._check_unchanged(params, state, inputs, keywords)
+        return result, self.kind.changes(model, state)
+
+    def _run(
+        self, params: Any, state: State, inputs: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[Any, Any]:
         model = self.kind.merge(self.owner, params, state)
-        result = getattr(self.owner, self.name)(model, *inputs, **keywords)
-        return result, self.kind.changes(model, params, state)
+        return model, getattr(self.owner, self.name)(model, *inputs, **keywords)
+
+    def _check_unchanged(
+        self, params: Any, state: State, inputs: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> None:
+        """Raise a `FoldError` unless the parameters that are there after a call are those before.
+
+        Transformations of a framework pass all of them through, so that they are other objects.
+        """
+        leaves, tree = jax.tree.flatten(params)
+
+        def after(leaves: list[Any]) -> list[Any]:
+            model, _ = self._run(tree.unflatten(leaves), state, inputs, keywords)
+            return jax.tree.leaves(self.kind.split(model)[0])
+
+        kept = passes_all_on(open_jaxpr(jax.make_jaxpr(after)(leaves)))
+        for is_kept, (path, _) in zip(kept, leaf_paths(params), strict=True):
+            if not is_kept:
+                raise FoldError(
+                    f"model: its call changes the parameter {path!r}; keep that in a variable of "
+                    "another type than nnx.Param"
+                )
 
 
 def methods_of(kind: ModelKind, owner: type) -> dict[str, Callable[..., Any]]:

@@ -35,22 +35,15 @@ class _NnxModels:
         object.__setattr__(model, "__class__", owner)
         return model
 
-    def changes(self, model: nnx.Module, params: Any, state: State) -> dict[str, Any]:
+    def changes(self, model: nnx.Module, state: State) -> dict[str, Any]:
         """Variables that hold another array than before."""
-        after, rest = self.split(model)
-        before = leaf_paths(params, "model")
-        if rest.arrays.keys() != state.arrays.keys() or len(leaf_paths(after)) != len(before):
+        _, after = self.split(model)
+        if after.arrays.keys() != state.arrays.keys():
             raise FoldError(
                 "model: its call makes or removes variables; call it once before folding, so that "
                 "they are there, or return what it sows"
             )
-        for (path, x), y in zip(before, jax.tree.leaves(after), strict=True):
-            if x is not y:
-                raise FoldError(
-                    f"model: its call changes the parameter {path!r}; keep that in a variable of "
-                    "another type than nnx.Param"
-                )
-        return {key: x for key, x in rest.arrays.items() if x is not state.arrays[key]}
+        return {key: x for key, x in after.arrays.items() if x is not state.arrays[key]}
 
     def update(self, model: nnx.Module, changes: dict[str, Any]) -> None:
         """In place, as the method itself does."""

@@ -139,8 +139,9 @@ def _with_biases(model: Any, inputs: tuple[Any, ...], options: Options) -> Any:
 
     _, placement = _placed(_of_object(with_biases(lambda path: True), inputs), options)
     shifts = (edit for edit in make_plan(placement).affine if edit.shift is not None)
-    used = {reader.bias for edit in shifts for reader in edit.readers} - {None}
-    return with_biases({unboxed(bias).removesuffix("/bias") for bias in used}.__contains__)
+    biases = (reader.bias for edit in shifts for reader in edit.readers)
+    used = {unboxed(bias).removesuffix("/bias") for bias in biases if bias is not None}
+    return with_biases(used.__contains__)
 
 
 def _kind(model: Any) -> ModelKind:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from .._compat import ClosedJaxpr, JaxprEqn, Literal, open_jaxpr
-from .primitives import ELEMENTWISE, IDENTITIES, STOP
+from .primitives import ELEMENTWISE, IDENTITIES, STOP, TRANSPOSE
 
 MeshAxes = tuple[tuple[str, int], ...]
 """Mesh axes with their sizes, in the order of the trailing axes."""
@@ -195,7 +195,7 @@ _DIRECT: dict[str, Callable[..., list[jax.Array]]] = {
     **dict.fromkeys(IDENTITIES - {"convert_element_type", "reduce_precision"} | {STOP}, _same),
     **dict.fromkeys(("reshape", "squeeze"), _reshape),
     "broadcast_in_dim": _broadcast,
-    "transpose": _transpose,
+    TRANSPOSE: _transpose,
     **dict.fromkeys(("psum", "psum_invariant"), partial(_reduce, jnp.sum)),
     "pmax": partial(_reduce, jnp.max),
     "pmin": partial(_reduce, jnp.min),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from contextlib import AbstractContextManager
+from typing import Any
 
 import jax
 
 _MARK = re.compile(r"jax_lnfold_mark_(\w+?)_end")
 
 
-def mark(name: str) -> AbstractContextManager[None]:
+def mark(name: str) -> AbstractContextManager[Any]:
     """A scope that marks the equations traced within; `name` is made of letters, digits and _."""
     return jax.named_scope(f"jax_lnfold_mark_{name}_end")
 

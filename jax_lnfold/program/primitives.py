@@ -11,7 +11,7 @@ STOP = "stop_gradient"
 """The identity of which all derivatives are zero."""
 IDENTITIES_OF_EACH = frozenset({"optimization_barrier", "device_put"})
 """Primitives whose outputs are their operands, one by one."""
-MUL, DIV = "mul", "div"
+MUL, DIV, TRANSPOSE = "mul", "div", "transpose"
 SCALINGS = frozenset({MUL, DIV})
 """Elementwise products and quotients."""
 LINEAR = SCALINGS | frozenset("add sub neg add_any select_n".split())
@@ -31,7 +31,7 @@ ELEMENTWISE = IDENTITIES | {STOP} | LINEAR | COMPLEX | NONLINEAR
 """Primitives that compute every element of one output from those at its place."""
 COMMUTATIVE = {MUL} | frozenset("add add_any and max min or xor".split())
 """Elementwise primitives whose two operands can be exchanged."""
-MOVES = frozenset({"broadcast_in_dim", "reshape", "squeeze", "transpose"})
+MOVES = frozenset({"broadcast_in_dim", "reshape", "squeeze", TRANSPOSE})
 """Primitives that only move or repeat elements, along whole axes."""
 PURE = ELEMENTWISE | MOVES | frozenset("dot_general reduce_max reduce_min reduce_sum slice".split())
 """Primitives that a norm may be written with, and that make the same of the same operands."""

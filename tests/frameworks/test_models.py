@@ -37,7 +37,7 @@ def alternating(names: Iterable[str]) -> list[tuple[str, bool]]:
 
 # --- NNX ------------------------------------------------------------------------------------------
 
-LIFTED = "jit|scan|scan over remat, reversed|vmap over members|cond|while_loop|Sequential"
+LIFTED = "jit|scan along axis 1|scan over remat, reversed|vmap over members|cond|while_loop"
 NNX: dict[str, Callable[[nnx.Rngs], nnx.Module]] = {
     name: partial(in_nnx.Stream, in_nnx.FOLDS[name].body) for name in LIFTED.split("|")
 } | {
