@@ -10,6 +10,7 @@ from ..axes.axis_set import AxisSet
 from ..placement.place import Placement
 from ..placement.planning import TRAINING
 from ..placement.reasons import Reason
+from ..printable import printable
 from ..program.graph import Graph, Op
 from ..program.primitives import (
     DIV,
@@ -88,9 +89,7 @@ def _to_scale_evenly(placement: Placement, reason: Reason, op: Op, names: Sequen
     graph, norms = placement.graph, placement.search.norms
     factors = _factors(graph, op)
     if (i := _with_root(norms.found, factors)) is not None:
-        # The reason names the module already, if it has a name.
-        which = "a LayerNorm" if names[i].module else f"the LayerNorm {names[i].text}"
-        return f"normalise inside the branch (pre-LN): here {which}'s scale writes last"
+        return f"normalise inside the branch (pre-LN): here {_whose_scale(names[i])} writes last"
     if _with_root(norms.of_batch, factors) is not None:
         return "normalise inside the branch: here a BatchNorm's scale writes last"
     if op.name == MUL and _sources(graph, op.inputs[0]) & _sources(graph, op.inputs[1]):
@@ -153,6 +152,13 @@ def _factors(graph: Graph, op: Op) -> set[int]:
             found.update(fresh)
             todo += fresh.values()
     return found
+
+
+def _whose_scale(name: Name) -> str:
+    """The scale of a LayerNorm, by its name unless the reason says it: a module, or a line."""
+    if name.module or not name.part:
+        return "a LayerNorm's scale"
+    return f"the scale of the LayerNorm `{printable(name.text)}`"
 
 
 def _with_root(norms: Iterable[LayerNorm], operations: set[int]) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from ..placement.place import Placement
 from ..program.graph import Graph
 from ..trees import unboxed
 
+_TRANSFORMATION = re.compile(r"(\w+\()+\)+")  # vmap(), without a scope inside of it
 TOP = "(top level)"
 """The name of what nothing is known about."""
 
@@ -57,11 +59,12 @@ def _name(graph: Graph, norm: LayerNorm, leaf: int | None) -> Name:
     """The name by which a LayerNorm goes as long as there is no other one of that name."""
     assert norm.root is not None
     function, module = graph.function_of(norm.root), norm.root.module
+    scopes = module.removeprefix(function).split("/")
     line = norm.root.location().where
     key_path = "" if leaf is None else graph.leaves[leaf]
     key = unboxed(key_path)
     part = key.rpartition("/")[0]
-    if module != function:
+    if any(scope and not _TRANSFORMATION.fullmatch(scope) for scope in scopes):
         return Name(module, "", module, part, key_path, line)
     # What lies at the root of the tree is in no part of it.
     own = part or ("" if function else line or key)
