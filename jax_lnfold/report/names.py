@@ -14,7 +14,8 @@ from ..placement.place import Placement
 from ..program.graph import Graph
 from ..trees import unboxed
 
-_TRANSFORMATION = re.compile(r"(\w+\()+\)+")  # vmap(), without a scope inside of it
+_NO_NAME = re.compile(r"(\w+\()*(eqx\.nn\.\w+)?\)*")
+"""Scopes that say what is called, but not which of them: ``vmap()``, a class of Equinox."""
 TOP = "(top level)"
 """The name of what nothing is known about."""
 
@@ -64,7 +65,7 @@ def _name(graph: Graph, norm: LayerNorm, leaf: int | None) -> Name:
     key_path = "" if leaf is None else graph.leaves[leaf]
     key = unboxed(key_path)
     part = key.rpartition("/")[0]
-    if any(scope and not _TRANSFORMATION.fullmatch(scope) for scope in scopes):
+    if not all(map(_NO_NAME.fullmatch, scopes)):
         return Name(module, "", module, part, key_path, line)
     # What lies at the root of the tree is in no part of it.
     own = part or ("" if function else line or key)
