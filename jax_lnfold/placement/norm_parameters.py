@@ -44,7 +44,7 @@ class _Found(NamedTuple):
     """A scale, or a shift, which comes after all scales, and the equation that reads it."""
 
     is_shift: bool
-    index: int
+    at: int
     leaf: int
 
 
