@@ -58,6 +58,11 @@ class LayerNorm:
     centered: frozenset[Claim] = frozenset()
     quotients: frozenset[int] = frozenset()
 
+    @property
+    def module(self) -> str:
+        """The path of the module it stands in; empty if modules leave no names."""
+        return self.root.module if self.root else ""
+
 
 @dataclass(frozen=True)
 class Norms:

@@ -59,7 +59,7 @@ def names_of(placement: Placement) -> tuple[Name, ...]:
 def _name(graph: Graph, norm: LayerNorm, leaf: int | None) -> Name:
     """The name by which a LayerNorm goes as long as there is no other one of that name."""
     assert norm.root is not None
-    function, module = graph.function_of(norm.root), norm.root.module
+    function, module = graph.function_of(norm.root), norm.module
     scopes = module.removeprefix(function).split("/")
     line = norm.root.location().where
     key_path = "" if leaf is None else graph.leaves[leaf]
