@@ -32,7 +32,8 @@ figure svg {max-width: 100%; min-width: 24rem; height: auto}
 
 
 def section(name: str, about: str, report: jax_lnfold.Report) -> str:
-    """One model: its report and picture."""
+    """One model: its report with what it costs, and its picture."""
+    _ = report.cost
     return (
         f'<section id="{name}"><h2>{name}</h2><p>{escape(about)}</p>{report._repr_html_()}'
         f"<figure>{report.to_svg()}</figure></section>"

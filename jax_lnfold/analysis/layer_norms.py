@@ -42,20 +42,26 @@ class LayerNorm:
     """One LayerNorm of the program.
 
     `x` and `along` are its input and the axes it averages over, `sums` the equations that compute
-    the sum of ``x`` over `along`, `module` the path of the module it stands in, or ``file.py:line``
-    if modules leave no names. It runs `count` times in one call, on `elements` numbers in all.
+    the sum of ``x`` over `along`. It runs `count` times in one call, on `elements` numbers in all.
     `two_pass` if the variance is a mean of squares of centered numbers, not a difference of means.
-    `root` is the equation that makes a deviation of the variance.
+    `root` is the equation that makes a deviation of the variance, `centered` are multiples of
+    ``x`` without its mean, with their axes, and `quotients` what is divided by the deviation.
     """
 
     x: int
     along: AxisSet
     sums: tuple[Op, ...]
-    module: str
     elements: int
     count: int
     two_pass: bool = False
     root: Op | None = None
+    centered: frozenset[Claim] = frozenset()
+    quotients: frozenset[int] = frozenset()
+
+    @property
+    def module(self) -> str:
+        """The path of the module it stands in; empty if modules leave no names."""
+        return self.root.module if self.root else ""
 
 
 @dataclass(frozen=True)
@@ -120,16 +126,20 @@ class _Search:
         sums = [op for op, axes in tracker.arithmetic.sums if axes == whole]
         # A mean taken of a value that has none already belongs to the norm that removed it.
         origin = self.source.get(claim)
-        norm = origin or LayerNorm(x, along, (), "", *_size(self.graph, x))
+        norm = origin or LayerNorm(x, along, (), *_size(self.graph, x))
         norm = replace(norm, sums=_in_order((*sums, *norm.sums)))
         if stops:  # else the gradients of what is centered may have a mean
             self._note_centered(tracker.cancelled, norm)
-        known_zero = {x} if origin else set()
-        for root, two_pass in _normalising_roots(self.graph, tracker, self.sums_of, known_zero):
-            if (known := self.found.get(root.index)) is not None:
-                norm = replace(norm, sums=_in_order((*norm.sums, *known.sums)))
-            where = root.module or root.location().where
-            self.found[root.index] = replace(norm, module=where, two_pass=two_pass, root=root)
+        known = {claim} if origin else set[Claim]()
+        roots = _normalising_roots(self.graph, tracker, self.sums_of, {v for v, _ in known})
+        known |= _centered(self.graph, tracker.cancelled)
+        for root, two_pass, quotients in roots:
+            if (before := self.found.get(root.index)) is not None:
+                norm = replace(norm, sums=_in_order((*norm.sums, *before.sums)))
+                known, quotients = known | before.centered, quotients | before.quotients
+            self.found[root.index] = replace(
+                norm, two_pass=two_pass, root=root, centered=frozenset(known), quotients=quotients
+            )
 
     def _note_centered(self, cancelled: Iterable[Cancelled], norm: LayerNorm) -> None:
         for c in cancelled:
@@ -138,6 +148,15 @@ class _Search:
                 self.centered[c.value] = along
                 if c.whole:
                     self.source[c.value, along] = norm
+
+
+def _centered(graph: Graph, cancelled: Iterable[Cancelled]) -> set[Claim]:
+    """Those that are multiples of a value without all of its mean."""
+    return {
+        (c.value, AxisSet.over(graph.shape(c.value), c.centered))
+        for c in cancelled
+        if c.whole and c.centered
+    }
 
 
 def _is_of_batch(facts: Facts, norm: LayerNorm) -> bool:
@@ -198,7 +217,7 @@ def _before(graph: Graph, value: int, along: AxisSet) -> Claim | None:
     """The operand that sums of `value` are sums of, up to a constant factor."""
     moved = False
     while (made := graph.producer[value]) is not None:
-        op, x = made[0], _unscaled(graph, made[0])
+        op, x = made[0], unscaled(graph, made[0])
         if op.name == "reduce_sum":
             return _summed(graph, op, along)
         if x is not None:
@@ -228,7 +247,7 @@ def _candidates(graph: Graph, sums: Iterable[Sum]) -> Iterable[Claim]:
     return seen
 
 
-def _unscaled(graph: Graph, op: Op) -> int | None:
+def unscaled(graph: Graph, op: Op) -> int | None:
     """The operand of which `op` makes a constant multiple, if it does."""
     if op.name in _CASTS or op.name == "neg":
         return op.inputs[0]
@@ -240,10 +259,11 @@ def _unscaled(graph: Graph, op: Op) -> int | None:
 
 def _normalising_roots(
     graph: Graph, tracker: Tracker, sums_of: SumsOf, known: set[int]
-) -> list[tuple[Op, bool]]:
+) -> list[tuple[Op, bool, frozenset[int]]]:
     """Roots of a variance by which a value without a mean (`known` ones included) is scaled.
 
-    With each, whether the variance takes a second pass: it is a mean of squares of that value.
+    With each, whether the variance takes a second pass: it is a mean of squares of that value; and
+    what is scaled.
     """
     cancelled = tracker.cancelled
     variances = {c.value for c in cancelled if c.quadratic}
@@ -255,20 +275,23 @@ def _normalising_roots(
     numerators = _reach(graph, centered | known, through=_SCALING)
     readers = _uses_within(graph, _reach(graph, variances | squares, stop=_ROOTS))
     roots = (op for op in readers if op.name in _ROOTS)
-    return [
-        (op, op.index in second) for op in roots if _normalises(graph, op, numerators, cancelled)
-    ]
+    scaled = ((op, _quotients(graph, op, numerators, cancelled)) for op in roots)
+    return [(op, op.index in second, made) for op, made in scaled if made]
 
 
-def _normalises(
+def _quotients(
     graph: Graph, root: Op, numerators: set[int], cancelled: Iterable[Cancelled]
-) -> bool:
-    """Whether what is made of the root scales one of the `numerators`, or what has cancelled."""
+) -> frozenset[int]:
+    """Products of what is made of the root and one of the `numerators`, or what has cancelled."""
     scales = _reach(graph, set(root.outputs), avoid=numerators)
     factors = {f"{sign}{v}" for v in scales for sign in "*/"}
-    return any(c.factors & factors for c in cancelled) or any(
-        _joins(use, v, numerators, scales) for v in scales for use, _ in graph.uses[v]
-    )
+    products = {
+        use.outputs[0]
+        for v in scales
+        for use, _ in graph.uses[v]
+        if _joins(use, v, numerators, scales)
+    }
+    return frozenset(products.union(c.value for c in cancelled if c.factors & factors))
 
 
 def _joins(op: Op, scale: int, numerators: set[int], scales: set[int]) -> bool:

@@ -81,7 +81,11 @@ def _add_report(add: AddParser, run: Run) -> None:
     parser.add_argument(
         "--html", metavar="FILE", type=Path, help="write a page with a picture, too"
     )
-    parser.add_argument("--no-cost", action="store_true", help="do not compile to compare costs")
+    cost = parser.add_mutually_exclusive_group()
+    words = "compile both programs and tell what XLA says they cost; else only tiny ones are"
+    cost.add_argument("--cost", action="store_true", default=None, help=words)
+    never = "compile nothing to compare costs"
+    cost.add_argument("--no-cost", dest="cost", action="store_false", default=None, help=never)
     parser.add_argument("--check", action="store_true", help="exit with 3 if a LayerNorm is left")
     _add_fold_affine(parser)
 

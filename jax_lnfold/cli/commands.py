@@ -7,7 +7,6 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from html import escape
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from ..checkpoints.signals import Stopped, stoppable
 from ..errors import FoldError
 from ..plan.plan import FoldPlan
 from ..printable import counted, printable
-from ..report.summary import rows, summary
+from ..report.summary import rows
 from ..report.table import to_html, to_rich
 from .arguments import parser_for
 from .target import load, place_of_error
@@ -63,16 +62,12 @@ def _report(args: argparse.Namespace) -> int:
     model = load(args.target)
     options = {"fold_affine": args.fold_affine}
     report = analyze(model.apply_fn, model.params, *model.inputs, **options)
-    if args.no_cost:
-        shown = to_rich(rows(report), summary(report))
-        table = to_html(rows(report), summary(report))
-    else:
-        with suppress(Exception):  # the report says that it is not to be had
-            _ = report.cost
-        shown, table = report, report._repr_html_()
-    Console(width=shutil.get_terminal_size((110, 24)).columns).print(shown)
+    shown, lines = rows(report), report.lines(args.cost)
+    width = shutil.get_terminal_size((110, 24)).columns
+    Console(width=width).print(to_rich(shown, lines))
     if args.html:
-        args.html.write_text(_page(printable(args.target), table, report.to_svg()), "utf-8")
+        page = _page(printable(args.target), to_html(shown, lines), report.to_svg())
+        args.html.write_text(page, "utf-8")
     return LEFT if args.check and report.n_folded < len(report.norms) else DONE
 
 

@@ -60,6 +60,7 @@ def flatten(
     inputs = [graph.new_value(aval, (), i < len(leaves), False) for i, aval in enumerate(avals)]
     graph.leaves = dict(zip(inputs, leaves, strict=False))
     graph.trips |= {(index,): n for index, n in enumerate(runs)}
+    graph.is_joint = bool(runs)
     frame = _Frame(caller=cache(partial(calling_line, jaxpr.eqns)))
     results = _Walker(graph, see_through_dropout).walk(jaxpr, consts_of(closed), inputs, frame)
     graph.outputs = frozenset(results)

@@ -135,6 +135,7 @@ class Graph:
         self.bound: set[int] = set()  # constants that the jaxpr binds to a variable
         self.literals: set[int] = set()  # numbers that one equation reads
         self.captured: set[int] = set()  # closed over by a function with a derivative rule
+        self.is_joint = False  # the program calls several functions, in scopes of their names
         self.ops: list[Op] = []
         self.op_at: dict[CallPath, Op] = {}
         self.env: dict[CallPath, dict[Var, int]] = {}
@@ -194,6 +195,10 @@ class Graph:
         """
         hidden = value in self.captured or self.is_sealed(value)
         return (value in self.bound or value in self.literals) and not hidden
+
+    def function_of(self, op: Op) -> str:
+        """The name of the function that an operation is of; empty if the program is one."""
+        return str(op.calls[-1].source_info.name_stack) if self.is_joint and op.calls else ""
 
     def scalar(self, value: int) -> np.ndarray | None:
         """The number that every element of a value has, if the program fixes it."""

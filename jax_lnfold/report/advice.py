@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ..analysis.claims import Blocker
 from ..analysis.layer_norms import LayerNorm
@@ -10,6 +10,7 @@ from ..axes.axis_set import AxisSet
 from ..placement.place import Placement
 from ..placement.planning import TRAINING
 from ..placement.reasons import Reason
+from ..printable import printable
 from ..program.graph import Graph, Op
 from ..program.primitives import (
     DIV,
@@ -24,6 +25,7 @@ from ..program.primitives import (
 )
 from ..rules import RULES, is_nonlinear
 from ..trees import is_editable
+from .names import Name
 
 _SAME = IDENTITIES | MOVES | {STOP}
 _SUMS = _SAME | frozenset("add add_any sub neg".split())
@@ -31,10 +33,10 @@ _LAST = "end with a linear layer after"
 _KNOWN_BEFORE = "store this, which is made of parameters alone, as a parameter"
 
 
-def advice(placement: Placement, reason: Reason) -> str:
+def advice(placement: Placement, reason: Reason, names: Sequence[Name]) -> str:
     """One clause for a LayerNorm that is left, or a centering inserted, for this reason.
 
-    Empty where nothing helps short of another architecture.
+    Empty where nothing helps short of another architecture. The names are those of the LayerNorms.
     """
     graph = placement.graph
     if reason.leaf is not None and reason.obstacle is not None:
@@ -55,7 +57,7 @@ def advice(placement: Placement, reason: Reason) -> str:
     if graph.data_free[op.outputs[0]]:
         return _KNOWN_BEFORE
     if op.name in SCALINGS:
-        return _to_scale_evenly(placement, reason, op)
+        return _to_scale_evenly(placement, reason, op, names)
     if is_nonlinear(op.name):
         return _after_nonlinearity(reason)
     if op.name in RULES:
@@ -82,13 +84,13 @@ def _after_nonlinearity(reason: Reason) -> str:
     return f"{_LAST} this nonlinearity, along the mean: the product behind it is along other axes"
 
 
-def _to_scale_evenly(placement: Placement, reason: Reason, op: Op) -> str:
+def _to_scale_evenly(placement: Placement, reason: Reason, op: Op, names: Sequence[Name]) -> str:
     """About a product, or quotient, whose factors both vary along the mean."""
     graph, norms = placement.graph, placement.search.norms
     factors = _factors(graph, op)
-    if _has_root(norms.found, factors):
-        return "normalise inside the branch (pre-LN): here a LayerNorm's scale writes last"
-    if _has_root(norms.of_batch, factors):
+    if (i := _with_root(norms.found, factors)) is not None:
+        return f"normalise inside the branch (pre-LN): here {_whose_scale(names[i])} writes last"
+    if _with_root(norms.of_batch, factors) is not None:
         return "normalise inside the branch: here a BatchNorm's scale writes last"
     if op.name == MUL and _sources(graph, op.inputs[0]) & _sources(graph, op.inputs[1]):
         return _after_nonlinearity(reason)
@@ -152,8 +154,18 @@ def _factors(graph: Graph, op: Op) -> set[int]:
     return found
 
 
-def _has_root(norms: Iterable[LayerNorm], operations: set[int]) -> bool:
-    return any(norm.root is not None and norm.root.index in operations for norm in norms)
+def _whose_scale(name: Name) -> str:
+    """The scale of a LayerNorm, by its name unless the reason says it: a module, or a line."""
+    if name.module or not name.part:
+        return "a LayerNorm's scale"
+    return f"the scale of the LayerNorm `{printable(name.text)}`"
+
+
+def _with_root(norms: Iterable[LayerNorm], operations: set[int]) -> int | None:
+    """Which of the norms has its root among these operations, if one has."""
+    roots = (norm.root for norm in norms)
+    found = (i for i, root in enumerate(roots) if root is not None and root.index in operations)
+    return next(found, None)
 
 
 def _to_keep_quiet(graph: Graph, noticed: Blocker, leaf: int | None = None) -> str:

@@ -15,6 +15,7 @@ from ..program.primitives import EXCHANGES, MOVES, NOT_CARRYING
 from ..rewrite.defer import Deferral
 from ..rules import RULES
 from .events import find_events
+from .names import names_of
 from .norms import insertions_of, norms_of
 from .outcome import Programs, ScaleLeft
 from .report import Report
@@ -27,13 +28,13 @@ def make_report(
     programs: Programs | None,
 ) -> Report:
     """Put a placement into words."""
-    graph, facts = placement.graph, placement.facts
+    graph, facts, names = placement.graph, placement.facts, names_of(placement)
     unknown = (facts.unknown[i] for i in sorted(facts.unknown))
     free = placement.unrestricted
     hiding = (op.location() for op in graph.ops if _may_hide_norms(graph, op))
     return Report(
-        norms=norms_of(placement),
-        insertions=insertions_of(placement),
+        norms=norms_of(placement, names),
+        insertions=insertions_of(placement, names),
         plan=plan,
         affine_left=tuple(ScaleLeft(path, why) for path, why in placement.affine_left.items()),
         deferred=deferred,
@@ -43,11 +44,11 @@ def make_report(
         dropouts=len(facts.dropouts),
         constants=len(placement.constants) + sum(graph.fixed[v] for v in placement.explicit),
         edited_bytes=_edited_bytes(graph, plan),
-        events=find_events(placement),
+        events=find_events(placement, names),
         n_operations=len(graph.ops),
         programs=programs,
         unseen=dict(Counter(hiding)),
-        unrestricted=(sum(free.folded), len(insertions_of(free))) if free else None,
+        unrestricted=(sum(free.folded), len(insertions_of(free, names_of(free)))) if free else None,
     )
 
 

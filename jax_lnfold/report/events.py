@@ -6,7 +6,7 @@ the output of one projection. What happens to the streams is a list of events in
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from networkx.utils import UnionFind
@@ -14,6 +14,7 @@ from networkx.utils import UnionFind
 from ..analysis.claims import Blocker, Claim
 from ..placement.place import Placement
 from ..program.graph import CallPath, Graph, Location
+from .names import Name
 
 WRITTEN, EDITED, INSERTED = "written", "edited", "inserted"
 FOLDED, LEFT, BLOCKED, NOTICED = "folded", "left", "blocked", "noticed"
@@ -53,18 +54,18 @@ class _Found:
     path: CallPath
 
 
-def find_events(placement: Placement) -> tuple[Event, ...]:
-    """What happens to the streams, in program order."""
+def find_events(placement: Placement, names: Sequence[Name]) -> tuple[Event, ...]:
+    """What happens to the streams, in program order; the names are those of the LayerNorms."""
     streams = UnionFind()
-    norms = list(_norms(placement))
-    roots = {found.claim for found in norms}
     top = _root([*placement.graph.leaves.values()])
+    norms = list(_norms(placement, names, top))
+    roots = {found.claim for found in norms}
     writers = list(_writers(placement, roots, streams, top))
     found = (*_blockers(placement), *writers, *_insertions(placement), *norms)
     ordered = sorted(dict.fromkeys(found), key=lambda f: (f.index, KINDS.index(f.kind)))
     numbers: dict[Claim, int] = {}
     graph = placement.graph
-    root = _root([norm.module for norm in placement.norms])
+    root = _root([name.module for name in names])
     return tuple(
         Event(
             kind=f.kind,
@@ -86,9 +87,9 @@ def _root(paths: Iterable[str]) -> str:
     return root if root.endswith("/") else ""
 
 
-def _norms(placement: Placement) -> Iterator[_Found]:
+def _norms(placement: Placement, names: Sequence[Name], top: str) -> Iterator[_Found]:
     graph, search = placement.graph, placement.search
-    for i, norm in enumerate(placement.norms):
+    for i, (norm, name) in enumerate(zip(placement.norms, names, strict=True)):
         made = graph.producer[norm.x]
         index = norm.sums[0].index if norm.sums else made[0].index if made else -1
         path = norm.sums[0].path if norm.sums else graph.home[norm.x]
@@ -97,7 +98,8 @@ def _norms(placement: Placement) -> Iterator[_Found]:
         kind = LEFT if left else FOLDED
         why = str(left or "")
         claim = search.resolve((norm.x, norm.along))
-        yield _Found(index, claim, kind, norm.module or "(top level)", shape, why, path)
+        detail = " ".join(word for word in (shape, name.beside) if word)
+        yield _Found(index, claim, kind, name.text.removeprefix(top), detail, why, path)
 
 
 def _blockers(placement: Placement) -> Iterator[_Found]:

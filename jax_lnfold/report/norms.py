@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..analysis.layer_norms import LayerNorm
@@ -10,12 +11,18 @@ from ..placement.place import Placement
 from ..placement.reasons import Reason
 from ..program.graph import Graph, Location
 from .advice import advice
+from .names import Name
 
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """One LayerNorm: module path, axes averaged over, input shape, and what became of it.
+    """One LayerNorm: its name, axes averaged over, input shape, and what became of it.
 
+    `path` is the name: the module path, or else the part of the tree that holds its scale, or else
+    file and line, as far as is known. Two LayerNorms of one name share module and parameters.
+    `title` is the same with what tables show next to it, `key_path` the leaf that is its scale, or
+    else its shift, `part` that without its last key, `line` is ``file.py:line`` of the code that
+    calls it; each of them is empty if there is none.
     Inside of a `shard_map` the shape is that of one shard, and `mesh_axes` are the mesh axes that
     the mean spans besides. `count` is how often it runs in one call. `reason` is empty when
     `folded`, and otherwise names the operation in the way with its module path and source line;
@@ -34,6 +41,10 @@ class Norm:
     blocker: Location | None = None
     advice: str = ""
     approximate: bool = False
+    title: str = ""
+    key_path: str = ""
+    part: str = ""
+    line: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +67,18 @@ class Insertion:
         return words + (f" To do without, {self.advice}." if self.advice else "")
 
 
-def norms_of(placement: Placement) -> tuple[Norm, ...]:
+def norms_of(placement: Placement, names: Sequence[Name]) -> tuple[Norm, ...]:
     """All of them, in program order."""
-    return tuple(_norm(placement, i) for i in range(len(placement.norms)))
+    return tuple(_norm(placement, i, names) for i in range(len(names)))
 
 
-def _norm(placement: Placement, i: int) -> Norm:
+def _norm(placement: Placement, i: int, names: Sequence[Name]) -> Norm:
     """What became of the LayerNorm at position `i`."""
+    name = names[i]
     graph, norm, reason = placement.graph, placement.norms[i], placement.left.get(i)
     rank = _local_rank(graph, norm.x)
     return Norm(
-        path=norm.module or "(top level)",
+        path=name.text,
         axes=tuple(d for d in norm.along.axes if d < rank),
         shape=graph.shape(norm.x)[:rank],
         count=norm.count,
@@ -75,12 +87,16 @@ def _norm(placement: Placement, i: int) -> Norm:
         mesh_axes=_mesh_axes(graph, norm),
         two_pass=norm.two_pass,
         blocker=_blocker(reason),
-        advice=advice(placement, reason) if reason else "",
+        advice=advice(placement, reason, names) if reason else "",
         approximate=i in placement.approximate,
+        title=name.title,
+        key_path=name.key_path,
+        part=name.part,
+        line=name.line,
     )
 
 
-def insertions_of(placement: Placement) -> tuple[Insertion, ...]:
+def insertions_of(placement: Placement, names: Sequence[Name]) -> tuple[Insertion, ...]:
     """Explicit centerings that are computed in a call: the compiler does those of constants."""
     graph = placement.graph
     return tuple(
@@ -88,7 +104,7 @@ def insertions_of(placement: Placement) -> tuple[Insertion, ...]:
             _origin(placement, value),
             graph.on_one_device(value, along) or along,
             _why_inserted(placement.inserted[value]),
-            advice(placement, placement.inserted[value]),
+            advice(placement, placement.inserted[value], names),
         )
         for value, sets in sorted(placement.explicit.items())
         for along in sets

@@ -15,7 +15,7 @@ def rows(outcome: Outcome) -> list[Row]:
     """One row per LayerNorm, in model order, or per group of them in repeated blocks."""
     return grouped(
         Row(
-            path=norm.path,
+            path=norm.title,
             shape="x".join(map(str, norm.shape)),
             axes=", ".join(map(str, (*norm.axes, *norm.mesh_axes))),
             variance="two-pass" if norm.two_pass else "one-pass",

@@ -173,12 +173,22 @@ def test_check(module: str, name: str, code: int, capsys: Capture) -> None:
 
 @pytest.mark.parametrize("limit", [0, 10**9])
 def test_cost(module: str, limit: int, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is told however long compilation takes."""
+    """It is told however long compilation takes if it is asked for, else if it takes no time."""
     monkeypatch.setattr(jax_lnfold.report.report, "COSTED_WHEN_SHOWN", limit)
-    assert main(["report", f"{module}:target"]) == 0
     words = str(jax_lnfold.analyze(*_model(module)).cost).split()
     assert len(words) > 3
-    assert " ".join(words) in " ".join(capsys.readouterr().out.split())
+    for flags, is_told in ((["--cost"], True), ([], limit > 0), (["--no-cost"], False)):
+        assert main(["report", f"{module}:target", *flags]) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert (" ".join(words) in out) == is_told
+        assert ("(`report --cost` on the command line)" in out) == (not flags and not is_told)
+
+
+def test_costs_are_compared_or_not(module: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as exited:
+        main(["report", f"{module}:target", "--cost", "--no-cost"])
+    assert exited.value.code == 2
+    assert "not allowed with argument" in capsys.readouterr().err
 
 
 def test_no_cost(
@@ -191,7 +201,10 @@ def test_no_cost(
     assert main(["report", f"{module}:target", "--no-cost", "--html", "r.html"]) == 0
     assert "cost" not in capsys.readouterr().out
     assert "cost" not in (tmp_path / "r.html").read_text()
+    monkeypatch.setattr(jax_lnfold.report.report, "COSTED_WHEN_SHOWN", 0)
     assert main(["report", f"{module}:target", "--html", "r.html"]) == 0
+    assert "it was compiled" not in capsys.readouterr().out + (tmp_path / "r.html").read_text()
+    assert main(["report", f"{module}:target", "--cost", "--html", "r.html"]) == 0
     assert "it was compiled" in capsys.readouterr().out
     assert "it was compiled" in (tmp_path / "r.html").read_text()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import re
 from functools import cache
@@ -146,8 +147,8 @@ def test_repeated_layers_are_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows[0].split() == ["Tower/norm_{0-23}", "x24", "2x5x12", "2", "one-pass", "folded"]
     assert rows[1].split() == ["Tower/last", "2x5x12", "2", "one-pass", "folded"]
     assert rows[2].startswith("25 of 25 LayerNorms folded, 50 parameters centered (")
-    assert rows[3].startswith("25 of 50 reductions and ")
-    assert len(rows) == 4
+    assert rows[3].startswith("Read `report.cost` ")
+    assert " ".join(rows[3:]).endswith("see what XLA says they cost.")
 
 
 def test_the_reason_is_said_once() -> None:
@@ -191,7 +192,7 @@ def test_reductions_saved_by_xla(name: str) -> None:
     before, after = report.cost.reductions
     assert before - after == report.n_folded - report.n_inserted
     assert report.cost.platform == jax.default_backend()
-    assert f"{before - after} of {before} reductions and " in str(report)
+    assert f"{before - after} of {before} reductions and " in str(report)  # known by now
 
 
 def test_cost_of_a_model_whose_only_work_is_its_norm() -> None:
@@ -205,12 +206,33 @@ def test_cost_of_a_model_whose_only_work_is_its_norm() -> None:
 
 
 def test_large_programs_are_not_compiled_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jax_lnfold.report.report.COSTED_WHEN_SHOWN", 10)
     report = tower_report(2)
-    assert "Read `report.cost` to compile both programs" in str(report)
-    assert "reductions" not in str(report)
+    for limit, backend in ((report.n_operations - 1, "cpu"), (10**9, "gpu")):
+        monkeypatch.setattr("jax_lnfold.report.report.COSTED_WHEN_SHOWN", limit)
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(jax, "default_backend", lambda backend=backend: backend)
+            for text in (str(report), report._repr_html_()):
+                assert "to compile both programs" in text
+                assert "reductions" not in text
+    assert "cost" not in vars(report)
+    monkeypatch.setattr("jax_lnfold.report.report.COSTED_WHEN_SHOWN", report.n_operations)
+    assert "3 of 6 reductions" in report.lines()[-1]
+    report = tower_report(2)
+    assert len(report.lines(False)) + 1 == len(report.lines(True))
+    assert "cost" in vars(report)
     assert report.cost.reductions == (6, 3)
     assert "3 of 6 reductions" in str(report)
+
+
+def test_a_terminal_shows_that_it_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    for shown in (False, True):
+        stream = io.StringIO()
+        monkeypatch.setattr(stream, "isatty", lambda shown=shown: shown)
+        monkeypatch.setattr("sys.stderr", stream)
+        monkeypatch.setenv("TERM", "xterm")
+        assert tower_report(1).cost.reductions == (4, 2)
+        assert ("Compiling both programs" in stream.getvalue()) == shown
+        assert bool(stream.getvalue()) == shown
 
 
 def test_nothing_is_compiled_for_a_line_that_is_not_shown() -> None:
@@ -220,6 +242,7 @@ def test_nothing_is_compiled_for_a_line_that_is_not_shown() -> None:
     for text in (str(report), report._repr_html_(), report.to_svg()):
         assert "XLA" not in text
     assert "cost" not in vars(report)
+    assert "XLA" in report.lines(True)[-1]
     folded = tower_report(2)
     assert "XLA" in str(folded)
     assert "cost" in vars(folded)

@@ -314,14 +314,23 @@ def plain_tower() -> tuple[Callable[..., Any], Any]:
     return stream(on_stem(scale_on_root)), GATED
 
 
-@pytest.mark.parametrize("build", [linen_tower, nnx_tower, equinox_tower, plain_tower])
+@pytest.mark.parametrize(
+    ("build", "scale"),
+    [
+        (linen_tower, "a LayerNorm's scale"),
+        (nnx_tower, "the scale of the LayerNorm `norms/0`"),
+        (equinox_tower, "the scale of the LayerNorm `1/0`"),
+        (plain_tower, "a LayerNorm's scale"),
+    ],
+)
 def test_a_layer_norm_is_known_by_its_arithmetic(
-    build: Callable[[], tuple[Callable[..., Any], Any]],
+    build: Callable[[], tuple[Callable[..., Any], Any]], scale: str
 ) -> None:
     apply, params = build()
     report = report_of(apply, params)
     (insertion,) = report.insertions
-    assert (report.n_folded, insertion.advice) == (4, PRE_LN)
+    advice = PRE_LN.replace("a LayerNorm's scale", scale)
+    assert (report.n_folded, insertion.advice) == (4, advice)
     assert "`mul` (" in insertion.reason
     assert "test_words.py:" in insertion.reason
 
