@@ -316,7 +316,7 @@ def _check_given(apply_fn: Any, params: Any, inputs: tuple[Any, ...]) -> None:
         raise FoldError(f"apply_fn: a {type(apply_fn).__name__} is not callable; {cure}")
     if params is MISSING:
         raise FoldError("params: missing; pass fold(apply_fn, params, *inputs)")
-    if callable(params) and jax.tree.leaves(params) == [params]:
+    if callable(params) and any(leaf is params for leaf in jax.tree.leaves(params)):
         raise FoldError(
             f"params: a {type(params).__name__} is no tree of arrays; pass "
             "fold(apply_fn, params, *inputs), or of a model, fold(model, *inputs)"
