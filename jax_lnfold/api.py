@@ -169,15 +169,9 @@ def fold(
     if plan is not None and not center:
         _check_centered(plan, params)
     if isinstance(apply_fn, Mapping):
-        if keywords:
-            raise FoldError(
-                f"{next(iter(keywords))}: which function it is for is not known; bind keywords of "
-                "several functions with functools.partial"
-            )
-        inputs = check_functions(apply_fn, example_inputs)
+        inputs = _inputs_of_each(apply_fn, example_inputs, keywords, "example_inputs")
         return fold_together(apply_fn, params, inputs, bool(donate), options, weights, plan, center)
-    if weights is not None:
-        raise FoldError("weights: there is one function only; leave it out, or pass a mapping")
+    _check_no_weights(weights)
     if keywords and not example_inputs:
         raise FoldError(
             f"{next(iter(keywords))}: without example inputs there is nothing to trace; pass them, "
@@ -215,9 +209,7 @@ def analyze(
     options = check_options(
         explicit_cost, approximate, fold_affine, defer_scale, deferred_cost, optimize, exclude
     )
-    traced, placement = _analysis(
-        apply_fn, params, with_keywords(inputs, keywords), options, weights
-    )
+    traced, placement = _analysis(apply_fn, params, inputs, keywords, options, weights)
     check_excluded(exclude, traced.leaves)
     rewritten, deferred = rewritten_program(traced, placement, options)
     programs = (lambda: (traced.closed, rewritten)) if traced.reusable else None
@@ -244,15 +236,18 @@ def plan_fold(
     options = check_options(
         explicit_cost, approximate, fold_affine, optimize=optimize, exclude=exclude
     )
-    traced, placement = _analysis(
-        apply_fn, params, with_keywords(inputs, keywords), options, weights
-    )
+    traced, placement = _analysis(apply_fn, params, inputs, keywords, options, weights)
     check_excluded(exclude, traced.leaves)
     return make_plan(placement)
 
 
 def _analysis(
-    apply_fn: Any, params: Any, inputs: tuple[Any, ...], options: Options, weights: Any
+    apply_fn: Any,
+    params: Any,
+    inputs: tuple[Any, ...],
+    keywords: Mapping[str, Any],
+    options: Options,
+    weights: Any,
 ) -> tuple[Traced, Placement]:
     apply_fn, model = apply_of(apply_fn), taken_apart(apply_fn, params, inputs)
     if model is not None:
@@ -260,11 +255,34 @@ def _analysis(
     _check_given(apply_fn, params, inputs)
     check_leaves(params, "params", abstract=True)
     if are_functions(apply_fn):
-        traced = trace_together(apply_fn, params, check_functions(apply_fn, inputs), weights)
+        each = _inputs_of_each(apply_fn, inputs, keywords, "inputs")
+        traced = trace_together(apply_fn, params, each, weights)
     else:
+        _check_no_weights(weights)
+        inputs = with_keywords(inputs, keywords)
         check_leaves(inputs, "inputs", abstract=True)
         traced = trace(apply_fn, params, inputs)
     return traced, placement_of(traced, options)
+
+
+def _inputs_of_each(
+    functions: Mapping[Any, Any],
+    given: tuple[Any, ...],
+    keywords: Mapping[str, Any],
+    argument: str,
+) -> dict[str, tuple[Any, ...]]:
+    """The inputs of several functions, by name; keywords are not for several."""
+    if keywords:
+        raise FoldError(
+            f"{next(iter(keywords))}: which function it is for is not known; bind keywords of "
+            "several functions with functools.partial"
+        )
+    return check_functions(functions, given, argument)
+
+
+def _check_no_weights(weights: Any) -> None:
+    if weights is not None:
+        raise FoldError("weights: there is one function only; leave it out, or pass a mapping")
 
 
 def _check_follow(plan: Any, center: Any) -> None:

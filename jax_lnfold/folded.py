@@ -15,7 +15,7 @@ from .errors import FoldError, NotAnalysedError
 from .options import Options
 from .output_differences import float_outputs, largest, largest_difference
 from .placement.place import Placement
-from .placement.planning import make_plan, place_again, place_all
+from .placement.planning import follow, make_plan, place_again, place_all
 from .plan.plan import FoldPlan
 from .program.calls import with_keywords
 from .program.tracing import Traced, signature, trace
@@ -158,7 +158,7 @@ class Folded:
         else:
             plan = self._followed.fitted(params, whole=True, abstract=not self._edits)
             graph = traced.graph(self._options.see_through_dropout)
-            placement = place_again(plan, graph, self._options.explicit_cost)
+            placement = follow(plan, graph, self._options.explicit_cost)
         rewritten, deferred = rewritten_program(traced, placement, self._options)
         program = jaxpr_as_fun(rewritten), traced.out_tree
         programs = (lambda: (traced.closed, rewritten)) if traced.reusable else None

@@ -435,7 +435,7 @@ def refused() -> Iterator[tuple[str, Call, str, str]]:
             said,
             cure,
         )
-    for cost in (0, -1, float("nan"), float("inf"), "2", None, 2j):
+    for cost in (0, -1, float("nan"), float("inf"), "2", None, 2j, 10**400):
         said = "explicit_cost: .* is not a positive number"
         yield f"{cost=}", lambda p, x, c=cost: fold(model, p, x, explicit_cost=c), said, "try 2.0"
     for donate in ("no", None, 1, []):
