@@ -128,6 +128,8 @@ def fold(
             or a function that says so of a key path. The best among the rest is found; the report
             says what would be without.
         weights: with several functions, how often each of them runs, by name; by default alike.
+            The report counts them. The plan does not depend on them: an edit costs no function
+            anything, and what is paid for, each function pays for itself.
         **keywords: keyword arguments of `apply_fn`, as far as they are no options: arrays are
             inputs like all others, what else there is (``train=False``) is bound in this trace.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from .errors import FoldError, TraceError
@@ -92,11 +93,16 @@ def fold_together(
         placement = follow(plan, graph, options.explicit_cost)
     programs = joint.closed, rewrite(joint.closed, placement)
     report = make_report(placement, plan, (), lambda: programs)
+    folded = {
+        n: Folded(fn, params, False, options, plan, edits=False) for n, fn in functions.items()
+    }
+    # Each is looked at, and what is approximate run, before the edit: then `params` may be donated.
+    finish = [each._look(inputs[name])[1] for name, each in folded.items()]
     edited = plan.center(params, donate=donate) if center else params
-    folded = {}
-    for name, fn in functions.items():
-        folded[name] = Folded(fn, edited, False, options, plan, edits=False)
-        folded[name]._analyse(inputs[name])
+    for finished in finish:
+        finished(edited)
+    measured = [d for each in folded.values() if (d := each.report.deviation) is not None]
+    report = replace(report, deviation=max(measured, default=None))
     return FoldedFunctions(folded, plan, report)
 
 
