@@ -619,3 +619,15 @@ def test_dropout_taken_for_the_identity() -> None:
     assert alone.plan == served.plan
     with pytest.raises(PlanMismatchError, match="dropout"):
         fold(case.functions["loss"], alone.params, *inputs, plan=alone.plan)
+
+
+@every_case
+def test_scales_and_shifts_together(case: Case) -> None:
+    """What one function has taken up by its readers, another one reads, too, or it stays."""
+    given, options = case.params, {"fold_affine": True, "defer_scale": True, "deferred_cost": 0}
+    served = fold(case.functions, given, case.inputs, **options)
+    assert served.plan.affine, "nothing to see here"
+    assert all(each.plan == served.plan for each in served.values())
+    for name, fn in case.functions.items():
+        assert counts(served[name].report)[1:] == case.joint[name]
+        check_contracts(fn, given, served[name], *case.other_inputs[name], rtol=EXACT)
