@@ -174,13 +174,7 @@ def fold(
         inputs = _inputs_of_each(apply_fn, example_inputs, keywords, "example_inputs")
         return fold_together(apply_fn, params, inputs, bool(donate), options, weights, plan, center)
     _check_no_weights(weights)
-    if keywords and not example_inputs:
-        raise FoldError(
-            f"{next(iter(keywords))}: without example inputs there is nothing to trace; pass them, "
-            "too, or pass keywords to the folded function only"
-        )
-    example_inputs = with_keywords(example_inputs, keywords)
-    check_leaves(example_inputs, "example_inputs", abstract=True)
+    example_inputs = _inputs_of_one(example_inputs, keywords)
     folded = Folded(apply_fn, params, bool(donate), options, plan, plan is None or center)
     if example_inputs:
         folded._analyse(example_inputs)
@@ -280,6 +274,18 @@ def _inputs_of_each(
             "several functions with functools.partial"
         )
     return check_functions(functions, given, argument)
+
+
+def _inputs_of_one(given: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The example inputs of one function, if any, with its keywords."""
+    if keywords and not given:
+        raise FoldError(
+            f"{next(iter(keywords))}: without example inputs there is nothing to trace; pass them, "
+            "too, or pass keywords to the folded function only"
+        )
+    inputs = with_keywords(given, keywords)
+    check_leaves(inputs, "example_inputs", abstract=True)
+    return inputs
 
 
 def _check_no_weights(weights: Any) -> None:
