@@ -141,6 +141,8 @@ def fold(
             or a function that says so of a key path. The best among the rest is found; the report
             says what would be without.
         weights: with several functions, how often each of them runs, by name; by default alike.
+            The report counts them. The plan does not depend on them: an edit costs no function
+            anything, and what is paid for, each function pays for itself.
         **keywords: keyword arguments of `apply_fn`, as far as they are no options: arrays are
             inputs like all others, what else there is (``train=False``) is bound in this trace.
 
@@ -182,22 +184,10 @@ def fold(
     if plan is not None and not center:
         _check_centered(plan, params)
     if isinstance(apply_fn, Mapping):
-        if keywords:
-            raise FoldError(
-                f"{next(iter(keywords))}: which function it is for is not known; bind keywords of "
-                "several functions with functools.partial"
-            )
-        inputs = check_functions(apply_fn, example_inputs)
+        inputs = _inputs_of_each(apply_fn, example_inputs, keywords, "example_inputs")
         return fold_together(apply_fn, params, inputs, bool(donate), options, weights, plan, center)
-    if weights is not None:
-        raise FoldError("weights: there is one function only; leave it out, or pass a mapping")
-    if keywords and not example_inputs:
-        raise FoldError(
-            f"{next(iter(keywords))}: without example inputs there is nothing to trace; pass them, "
-            "too, or pass keywords to the folded function only"
-        )
-    example_inputs = with_keywords(example_inputs, keywords)
-    check_leaves(example_inputs, "example_inputs", abstract=True)
+    _check_no_weights(weights)
+    example_inputs = _inputs_of_one(example_inputs, keywords)
     folded = Folded(apply_fn, params, bool(donate), options, plan, plan is None or center)
     if example_inputs:
         folded._analyse(example_inputs)
@@ -228,9 +218,7 @@ def analyze(
     options = check_options(
         explicit_cost, approximate, fold_affine, defer_scale, deferred_cost, optimize, exclude
     )
-    traced, placement = _analysis(
-        apply_fn, params, with_keywords(inputs, keywords), options, weights
-    )
+    traced, placement = _analysis(apply_fn, params, inputs, keywords, options, weights)
     check_excluded(exclude, traced.leaves)
     rewritten, deferred = rewritten_program(traced, placement, options)
     programs = (lambda: (traced.closed, rewritten)) if traced.reusable else None
@@ -257,15 +245,18 @@ def plan_fold(
     options = check_options(
         explicit_cost, approximate, fold_affine, optimize=optimize, exclude=exclude
     )
-    traced, placement = _analysis(
-        apply_fn, params, with_keywords(inputs, keywords), options, weights
-    )
+    traced, placement = _analysis(apply_fn, params, inputs, keywords, options, weights)
     check_excluded(exclude, traced.leaves)
     return make_plan(placement)
 
 
 def _analysis(
-    apply_fn: Any, params: Any, inputs: tuple[Any, ...], options: Options, weights: Any
+    apply_fn: Any,
+    params: Any,
+    inputs: tuple[Any, ...],
+    keywords: Mapping[str, Any],
+    options: Options,
+    weights: Any,
 ) -> tuple[Traced, Placement]:
     apply_fn, model = apply_of(apply_fn), taken_apart(apply_fn, params, inputs)
     if model is not None:
@@ -273,11 +264,46 @@ def _analysis(
     _check_given(apply_fn, params, inputs)
     check_leaves(params, "params", abstract=True)
     if are_functions(apply_fn):
-        traced = trace_together(apply_fn, params, check_functions(apply_fn, inputs), weights)
+        each = _inputs_of_each(apply_fn, inputs, keywords, "inputs")
+        traced = trace_together(apply_fn, params, each, weights)
     else:
+        _check_no_weights(weights)
+        inputs = with_keywords(inputs, keywords)
         check_leaves(inputs, "inputs", abstract=True)
         traced = trace(apply_fn, params, inputs)
     return traced, placement_of(traced, options)
+
+
+def _inputs_of_each(
+    functions: Mapping[Any, Any],
+    given: tuple[Any, ...],
+    keywords: Mapping[str, Any],
+    argument: str,
+) -> dict[str, tuple[Any, ...]]:
+    """The inputs of several functions, by name; keywords are not for several."""
+    if keywords:
+        raise FoldError(
+            f"{next(iter(keywords))}: which function it is for is not known; bind keywords of "
+            "several functions with functools.partial"
+        )
+    return check_functions(functions, given, argument)
+
+
+def _inputs_of_one(given: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The example inputs of one function, if any, with its keywords."""
+    if keywords and not given:
+        raise FoldError(
+            f"{next(iter(keywords))}: without example inputs there is nothing to trace; pass them, "
+            "too, or pass keywords to the folded function only"
+        )
+    inputs = with_keywords(given, keywords)
+    check_leaves(inputs, "example_inputs", abstract=True)
+    return inputs
+
+
+def _check_no_weights(weights: Any) -> None:
+    if weights is not None:
+        raise FoldError("weights: there is one function only; leave it out, or pass a mapping")
 
 
 def _check_follow(plan: Any, center: Any) -> None:

@@ -15,7 +15,7 @@ from .errors import FoldError, NotAnalysedError
 from .options import Options
 from .output_differences import float_outputs, largest, largest_difference
 from .placement.place import Placement
-from .placement.planning import make_plan, place_again, place_all
+from .placement.planning import follow, make_plan, place_again, place_all
 from .plan.plan import FoldPlan
 from .program.calls import with_keywords
 from .program.tracing import Traced, signature, trace
@@ -150,6 +150,14 @@ class Folded:
                     self._analyse(inputs)
 
     def _analyse(self, inputs: tuple[Any, ...]) -> None:
+        """Find, or prove, the plan and edit the parameters as it says."""
+        plan, finish = self._look(inputs)
+        with jax.ensure_compile_time_eval():  # a first call may be traced: the edit is not
+            edited = plan.center(self._given, donate=self._donate) if self._edits else self._given
+        finish(edited)
+
+    def _look(self, inputs: tuple[Any, ...]) -> tuple[FoldPlan, Callable[[Any], None]]:
+        """The plan, and what there is to do once the parameters are edited."""
         params = self._given
         traced = trace(self._apply_fn.function, params, inputs)
         if self._followed is None:
@@ -158,7 +166,7 @@ class Folded:
         else:
             plan = self._followed.fitted(params, whole=True, abstract=not self._edits)
             graph = traced.graph(self._options.see_through_dropout)
-            placement = place_again(plan, graph, self._options.explicit_cost)
+            placement = follow(plan, graph, self._options.explicit_cost)
         rewritten, deferred = rewritten_program(traced, placement, self._options)
         program = jaxpr_as_fun(rewritten), traced.out_tree
         programs = (lambda: (traced.closed, rewritten)) if traced.reusable else None
@@ -167,16 +175,19 @@ class Folded:
         abstract = any(map(is_abstract, jax.tree.leaves((self._given, inputs))))
         measured = report.dropouts > 0 and not abstract
         original = _run(traced.closed, params, inputs) if measured else []
-        with jax.ensure_compile_time_eval():  # a first call may be traced: the edit is not
-            self._params = plan.center(params, donate=self._donate) if self._edits else params
-        if measured:
-            difference = largest_difference(original, _run(rewritten, self._params, inputs))
-            report = replace(report, deviation=difference / (largest(original) or 1.0))
-        if traced.reusable:
-            self._programs.put(key, program)
-        self._report = report
-        self._plan = plan  # other threads go ahead from now on
-        self._given = None
+
+        def finish(edited: Any) -> None:
+            self._params, self._report = edited, report
+            if measured:
+                difference = largest_difference(original, _run(rewritten, edited, inputs))
+                deviation = difference / (largest(original) or 1.0)
+                self._report = replace(report, deviation=deviation)
+            if traced.reusable:
+                self._programs.put(key, program)
+            self._plan = plan  # other threads go ahead from now on
+            self._given = None
+
+        return plan, finish
 
     def _require_analysis(self, name: str) -> None:
         if self._plan is None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
-from .errors import FoldError
+from .errors import FoldError, TraceError
 from .folded import Folded, placement_of
 from .options import Options
-from .placement.planning import make_plan, place_again
+from .placement.planning import follow, make_plan
 from .plan.plan import FoldPlan
 from .program.joint import joined, whole_weights
 from .program.tracing import Traced, trace
@@ -57,8 +58,18 @@ def trace_together(
 ) -> Traced:
     """The program that runs all of these functions, each as often as its weight says."""
     runs = whole_weights(weights, [*functions])
-    traced = {name: trace(fn, params, inputs[name]) for name, fn in functions.items()}
+    traced = {name: _traced(name, fn, params, inputs[name]) for name, fn in functions.items()}
     return joined(traced, runs)
+
+
+def _traced(name: str, fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]) -> Traced:
+    try:
+        return trace(fn, params, inputs)
+    except TraceError as error:
+        raise TraceError(
+            f"apply_fn[{name!r}]: {str(error).removeprefix('apply_fn: ')}. Every function is given "
+            "all of params: wrap one that takes a part, as in lambda p, *x: f(p['part'], *x)"
+        ) from error.__cause__
 
 
 def fold_together(
@@ -79,14 +90,19 @@ def fold_together(
     else:
         plan = plan.fitted(params, whole=True, abstract=not center)
         graph = joint.graph(options.see_through_dropout)
-        placement = place_again(plan, graph, options.explicit_cost)
+        placement = follow(plan, graph, options.explicit_cost)
     programs = joint.closed, rewrite(joint.closed, placement)
     report = make_report(placement, plan, (), lambda: programs)
+    folded = {
+        n: Folded(fn, params, False, options, plan, edits=False) for n, fn in functions.items()
+    }
+    # Each is looked at, and what is approximate run, before the edit: then `params` may be donated.
+    finish = [each._look(inputs[name])[1] for name, each in folded.items()]
     edited = plan.center(params, donate=donate) if center else params
-    folded = {}
-    for name, fn in functions.items():
-        folded[name] = Folded(fn, edited, False, options, plan, edits=False)
-        folded[name]._analyse(inputs[name])
+    for finished in finish:
+        finished(edited)
+    measured = [d for each in folded.values() if (d := each.report.deviation) is not None]
+    report = replace(report, deviation=max(measured, default=None))
     return FoldedFunctions(folded, plan, report)
 
 
@@ -96,18 +112,18 @@ def are_functions(x: Any) -> bool:
 
 
 def check_functions(
-    functions: Mapping[Any, Any], given: tuple[Any, ...]
+    functions: Mapping[Any, Any], given: tuple[Any, ...], argument: str
 ) -> dict[str, tuple[Any, ...]]:
-    """The inputs of each function; raises a `FoldError` unless they are there."""
+    """The inputs of each function; raises a `FoldError` unless they are in the `argument`."""
     if names := [name for name in functions if not isinstance(name, str)]:
         raise FoldError(f"apply_fn: {names[0]!r} is no name of a function; pass text")
     (inputs,) = given if len(given) == 1 else (None,)
     if not isinstance(inputs, Mapping) or {*inputs} != {*functions}:
         raise FoldError(
-            f"example_inputs: not one mapping with the inputs of {', '.join(functions)}; pass "
+            f"{argument}: not one mapping with the inputs of {', '.join(functions)}; pass "
             "{name: (input, ...)} with a tuple for each function"
         )
     found = {n: x if isinstance(x, tuple) else (x,) for n, x in inputs.items()}
     for name, each in found.items():
-        check_leaves(each, f"example_inputs[{name!r}]", abstract=True)
+        check_leaves(each, f"{argument}[{name!r}]", abstract=True)
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -67,7 +68,7 @@ def check_options(
 def _excluding(exclude: Any) -> Callable[[str], bool] | None:
     """Whether a key path is excluded; None if none is."""
     if callable(exclude):
-        return lambda path: bool(exclude(path))
+        return partial(_asked, exclude)
     is_set = isinstance(exclude, Collection) and not isinstance(exclude, (str, bytes))
     if not is_set or not all(isinstance(path, str) for path in exclude):
         raise FoldError(
@@ -75,6 +76,16 @@ def _excluding(exclude: Any) -> Callable[[str], bool] | None:
             'exclude={"params/embed/embedding"}, or a function such as lambda path: "lora" in path'
         )
     return frozenset(exclude).__contains__ if exclude else None
+
+
+def _asked(exclude: Callable[[str], Any], path: str) -> bool:
+    try:
+        return bool(exclude(path))
+    except Exception as error:
+        raise FoldError(
+            f"exclude: failed for the key path {path!r} ({type(error).__name__}: {error}); pass a "
+            "function that says of a key path, which is text, whether that leaf must stay"
+        ) from error
 
 
 def check_excluded(exclude: Any, paths: Iterable[str]) -> None:
@@ -87,8 +98,16 @@ def check_excluded(exclude: Any, paths: Iterable[str]) -> None:
         )
 
 
+def is_positive(x: Any) -> bool:
+    """Whether it is a positive number that is finite as a float."""
+    try:
+        return isinstance(x, Real) and 0 < float(x) < math.inf  # NaN is not
+    except OverflowError:  # a whole number of hundreds of digits
+        return False
+
+
 def _positive(explicit_cost: Any) -> float:
-    if not (isinstance(explicit_cost, Real) and 0 < float(explicit_cost) < math.inf):
+    if not is_positive(explicit_cost):
         raise FoldError(f"explicit_cost: {explicit_cost!r} is not a positive number; try 2.0")
     return float(explicit_cost)
 
@@ -113,7 +132,7 @@ def _deferred_cost(cost: Any) -> float:
     """The cost that was passed, or that of the backend."""
     if cost is None:
         return DEFERRED_COST.get(jax.default_backend(), math.inf)
-    if not (isinstance(cost, Real) and float(cost) >= 0):  # NaN is not
+    if not (is_positive(cost) or (isinstance(cost, Real) and cost in (0, math.inf))):
         raise FoldError(
             f"deferred_cost: {cost!r} is no number from 0 on; pass None for that of the backend"
         )

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+
 from ..errors import FoldError
 from ..folded import Folded
 from ..folded_functions import FoldedFunctions
@@ -105,12 +107,14 @@ def taken_apart(apply_fn: Any, params: Any, inputs: tuple[Any, ...]) -> Model | 
         FoldError: it cannot be called, or a function is no method of the model's class.
     """
     if (kind := kind_of(apply_fn)) is not None:
+        own, state = kind.split(apply_fn)
+        if not jax.tree.leaves(own):  # a function in the clothes of a model, as of eqx.filter_jit
+            return None
         if not callable(apply_fn):
             raise FoldError(
                 f"apply_fn: a {type(apply_fn).__name__} has no __call__; pass its methods by name, "
                 "{'encode': Model.encode}, with the model for params"
             )
-        own, state = kind.split(apply_fn)
         given = () if params is MISSING else (params, *inputs)
         return Model(kind, type(apply_fn), own, (state, *given), state, None)
     if (kind := kind_of(params)) is None or not isinstance(apply_fn, Mapping):

@@ -68,6 +68,22 @@ def make_plan(placement: Placement) -> FoldPlan:
         raise Bug(f"apply_fn: no plan can be made for it ({error.__cause__})") from error
 
 
+def follow(plan: FoldPlan, graph: Graph, explicit_cost: float) -> Placement:
+    """`place_again` with a plan that a caller passed, which another function may be in the way of.
+
+    Raises:
+        PlanMismatchError: this trace would notice an edit of the plan.
+    """
+    try:
+        return place_again(plan, graph, explicit_cost)
+    except PlanMismatchError as error:
+        raise PlanMismatchError(
+            f"plan: {str(error).removeprefix('inputs: ')}, or fold the functions together, as in "
+            "fold({name: function, ...}, params, {name: inputs, ...}), which makes a plan that all "
+            "of them tolerate"
+        ) from None
+
+
 def place_again(plan: FoldPlan, graph: Graph, explicit_cost: float) -> Placement:
     """A placement for another trace, with the parameter edits of `plan` proved harmless in it."""
     value = {path: v for v, path in graph.leaves.items()}

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fractions import Fraction
-from math import inf, lcm
-from numbers import Real
+from math import lcm
 from typing import Any
 
 import jax
 
 from .._compat import jaxpr_as_fun, open_jaxpr, shape_like
 from ..errors import FoldError
+from ..options import is_positive
 from .tracing import Traced
 
 
@@ -47,6 +47,8 @@ def joined(traced: Mapping[str, Traced], weights: Mapping[str, int]) -> Traced:
 def whole_weights(weights: Any, names: list[str]) -> dict[str, int]:
     """The weight of each function as a whole number, in the same proportion; by default 1 each.
 
+    In proportion to 0.1 %, which is for weights like 1/3.
+
     Raises:
         FoldError: `weights` is no mapping of these names to positive numbers.
     """
@@ -57,13 +59,17 @@ def whole_weights(weights: Any, names: list[str]) -> dict[str, int]:
             f"weights: {weights!r} is no mapping with a number for each of {', '.join(names)}; "
             "pass how often each function runs, or leave it out"
         )
-    bad = {n: w for n, w in weights.items() if not (isinstance(w, Real) and 0 < float(w) < inf)}
+    bad = {name: weight for name, weight in weights.items() if not is_positive(weight)}
     if bad:
         name, weight = next(iter(bad.items()))
         raise FoldError(
             f"weights: {weight!r} of {name!r} is not a positive number; pass how often it runs, or "
             "leave out a function that never does"
         )
-    exact = {name: Fraction(float(weights[name])).limit_denominator(1000) for name in names}
-    common = lcm(*(w.denominator for w in exact.values()))
-    return {name: max(1, int(w * common)) for name, w in exact.items()}
+    exact = {name: Fraction(float(weights[name])) for name in names}
+    unit = min(
+        1, *exact.values()
+    )  # none is below 1 then, where rounding would spoil the proportion
+    near = {name: (weight / unit).limit_denominator(1000) for name, weight in exact.items()}
+    common = lcm(*(weight.denominator for weight in near.values()))
+    return {name: int(weight * common) for name, weight in near.items()}

@@ -317,7 +317,7 @@ BAD_INPUTS: dict[str, tuple[Callable[[Array], tuple[Any, ...]], str, str]] = {
 BOOL = ".* is not a bool", "pass True or False"
 BAD_OPTIONS: dict[str, tuple[tuple[Any, ...], str, str]] = {
     "explicit_cost": (
-        (0, -1, float("nan"), float("inf"), "2", None, 2j),
+        (0, -1, float("nan"), float("inf"), "2", None, 2j, 10**400),
         ".* is not a positive number",
         "try 2.0",
     ),

@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 import jax_lnfold
 from jax_lnfold import FoldError, FoldPlan, PlanMismatchError, TreeError, fold
+from jax_lnfold.program.joint import whole_weights
 
 VOCAB, DIM, HEADS, LAYERS, LENGTH = 23, 12, 3, 2, 9
 Tree = dict[str, Any]
@@ -165,10 +167,24 @@ def test_weights(weights: Any) -> None:
     assert served.report.n_folded == 2 * N_NORMS
 
 
+def test_weights_are_proportions() -> None:
+    for given, want in [
+        ((1, 64.5), (2, 129)),
+        ((2, 4), (2, 4)),
+        ((1 / 3, 1), (1, 3)),
+        ((1e-4, 64e-4), (1, 64)),  # each of them is next to nothing, but not one to the other
+        ((1e-6, 1), (1, 1_000_000)),
+        ((np.float32(0.5), np.int64(3)), (1, 6)),
+    ]:
+        found = whole_weights(dict(zip("ab", given, strict=True)), ["a", "b"])
+        assert tuple(found.values()) == want
+
+
 def test_a_function_alone_is_not_the_other_one() -> None:
     given = params()
     alone = fold(prefill, given, *INPUTS["prefill"])
-    with pytest.raises(PlanMismatchError, match=r"'tokens' would be noticed: `dot_general`"):
+    said = r"^plan: .*'tokens' would be noticed: `dot_general`.* or fold the functions together"
+    with pytest.raises(PlanMismatchError, match=said):
         fold(tied, alone.params, *INPUTS["prefill"], plan=alone.plan)
     follows = fold(decode, alone.params, *INPUTS["decode"], plan=alone.plan)
     assert_serves({"prefill": alone, "decode": follows}, alone.params, given)
@@ -262,6 +278,31 @@ def test_several_functions_with_excluded_parameters() -> None:
 # --- bad input -----------------------------------------------------------------------------------
 
 PLAN = fold(prefill, params(), *INPUTS["prefill"]).plan
+SHAPES = jax.eval_shape(lambda: params())
+ANOTHER = fold(lambda p, x: nn.standardize(x @ p["w"]), {"w": jnp.eye(3)}, jnp.ones((2, 3))).plan
+
+
+def half_centered() -> Tree:
+    given = params()
+    return PLAN.center(given) | {"positions": given["positions"]}
+
+
+def weighed(**weights: Any) -> Callable[[], Any]:
+    return lambda: fold(FUNCTIONS, params(), INPUTS, weights=weights)
+
+
+def excluding(exclude: Any) -> Callable[[], Any]:
+    return lambda: fold(FUNCTIONS, params(), INPUTS, exclude=exclude)
+
+
+def given_inputs(*inputs: Any) -> Callable[[], Any]:
+    return lambda: fold(FUNCTIONS, params(), *inputs)
+
+
+NOT_ONE_MAPPING = (
+    "example_inputs: not one mapping with the inputs of prefill, decode; pass .* a tuple for each"
+)
+POSITIVE = "is not a positive number; pass how often it runs, or leave out a function that never"
 BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "no functions": (lambda: fold({}, params(), {}), "apply_fn: a dict is not callable"),
     "no function": (
@@ -272,13 +313,43 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: fold({3: prefill}, params(), {3: INPUTS["prefill"]}),  # type: ignore[call-overload]
         "apply_fn: 3 is no name of a function",
     ),
-    "inputs of one function": (
-        lambda: fold(FUNCTIONS, params(), *INPUTS["prefill"]),
-        "example_inputs: not one mapping with the inputs of prefill, decode",
+    "None for a name": (
+        lambda: fold(FUNCTIONS | {None: prefill}, params(), INPUTS | {None: ()}),  # type: ignore
+        "apply_fn: None is no name of a function; pass text",
     ),
-    "inputs of some functions": (
-        lambda: fold(FUNCTIONS, params(), {"prefill": INPUTS["prefill"]}),
-        "example_inputs: not one mapping with the inputs of prefill, decode",
+    "bytes for a name": (
+        lambda: jax_lnfold.plan_fold({b"prefill": prefill}, SHAPES, {b"prefill": ()}),  # type: ignore
+        "apply_fn: b'prefill' is no name of a function; pass text",
+    ),
+    "inputs of one function": (given_inputs(*INPUTS["prefill"]), NOT_ONE_MAPPING),
+    "inputs of some functions": (given_inputs({"prefill": INPUTS["prefill"]}), NOT_ONE_MAPPING),
+    "inputs of one more": (given_inputs(INPUTS | {"encode": ()}), NOT_ONE_MAPPING),
+    "inputs of a number": (given_inputs({"prefill": INPUTS["prefill"], 3: ()}), NOT_ONE_MAPPING),
+    "no inputs": (given_inputs(), NOT_ONE_MAPPING),
+    "two mappings of inputs": (given_inputs(INPUTS, INPUTS), NOT_ONE_MAPPING),
+    "inputs to analyze": (
+        lambda: jax_lnfold.analyze(FUNCTIONS, SHAPES, {}),
+        NOT_ONE_MAPPING.removeprefix("example_"),
+    ),
+    "too few inputs of one": (
+        given_inputs(INPUTS | {"decode": INPUTS["decode"][:2]}),
+        r"apply_fn\['decode'\]: cannot be traced .* missing 1 .*'cache'.*; it must run",
+    ),
+    "another tree": (
+        lambda: fold(
+            {**FUNCTIONS, "encode": lambda p, x: x @ p["encoder"]},
+            params(),
+            {**INPUTS, "encode": jnp.ones((2, 3))},
+        ),
+        r"apply_fn\['encode'\]: cannot be traced \(KeyError: 'encoder'\).* wrap one that takes a",
+    ),
+    "a part of the tree": (
+        lambda: jax_lnfold.plan_fold(
+            {**FUNCTIONS, "norm": lambda p, x: layer_norm(x, p)},
+            SHAPES,
+            {**INPUTS, "norm": jnp.ones((2, DIM))},
+        ),
+        r"apply_fn\['norm'\]: cannot be traced \(KeyError: 'scale'\).* as in lambda p, \*x: f\(p",
     ),
     "inputs that are no arrays": (
         lambda: fold(FUNCTIONS, params(), INPUTS | {"decode": ("token",)}),
@@ -288,9 +359,27 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: fold(FUNCTIONS, params(), INPUTS, weights={"prefill": 1}),
         "weights: .* no mapping with a number for each of prefill, decode",
     ),
-    "a weight of zero": (
-        lambda: fold(FUNCTIONS, params(), INPUTS, weights={"prefill": 1, "decode": 0}),
-        "weights: 0 of 'decode' is not a positive number",
+    "a weight of zero": (weighed(prefill=1, decode=0), f"weights: 0 of 'decode' {POSITIVE}"),
+    "a negative weight": (weighed(prefill=-2, decode=1), f"weights: -2 of 'prefill' {POSITIVE}"),
+    "NaN": (weighed(prefill=1, decode=float("nan")), f"weights: nan of 'decode' {POSITIVE}"),
+    "infinity": (weighed(prefill=1, decode=float("inf")), f"weights: inf of 'decode' {POSITIVE}"),
+    "out of range": (weighed(prefill=1, decode=10**400), f"weights: 10+ of 'decode' {POSITIVE}"),
+    "weights of no number": (weighed(prefill="1", decode=1), f"weights: '1' of 'pref.* {POSITIVE}"),
+    "weights of one more": (
+        weighed(prefill=1, decode=1, encode=1),
+        "weights: .* no mapping with a number for each of prefill, decode; pass how often each",
+    ),
+    "weights without names": (
+        lambda: fold(FUNCTIONS, params(), INPUTS, weights=[1, 2]),  # type: ignore
+        r"weights: \[1, 2\] is no mapping with a number for each of prefill, decode; pass how",
+    ),
+    "weights of one function to analyze": (
+        lambda: jax_lnfold.analyze(prefill, SHAPES, *INPUTS["prefill"], weights={"prefill": 1}),
+        "weights: there is one function only; leave it out",
+    ),
+    "keywords of several functions to analyze": (
+        lambda: jax_lnfold.analyze(FUNCTIONS, SHAPES, INPUTS, train=False),
+        "train: which function it is for is not known; bind keywords",
     ),
     "weights of one function": (
         lambda: fold(prefill, params(), *INPUTS["prefill"], weights={"prefill": 1}),
@@ -304,6 +393,44 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: fold(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 3))}, jnp.ones(3), plan=PLAN),
         "params: not the tree that was folded",
     ),
+    "a plan of another model for all": (
+        lambda: fold(FUNCTIONS, params(), INPUTS, plan=ANOTHER, center=True),
+        "params: not the tree that was folded .*; pass a tree of the same structure",
+    ),
+    "a plan of another model, shapes": (
+        lambda: fold(FUNCTIONS, SHAPES, INPUTS, plan=ANOTHER),
+        "params: not the tree that was folded .*; pass a tree of the same structure",
+    ),
+    "a plan of another width": (
+        lambda: fold(
+            FUNCTIONS,
+            SHAPES | {"tokens": jax.ShapeDtypeStruct((VOCAB, 6), float)},
+            INPUTS,
+            plan=PLAN,
+        ),
+        r"params: leaf 'tokens' has shape \(23, 6\), the plan was made for \(23, 12\).*; fold the",
+    ),
+    "a plan that one of them notices": (
+        lambda: fold(
+            {**FUNCTIONS, "tied": tied},
+            SHAPES,
+            {**INPUTS, "tied": INPUTS["prefill"]},
+            plan=PLAN,
+        ),
+        r"plan: .*'tokens' would be noticed: .* \(tied, .*; fold again .* fold the functions to",
+    ),
+    "half-centered": (
+        lambda: fold(prefill, half_centered(), *INPUTS["prefill"], plan=PLAN),
+        "params: leaf 'positions' is not centered as the plan says; pass center=True",
+    ),
+    "half-centered for all": (
+        lambda: fold(FUNCTIONS, half_centered(), INPUTS, plan=PLAN),
+        "params: leaf 'positions' is not centered as the plan says; pass center=True",
+    ),
+    "not centered at all": (
+        lambda: fold(FUNCTIONS, params(), INPUTS, plan=PLAN),
+        "params: leaf '.*' is not centered as the plan says; pass center=True",
+    ),
     "center without a plan": (
         lambda: fold(prefill, params(), *INPUTS["prefill"], center=True),
         "center: there is no plan",
@@ -315,6 +442,23 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "unknown key paths": (
         lambda: fold(prefill, params(), *INPUTS["prefill"], exclude={"token"}),
         "exclude: no leaf of params has the key path 'token'",
+    ),
+    "one unknown key path of two": (
+        excluding(["tokens", "position"]),
+        "exclude: no leaf of params has the key path 'position'; pass key paths as a report",
+    ),
+    "key paths that are no text": (
+        excluding({3}),
+        r"exclude: \{3\} is no set of key paths.*; pass",
+    ),
+    "to exclude None": (excluding(None), "exclude: None is no set of key paths, .*; pass exclude="),
+    "a function of no key path": (
+        excluding(lambda: True),
+        "exclude: failed for the key path '.*' .TypeError: .*; pass a function that says of a key",
+    ),
+    "unknown key paths to analyze": (
+        lambda: jax_lnfold.analyze(FUNCTIONS, SHAPES, INPUTS, exclude={"token"}),
+        "exclude: no leaf of params has the key path 'token'; pass key paths as a report",
     ),
     "a key path by itself": (
         lambda: fold(prefill, params(), *INPUTS["prefill"], exclude="tokens"),
@@ -330,5 +474,5 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(case: str) -> None:
     call, message = BAD[case]
-    with pytest.raises(FoldError, match=message):
+    with pytest.raises(FoldError, match=f"^{message}"):
         call()
