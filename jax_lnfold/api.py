@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import jax
 import numpy as np
@@ -154,41 +154,50 @@ def fold(
         FoldError: `apply_fn` is not callable or traceable, `params` or the inputs hold other
             leaves than arrays, or an option has no such value. Nothing has been changed then.
     """
-    apply_fn, model = apply_of(apply_fn), taken_apart(apply_fn, params, example_inputs)
-    if model is not None:
-        chosen: dict[str, Any] = {
-            "donate": donate,
-            "explicit_cost": explicit_cost,
-            "approximate": approximate,
-            "fold_affine": fold_affine,
-            "defer_scale": defer_scale,
-            "deferred_cost": deferred_cost,
-            "optimize": optimize,
-            "plan": plan,
-            "center": center,
-            "exclude": exclude,
-            "weights": weights,
-        }
-        result = fold(model.functions, model.params, *model.inputs, **chosen, **keywords)
-        return model.folded(result)
-    _check_given(apply_fn, params, example_inputs)
     options = check_options(
         explicit_cost, approximate, fold_affine, defer_scale, deferred_cost, optimize, exclude
     )
     check_donate(donate)
     _check_follow(plan, center)
-    found = check_leaves(params, "params", abstract=plan is not None and not center)
-    check_excluded(exclude, (path for path, _ in found))
     if plan is not None and options.excludes is not None:
         raise FoldError("exclude: a plan is followed as it is; leave one of both out")
+    wanted = _Wanted(options, bool(donate), plan, bool(center), exclude, weights)
+    apply_fn, model = apply_of(apply_fn), taken_apart(apply_fn, params, example_inputs)
+    if model is not None:
+        return model.folded(_fold(model.functions, model.params, model.inputs, keywords, wanted))
+    return _fold(apply_fn, params, example_inputs, keywords, wanted)
+
+
+class _Wanted(NamedTuple):
+    """What a caller of `fold` asks for, besides functions and trees."""
+
+    options: Options
+    donate: bool
+    plan: FoldPlan | None
+    center: bool
+    exclude: Any
+    weights: Any
+
+
+def _fold(
+    apply_fn: Any,
+    params: Any,
+    example_inputs: tuple[Any, ...],
+    keywords: Mapping[str, Any],
+    wanted: _Wanted,
+) -> Folded | FoldedFunctions:
+    options, donate, plan, center, exclude, weights = wanted
+    _check_given(apply_fn, params, example_inputs)
+    found = check_leaves(params, "params", abstract=plan is not None and not center)
+    check_excluded(exclude, (path for path, _ in found))
     if plan is not None and not center:
         _check_centered(plan, params)
     if isinstance(apply_fn, Mapping):
         inputs = _inputs_of_each(apply_fn, example_inputs, keywords, "example_inputs")
-        return fold_together(apply_fn, params, inputs, bool(donate), options, weights, plan, center)
+        return fold_together(apply_fn, params, inputs, donate, options, weights, plan, center)
     _check_no_weights(weights)
     example_inputs = _inputs_of_one(example_inputs, keywords)
-    folded = Folded(apply_fn, params, bool(donate), options, plan, plan is None or center)
+    folded = Folded(apply_fn, params, donate, options, plan, plan is None or center)
     if example_inputs:
         folded._analyse(example_inputs)
     return folded

@@ -29,7 +29,7 @@ def passed_on(jaxpr: Jaxpr) -> list[Passed | None]:
     >>> [found and found.position for found in passed_on(jaxpr(1.0, 2.0).jaxpr)]
     [1, 0, None]
     """
-    source = {var: Passed(i, (*range(var.aval.ndim),)) for i, var in enumerate(jaxpr.invars)}
+    source = {var: Passed(i, (*range(_rank(var)),)) for i, var in enumerate(jaxpr.invars)}
     for eqn in jaxpr.eqns:
         for made, found in zip(eqn.outvars, _through(eqn), strict=True):
             given = None if found is None else eqn.invars[found.position]
@@ -49,7 +49,7 @@ def _through(eqn: JaxprEqn) -> Sequence[Passed | None]:
     """The operand that each result of an equation is."""
     if (control := control_flow(eqn)) is not None:
         positions = _in_loop(control) if control.is_loop else _in_branches(control)
-        ranks = (var.aval.ndim for var in eqn.outvars)
+        ranks = map(_rank, eqn.outvars)
         return [
             None if i is None else Passed(i, (*range(rank),))
             for i, rank in zip(positions, ranks, strict=True)
@@ -81,6 +81,10 @@ def _in_branches(control: Control) -> Iterable[int | None]:
     )
     for first, *rest in zip(*each, strict=True):
         yield first if all(x == first for x in rest) else None
+
+
+def _rank(var: Var) -> int:
+    return len(getattr(var.aval, "shape", ()))
 
 
 def _positions(jaxpr: Jaxpr) -> list[int | None]:
