@@ -87,8 +87,8 @@ def verify(
     """
     if not isinstance(folded, Folded):
         raise FoldError(
-            f"folded: a {type(folded).__name__} is not what `fold` returns; pass "
-            "fold(apply_fn, params, *inputs)"
+            f"folded: a {type(folded).__name__} is no fold of one function of parameters; pass "
+            "fold(apply_fn, params, *inputs), of several functions one by its name"
         )
     edited = folded.params if edited is None else edited
     inputs = with_keywords(inputs, keywords)

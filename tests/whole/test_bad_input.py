@@ -411,7 +411,7 @@ BAD_CALLS: dict[str, tuple[Call, str, str]] = {
     ),
     "verify: no fold": (
         lambda p, x: verify(model, p, p, x),
-        "folded: a dict is not what `fold` returns",
+        "folded: a dict is no fold of one function",
         "pass fold",
     ),
     "verify: other devices": (
