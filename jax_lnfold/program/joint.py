@@ -67,9 +67,7 @@ def whole_weights(weights: Any, names: list[str]) -> dict[str, int]:
             "leave out a function that never does"
         )
     exact = {name: Fraction(float(weights[name])) for name in names}
-    unit = min(
-        1, *exact.values()
-    )  # none is below 1 then, where rounding would spoil the proportion
+    unit = min(1, *exact.values())  # what is below 1 would lose its proportion by rounding
     near = {name: (weight / unit).limit_denominator(1000) for name, weight in exact.items()}
     common = lcm(*(weight.denominator for weight in near.values()))
     return {name: int(weight * common) for name, weight in near.items()}
