@@ -10,7 +10,9 @@ from .errors import (
     TreeError,
 )
 from .folded import Folded
-from .models.rms_model import with_rms_norms
+from .folded_functions import FoldedFunctions
+from .models.folded_model import FoldedModel
+from .models.rms_model import RMSModel, with_rms_norms
 from .plan.plan import FoldPlan
 from .report.report import Report
 from .training import CenterState, center_gradients, center_updates
@@ -23,9 +25,12 @@ __all__ = [
     "FoldError",
     "FoldPlan",
     "Folded",
+    "FoldedFunctions",
+    "FoldedModel",
     "NotAnalysedError",
     "PlanFormatError",
     "PlanMismatchError",
+    "RMSModel",
     "Report",
     "TraceError",
     "TreeError",

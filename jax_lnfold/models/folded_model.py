@@ -104,7 +104,7 @@ def taken_apart(apply_fn: Any, params: Any, inputs: tuple[Any, ...]) -> Model | 
     """The model that was passed for a function, or whose methods were; None if there is none.
 
     Raises:
-        FoldError: it cannot be called, or a function is no method of the model's class.
+        FoldError: it cannot be called.
     """
     if (kind := kind_of(apply_fn)) is not None:
         own, state = kind.split(apply_fn)
@@ -119,14 +119,10 @@ def taken_apart(apply_fn: Any, params: Any, inputs: tuple[Any, ...]) -> Model | 
         return Model(kind, type(apply_fn), own, (state, *given), state, None)
     if (kind := kind_of(params)) is None or not isinstance(apply_fn, Mapping):
         return None
-    own, state = kind.split(params)
     methods = methods_of(kind, type(params))
-    for name, function in apply_fn.items():
-        if methods.get(name) is not function:
-            raise FoldError(
-                f"apply_fn: {name!r} is no method of {type(params).__name__}; pass methods by "
-                "their names, {'encode': Model.encode}"
-            )
+    if any(methods.get(name) is not function for name, function in apply_fn.items()):
+        return None  # functions of the model as a tree
+    own, state = kind.split(params)
     return Model(kind, type(params), own, _with_state(state, inputs), state, tuple(apply_fn))
 
 
