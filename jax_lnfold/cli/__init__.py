@@ -1,1 +1,5 @@
-"""The command line: its commands, and the models it is told to look at."""
+"""The command line."""
+
+from .commands import main
+
+__all__ = ["main"]
