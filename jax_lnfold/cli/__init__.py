@@ -1,4 +1,4 @@
-"""The command line."""
+"""The command line: its commands, and the models it is told to look at."""
 
 from .commands import main
 
