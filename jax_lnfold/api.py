@@ -130,8 +130,9 @@ def fold(
         deferred_cost: cost of scaling one element of a result, where one element of the scaled
             copy costs 1 to write and read again: a scale is deferred if its results together cost
             less than its copy. 0 defers all scales; None is a value for the backend.
-        optimize: with ``"auto"``, `fold_affine` and `defer_scale` as they measured best on the
-            backend (`jax.default_backend`); see `PRESETS`.
+        optimize: `fold_affine` and `defer_scale` as they measured best on ``"tpu"``, ``"gpu"`` or
+            ``"cpu"``, whatever machine traces the function (for compilation ahead of time), or with
+            ``"auto"`` on the backend at hand (`jax.default_backend`).
         plan: follow this one, of another function, process or shape, instead of looking for the
             best. `params` are then not edited, but must be what ``plan.center`` returns; their
             leaves may be `jax.ShapeDtypeStruct`, so that programs are compiled before there are

@@ -19,9 +19,9 @@ APPROXIMATIONS = frozenset({"dropout"})
 
 
 DEFERRED_COST = {"cpu": 0.1, "gpu": 0.1, "tpu": 0.05}
-"""What it costs to scale an element of a result, by backend: see `bench/README.md`."""
+"""What it costs to scale an element of a result, by platform: see `bench/README.md`."""
 PRESETS = {"tpu": frozenset({"fold_affine"})}
-"""What ``optimize="auto"`` turns on, by backend: what was measured to pay (`bench/README.md`)."""
+"""What `optimize` turns on, by platform: what was measured to pay (`bench/README.md`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +54,9 @@ def check_options(
     approximations = _approximations(approximate)
     _require_bool("fold_affine", fold_affine)
     _require_bool("defer_scale", defer_scale)
-    deferred = _deferred_cost(deferred_cost)
-    preset = _preset(optimize)
+    platform = _platform(optimize)
+    deferred = _deferred_cost(deferred_cost, platform or jax.default_backend())
+    preset = PRESETS.get(platform, frozenset())
     return Options(
         cost,
         "dropout" in approximations,
@@ -128,10 +129,10 @@ def _require_bool(name: str, flag: Any) -> None:
         raise FoldError(f"{name}: {flag!r} is not a bool; pass True or False")
 
 
-def _deferred_cost(cost: Any) -> float:
-    """The cost that was passed, or that of the backend."""
+def _deferred_cost(cost: Any, platform: str) -> float:
+    """The cost that was passed, or that of the platform."""
     if cost is None:
-        return DEFERRED_COST.get(jax.default_backend(), math.inf)
+        return DEFERRED_COST.get(platform, math.inf)
     if not (is_positive(cost) or (isinstance(cost, Real) and cost in (0, math.inf))):
         raise FoldError(
             f"deferred_cost: {cost!r} is no number from 0 on; pass None for that of the backend"
@@ -139,8 +140,13 @@ def _deferred_cost(cost: Any) -> float:
     return float(cost)
 
 
-def _preset(optimize: Any) -> frozenset[str]:
-    """The names of the options that `optimize` turns on."""
-    if optimize not in (None, "auto"):
-        raise FoldError(f'optimize: {optimize!r} is not known; pass "auto" or None')
-    return PRESETS.get(jax.default_backend(), frozenset()) if optimize else frozenset()
+def _platform(optimize: Any) -> str:
+    """The platform to choose options for, empty for none."""
+    if optimize is None:
+        return ""
+    if optimize == "auto":
+        return jax.default_backend()
+    if not isinstance(optimize, str) or optimize not in DEFERRED_COST:
+        names = ", ".join(f'"{name}"' for name in DEFERRED_COST)
+        raise FoldError(f'optimize: {optimize!r} is not known; pass "auto", {names} or None')
+    return optimize

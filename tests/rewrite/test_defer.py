@@ -261,18 +261,27 @@ def test_the_default_cost_is_that_of_the_backend(monkeypatch: pytest.MonkeyPatch
         for width, pays in ((0.9, True), (1.1, False)) if cost else ((1e-6, False),):
             n = max(1, round(12 * width / (cost or 1)))
             shapes = jax.ShapeDtypeStruct((12, n), float), jax.ShapeDtypeStruct((2, 7, 12), float)
-            report = jax_lnfold.analyze(lambda w, x: rms(x) @ w, *shapes, defer_scale=True)
-            assert bool(report.deferred) == pays, (backend, width)
+            options = [{}] + [{"optimize": backend}] * (cost is not None)
+            for named in options:
+                report = jax_lnfold.analyze(
+                    lambda w, x: rms(x) @ w, *shapes, defer_scale=True, **named
+                )
+                assert bool(report.deferred) == pays, (backend, width)
 
 
 def biased(p: Params, x: Array) -> Array:
     return (layer_norm(x @ p["e"]) * p["g"]) @ p["w"]
 
 
+@pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("backend", ["cpu", "gpu", "tpu"])
-def test_the_preset_is_what_it_says(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    chosen = jax_lnfold.analyze(biased, arrays(), stream(), optimize="auto")
+def test_the_preset_is_what_it_says(
+    backend: str, named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of the backend at hand, or of one that is named on another machine."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "other" if named else backend)
+    optimize = backend if named else "auto"
+    chosen = jax_lnfold.analyze(biased, arrays(), stream(), optimize=optimize)
     flags = dict.fromkeys(PRESETS.get(backend, ()), True)
     by_hand = jax_lnfold.analyze(biased, arrays(), stream(), **flags)
     assert (chosen.affine, chosen.deferred) == (by_hand.affine, by_hand.deferred)
@@ -280,7 +289,7 @@ def test_the_preset_is_what_it_says(backend: str, monkeypatch: pytest.MonkeyPatc
     default = jax_lnfold.analyze(biased, arrays(), stream())
     assert default.n_folded == chosen.n_folded == 1
     assert (default.affine, default.deferred) == ((), ())
-    plan = jax_lnfold.plan_fold(biased, arrays(), stream(), optimize="auto")
+    plan = jax_lnfold.plan_fold(biased, arrays(), stream(), optimize=optimize)
     assert plan.affine == chosen.affine
 
 
