@@ -430,6 +430,24 @@ def test_abstract_models_are_analysed() -> None:
     assert counts(jax_lnfold.analyze(module, in_nnx.draw(5))) == (1, 1, 0)
 
 
+def test_programs_are_there_before_the_weights() -> None:
+    """From shapes and a plan; then the weights come from elsewhere, centered on the way."""
+    model, x = nnx_model(Coder), in_nnx.draw(4, 5)
+    abstract = nnx.eval_shape(lambda: Coder(nnx.Rngs(0)))
+    plan = jax_lnfold.plan_fold(abstract, x)
+    made = jax_lnfold.fold(abstract, x, plan=plan).model
+    nnx.update(made, plan.center(nnx.state(model, nnx.Param)))
+    compare_calls(made, model, x)
+    module, x = eqx_model(partial(Module, jax.random.key(0))), in_nnx.draw(5)
+    abstract = eqx.filter_eval_shape(Module, jax.random.key(0))
+    plan = jax_lnfold.plan_fold(abstract, x)
+    stored = io.BytesIO()
+    eqx.tree_serialise_leaves(stored, plan.center(eqx.filter(module, eqx.is_inexact_array)))
+    stored.seek(0)
+    made = eqx.tree_deserialise_leaves(stored, jax_lnfold.fold(abstract, x, plan=plan).model)
+    compare_calls(made, module, x)
+
+
 def test_plan_is_followed() -> None:
     model, x = nnx_model(Coder), in_nnx.draw(4, 5)
     plan = jax_lnfold.plan_fold(model, x)
