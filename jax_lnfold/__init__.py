@@ -11,10 +11,12 @@ from .errors import (
 )
 from .folded import Folded
 from .folded_functions import FoldedFunctions
+from .measuring import measure
 from .models.folded_model import FoldedModel
 from .models.rms_model import RMSModel, with_rms_norms
 from .plan.plan import FoldPlan
 from .report.report import Report
+from .report.statistics import MeanShare, NormStatistics, Statistics
 from .training import CenterState, center_gradients, center_updates
 from .verification import Verification, verify
 
@@ -27,11 +29,14 @@ __all__ = [
     "Folded",
     "FoldedFunctions",
     "FoldedModel",
+    "MeanShare",
+    "NormStatistics",
     "NotAnalysedError",
     "PlanFormatError",
     "PlanMismatchError",
     "RMSModel",
     "Report",
+    "Statistics",
     "TraceError",
     "TreeError",
     "Verification",
@@ -39,6 +44,7 @@ __all__ = [
     "center_gradients",
     "center_updates",
     "fold",
+    "measure",
     "plan_fold",
     "verify",
     "with_rms_norms",

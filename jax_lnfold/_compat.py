@@ -54,6 +54,7 @@ __all__ = [
     "manual",
     "open_jaxpr",
     "over_shards",
+    "over_shards_and_more",
     "shape_like",
     "switch",
     "trace_like",
@@ -284,16 +285,34 @@ def over_shards(
     eqn: JaxprEqn, body: Callable[..., Sequence[Any]], operands: Sequence[Any]
 ) -> list[Any]:
     """The `shard_map` equation with another body."""
-    p = eqn.params
+    results, _ = over_shards_and_more(eqn, lambda *shards: (body(*shards), ()), operands)
+    return results
+
+
+def over_shards_and_more(
+    eqn: JaxprEqn, body: Callable[..., tuple[Sequence[Any], Any]], operands: Sequence[Any]
+) -> tuple[list[Any], Any]:
+    """The `shard_map` equation with a body that returns its results, and a tree of more arrays.
+
+    Of these the arrays of all devices come back one behind the other along their first axis.
+    """
+    p, devices = eqn.params, manual(eqn)
+    assert devices is not None
+
+    def both(*shards: Any) -> tuple[tuple[Any, ...], Any]:
+        results, more = body(*shards)
+        return tuple(results), more
+
     mapped = jax.shard_map(
-        lambda *shards: tuple(body(*shards)),
+        both,
         mesh=p["mesh"],
         in_specs=tuple(p["in_specs"]),
-        out_specs=tuple(p["out_specs"]),
+        out_specs=(tuple(p["out_specs"]), PartitionSpec(tuple(name for name, _ in devices.axes))),
         axis_names=set(p["newly_manual_axes"]),
         check_vma=p["check_vma"],
     )
-    return list(mapped(*operands))
+    results, more = mapped(*operands)
+    return list(results), more
 
 
 def is_plain_call(eqn: JaxprEqn) -> bool:

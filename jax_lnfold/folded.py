@@ -129,17 +129,20 @@ class Folded:
         self, key: Hashable, params: Any, inputs: tuple[Any, ...]
     ) -> tuple[Callable[..., Any], Any]:
         """The program for a new signature: later calls with the same one need no checks."""
-        assert self._plan is not None
-        plan = self._plan.fitted(params, whole=True)
-        check_leaves(inputs, "inputs")
-        traced = trace(self._apply_fn.function, params, inputs)
-        graph = traced.graph(self._options.see_through_dropout)
-        placement = place_again(plan, graph, self._options.explicit_cost)
+        traced, placement = self._placed_again(params, inputs)
         rewritten, _ = rewritten_program(traced, placement, self._options)
         program = jaxpr_as_fun(rewritten), traced.out_tree
         if traced.reusable:
             self._programs.put(key, program)
         return program
+
+    def _placed_again(self, params: Any, inputs: tuple[Any, ...]) -> tuple[Traced, Placement]:
+        """The program of the original function, and what the plan is in it."""
+        plan = self.plan.fitted(params, whole=True)
+        check_leaves(inputs, "inputs")
+        traced = trace(self._apply_fn.function, params, inputs)
+        graph = traced.graph(self._options.see_through_dropout)
+        return traced, place_again(plan, graph, self._options.explicit_cost)
 
     def _require_inputs(self, inputs: tuple[Any, ...]) -> None:
         """Analyse on the first call, in one thread while others wait."""
@@ -195,6 +198,15 @@ class Folded:
                 f"{name}: not known before the first call; fold was given no example inputs, so "
                 "call folded(*inputs) once, or pass inputs to fold"
             )
+
+
+def placed_again(folded: Folded, params: Any, inputs: tuple[Any, ...]) -> tuple[Traced, Placement]:
+    """The program of the function that was folded, and what the plan of the fold is in it.
+
+    Raises:
+        TreeError, TraceError, PlanMismatchError: as for `Folded.apply`.
+    """
+    return folded._placed_again(params, inputs)
 
 
 def placement_of(traced: Traced, options: Options) -> Placement:

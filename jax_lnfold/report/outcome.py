@@ -14,6 +14,7 @@ from ..program.graph import Location
 from ..rewrite.defer import Deferral
 from .events import Event
 from .norms import Insertion, Norm
+from .statistics import Statistics
 
 Programs = Callable[[], tuple[ClosedJaxpr, ClosedJaxpr]]
 """The original and the folded program."""
@@ -44,7 +45,8 @@ class Outcome:
     difference of an output that they caused on the example inputs, relative to the largest output
     (None if the inputs were shapes only). With `fold_affine`, `affine_left` are the scales that
     stay. If parameters were excluded, `unrestricted` is how many LayerNorms would fold, and how
-    many explicit centerings would be inserted, if none were.
+    many explicit centerings would be inserted, if none were. `statistics` are those of
+    `with_statistics`.
     """
 
     norms: tuple[Norm, ...]
@@ -64,6 +66,7 @@ class Outcome:
     programs: Programs | None = field(default=None, compare=False)
     unseen: dict[Location, int] = field(default_factory=dict)
     unrestricted: tuple[int, int] | None = None
+    statistics: Statistics | None = field(default=None, compare=False)
 
     @property
     def edits(self) -> tuple[CenterEdit, ...]:

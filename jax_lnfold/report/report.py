@@ -5,18 +5,19 @@ from __future__ import annotations
 import shutil
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import jax
 from rich.console import Console, RenderableType
 
-from ..errors import NotAnalysedError
+from ..errors import FoldError, NotAnalysedError
 from ..trees import first_line
 from .cost import Cost, measure
 from .outcome import Outcome
 from .picture import to_dot, to_svg
+from .statistics import Statistics
 from .summary import headline, rows, summary
 from .table import to_html, to_rich, to_text
 
@@ -56,6 +57,24 @@ class Report(Outcome):
     def __getstate__(self) -> dict[str, Any]:
         """Programs cannot be pickled; what they cost can, once it is known."""
         return {**self.__dict__, "programs": None}
+
+    def with_statistics(self, statistics: Statistics) -> Report:
+        """The report with a column of what `measure` found of the same LayerNorms.
+
+        Raises:
+            FoldError: these are no statistics, or they are of other LayerNorms.
+        """
+        if not isinstance(statistics, Statistics):
+            raise FoldError(
+                f"statistics: a {type(statistics).__name__} is not what `measure` returns; pass "
+                "jax_lnfold.measure(folded, params, *batches)"
+            )
+        if [norm.title for norm in statistics.norms] != [norm.title for norm in self.norms]:
+            raise FoldError(
+                "statistics: of other LayerNorms than those of the report; measure the function "
+                "that was folded"
+            )
+        return replace(self, statistics=statistics)
 
     def to_svg(self) -> str:
         """The zero-mean graph as a picture (SVG text): streams, writers, LayerNorms, blockers."""

@@ -13,6 +13,7 @@ from .table import Row, grouped, merged, template
 
 def rows(outcome: Outcome) -> list[Row]:
     """One row per LayerNorm, in model order, or per group of them in repeated blocks."""
+    measured = outcome.statistics.norms if outcome.statistics else [None] * len(outcome.norms)
     return grouped(
         Row(
             path=norm.title,
@@ -24,8 +25,9 @@ def rows(outcome: Outcome) -> list[Row]:
             words=(norm.reason, norm.advice),
             place=(norm.blocker.file, norm.blocker.line) if norm.blocker else None,
             runs=norm.count,
+            shares=statistics.shares if statistics else (),
         )
-        for norm in outcome.norms
+        for norm, statistics in zip(outcome.norms, measured, strict=True)
     )
 
 
@@ -110,6 +112,10 @@ def _outcome(outcome: Outcome) -> Iterable[str]:
     return [f"{', '.join((headline(outcome), *edited))}."]
 
 
+def _measured(outcome: Outcome) -> Iterable[str]:
+    return outcome.statistics.lines() if outcome.statistics else ()
+
+
 def _scales_left(outcome: Outcome) -> Iterable[str]:
     """Why scales are not taken up: a line for all that are left for the same reason."""
     for group in _alike(outcome.affine_left, lambda s: s.reason):
@@ -131,6 +137,7 @@ def _alike(
 
 SECTIONS: tuple[Section, ...] = (
     _outcome,
+    _measured,
     _insertions,
     _excluded,
     _deferred,

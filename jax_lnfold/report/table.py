@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 
+import numpy as np
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
@@ -17,6 +18,8 @@ from ..printable import printable
 NARROWEST, WIDEST = 60, 200
 _NUMBER = re.compile(r"\d+")
 TITLES = ("LayerNorm", "input", "axes", "variance", "outcome")
+SHARE = "share of mean"
+"""The title of a column that is there if it was measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,7 @@ class Row:
 
     `count` is how many there are, `runs` how often each runs in one call, `place` is the source
     line of what blocks it, and `words` are the reason and what could be changed, maybe empty.
+    `shares` are the shares of the mean that were measured before and after, as far as they were.
     """
 
     path: str
@@ -37,6 +41,12 @@ class Row:
     runs: int = 1
     count: int = 1
     approximate: bool = False
+    shares: tuple[tuple[float, ...], ...] = ()
+
+    @property
+    def share(self) -> str:
+        """The smallest and the largest share of the mean, or the only one, before and after."""
+        return " -> ".join(_span(side) for side in self.shares)
 
     @property
     def outcome(self) -> str:
@@ -55,7 +65,7 @@ def grouped(rows: Iterable[Row]) -> list[Row]:
     alike: dict[Row, list[Row]] = {}
     for row in rows:
         words = (template(row.words[0]), template(row.words[1]))
-        key = replace(row, path=template(row.path), words=words)
+        key = replace(row, path=template(row.path), words=words, shares=())
         alike.setdefault(key, []).append(row)
     return [_together(group) for group in alike.values()]
 
@@ -63,7 +73,16 @@ def grouped(rows: Iterable[Row]) -> list[Row]:
 def _together(group: Sequence[Row]) -> Row:
     reason, advice = (merged(texts) for texts in zip(*(row.words for row in group), strict=True))
     path = merged([row.path for row in group])
-    return replace(group[0], path=path, words=(reason, advice), count=len(group))
+    shares = tuple(sum(sides, ()) for sides in zip(*(row.shares for row in group), strict=True))
+    return replace(group[0], path=path, words=(reason, advice), count=len(group), shares=shares)
+
+
+def _span(numbers: tuple[float, ...]) -> str:
+    """The smallest and the largest number, NaN if one of them is."""
+    if not numbers:
+        return "not measured"
+    low, high = (f"{find(numbers):.1g}" for find in (np.min, np.max))
+    return low if low == high else f"{low} to {high}"
 
 
 def template(text: str) -> str:
@@ -97,12 +116,14 @@ def to_rich(rows: Sequence[Row], lines: Iterable[str]) -> Group:
     """The table, the reasons and some lines below it, for a rich console."""
     numbers = notes(rows)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in TITLES:
+    measured = any(row.shares for row in rows)
+    for title in (*TITLES, *[SHARE] * measured):
         table.add_column(title, overflow="fold")
     for row in rows:
         left = Text(f"left ({numbers.get(row.words)})", "yellow")
         outcome = Text(row.outcome, "green") if row.folded else left
-        table.add_row(*map(_text, (row.name, row.shape, row.axes, row.variance)), outcome)
+        cells = map(_text, (row.name, row.shape, row.axes, row.variance))
+        table.add_row(*cells, outcome, *[_text(row.share)] * measured)
     reasons = Table.grid(padding=(0, 1))
     for (reason, advice), number in numbers.items():
         text = _text(_sentence(reason)) + _text(f" {_sentence(advice)}" if advice else "", "cyan")
@@ -129,10 +150,13 @@ def to_html(rows: Sequence[Row], lines: Iterable[str]) -> str:
     The outcome stands next to the name: a narrow screen shows these two.
     """
     numbers = notes(rows)
-    head = "".join(f"<th>{title}</th>" for title in (TITLES[0], TITLES[-1], *TITLES[1:-1]))
+    measured = any(row.shares for row in rows)
+    titles = (TITLES[0], TITLES[-1], *[SHARE] * measured, *TITLES[1:-1])
+    head = "".join(f"<th>{title}</th>" for title in titles)
     body = ""
     for row in rows:
-        name, *cells = map(_html, (row.name, row.shape, row.axes, row.variance))
+        others = (*[row.share] * measured, row.shape, row.axes, row.variance)
+        name, *cells = map(_html, (row.name, *others))
         kind, outcome = "folded", row.outcome
         if not row.folded:
             kind, outcome = "left", f"left ({numbers[row.words]})"
@@ -142,7 +166,7 @@ def to_html(rows: Sequence[Row], lines: Iterable[str]) -> str:
     items = (f"<li>{_html(_sentence(r))} <em>{_html(_sentence(a))}</em></li>" for r, a in numbers)
     reasons = f"<ol>{''.join(items)}</ol>" if numbers else ""
     below = "".join(f"<p>{_html(line)}</p>" for line in lines)
-    return f'<div class="lnfold"><style>{_STYLE}</style>{table}{reasons}{below}</div>'
+    return f'<div class="lnfold"><style>{STYLE}</style>{table}{reasons}{below}</div>'
 
 
 def _html(words: str) -> str:
@@ -154,7 +178,7 @@ def _sentence(words: str) -> str:
 
 
 # The class is named three times to outrank what notebooks say of tables.
-_STYLE = """
+STYLE = """
 .lnfold table {border-collapse: collapse; font-size: 0.9em}
 .lnfold.lnfold.lnfold :is(th, td) {text-align: left; vertical-align: top;
  padding: 0.2em 1em 0.2em 0; border-bottom: 1px solid color-mix(in srgb, currentColor 25%,

@@ -146,6 +146,19 @@ def check_verify(folded: jax_lnfold.Folded) -> None:
     assert 0 < check.folded_error < 1e-5 * check.scale
 
 
+def check_measure(folded: jax_lnfold.Folded) -> None:
+    """Both processes know the means of all tokens."""
+    fn, params, x = model()
+    found = jax_lnfold.measure(folded, params, x, x)
+    alone = jax_lnfold.measure(fn, *whole((params, x)))
+    for norm, want in zip(found.norms, alone.norms, strict=True):
+        assert norm.tokens == 16 == 2 * want.tokens
+        np.testing.assert_allclose(norm.before.share, want.before.share, rtol=1e-9)
+        np.testing.assert_allclose(norm.before.maximum, want.before.maximum, rtol=1e-9)
+        assert want.before.share > 1e-3
+        assert norm.after.maximum < 1e-26
+
+
 def check_dropout() -> None:
     """An approximate fold measures what it neglects."""
     _, params, x = model()
@@ -180,6 +193,7 @@ def main() -> None:
     check_plan(folded)
     check_training(folded)
     check_verify(folded)
+    check_measure(folded)
     check_dropout()
     check_checkpoint(folded, Path(sys.argv[3]))
     print("all checked")
