@@ -52,6 +52,7 @@ def fold(
     explicit_cost: float = ...,
     approximate: Collection[str] = ...,
     fold_affine: bool = ...,
+    reduce_means: bool = ...,
     defer_scale: bool = ...,
     deferred_cost: float | None = ...,
     optimize: str | None = ...,
@@ -72,6 +73,7 @@ def fold(
     explicit_cost: float = ...,
     approximate: Collection[str] = ...,
     fold_affine: bool = ...,
+    reduce_means: bool = ...,
     defer_scale: bool = ...,
     deferred_cost: float | None = ...,
     optimize: str | None = ...,
@@ -91,6 +93,7 @@ def fold(
     explicit_cost: float = 2.0,
     approximate: Collection[str] = (),
     fold_affine: bool = False,
+    reduce_means: bool = False,
     defer_scale: bool = False,
     deferred_cost: float | None = None,
     optimize: str | None = None,
@@ -123,6 +126,9 @@ def fold(
             one (or zero, where the program adds 1 to them), the shifts zero, and both leave the
             program: gradients with respect to them are zero (theory, section 6). The report says
             why others stay.
+        reduce_means: also center what feeds a LayerNorm that keeps its mean, as far as no output
+            notices that: the last layer of a branch in post-LN, say. It saves nothing, and changes
+            no result; what remains of the mean gets smaller, which `measure` tells.
         defer_scale: let matrix products read what a norm only scales, and scale their results
             instead, ``(x * r) W = (x W) * r``, where that pays: in practice behind norms whose own
             scale and shift `fold_affine` has taken up. Results are scaled in the accumulator's
@@ -156,7 +162,14 @@ def fold(
             leaves than arrays, or an option has no such value. Nothing has been changed then.
     """
     options = check_options(
-        explicit_cost, approximate, fold_affine, defer_scale, deferred_cost, optimize, exclude
+        explicit_cost,
+        approximate,
+        fold_affine,
+        defer_scale,
+        deferred_cost,
+        optimize,
+        exclude,
+        reduce_means,
     )
     check_donate(donate)
     _check_follow(plan, center)
@@ -211,6 +224,7 @@ def analyze(
     explicit_cost: float = 2.0,
     approximate: Collection[str] = (),
     fold_affine: bool = False,
+    reduce_means: bool = False,
     defer_scale: bool = False,
     deferred_cost: float | None = None,
     optimize: str | None = None,
@@ -226,7 +240,14 @@ def analyze(
         FoldError: as for `fold`, or the inputs that `apply_fn` needs are missing.
     """
     options = check_options(
-        explicit_cost, approximate, fold_affine, defer_scale, deferred_cost, optimize, exclude
+        explicit_cost,
+        approximate,
+        fold_affine,
+        defer_scale,
+        deferred_cost,
+        optimize,
+        exclude,
+        reduce_means,
     )
     traced, placement = _analysis(apply_fn, params, inputs, keywords, options, weights)
     check_excluded(exclude, traced.leaves)
@@ -242,6 +263,7 @@ def plan_fold(
     explicit_cost: float = 2.0,
     approximate: Collection[str] = (),
     fold_affine: bool = False,
+    reduce_means: bool = False,
     optimize: str | None = None,
     exclude: Collection[str] | Callable[[str], bool] = (),
     weights: Mapping[str, float] | None = None,
@@ -253,7 +275,12 @@ def plan_fold(
         FoldError: as for `fold`, or the inputs that `apply_fn` needs are missing.
     """
     options = check_options(
-        explicit_cost, approximate, fold_affine, optimize=optimize, exclude=exclude
+        explicit_cost,
+        approximate,
+        fold_affine,
+        optimize=optimize,
+        exclude=exclude,
+        reduce_means=reduce_means,
     )
     traced, placement = _analysis(apply_fn, params, inputs, keywords, options, weights)
     check_excluded(exclude, traced.leaves)

@@ -30,6 +30,7 @@ class Options:
 
     `deferred_cost` is None if nothing is deferred, `excludes` if no key path is excluded. With
     `only_leaves` the program stays as it is: LayerNorms fold if edited parameters alone allow it.
+    With `reduce_means` parameters are centered for LayerNorms that keep their mean, too.
     """
 
     explicit_cost: float
@@ -38,6 +39,7 @@ class Options:
     deferred_cost: float | None
     excludes: Callable[[str], bool] | None = None
     only_leaves: bool = False
+    reduce_means: bool = False
 
 
 def check_options(
@@ -48,12 +50,14 @@ def check_options(
     deferred_cost: Any = None,
     optimize: Any = None,
     exclude: Any = (),
+    reduce_means: Any = False,
 ) -> Options:
     """The options; raises a `FoldError` unless they have a meaning."""
     cost = _positive(explicit_cost)
     approximations = _approximations(approximate)
     _require_bool("fold_affine", fold_affine)
     _require_bool("defer_scale", defer_scale)
+    _require_bool("reduce_means", reduce_means)
     platform = _platform(optimize)
     deferred = _deferred_cost(deferred_cost, platform or jax.default_backend())
     preset = PRESETS.get(platform, frozenset())
@@ -63,6 +67,7 @@ def check_options(
         bool(fold_affine) or "fold_affine" in preset,
         deferred if defer_scale or "defer_scale" in preset else None,
         _excluding(exclude),
+        reduce_means=bool(reduce_means),
     )
 
 

@@ -6,6 +6,7 @@ LayerNorms that keep their own mean against the centerings that would make it va
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -64,14 +65,19 @@ class Placement:
         return self.facts.graph
 
 
-def place(graph: Graph, explicit_cost: float = 2.0) -> Placement:
-    """The cheapest centerings for a program, with the fewest scales merged that they need."""
+def place(graph: Graph, explicit_cost: float = 2.0, reduce_means: bool = False) -> Placement:
+    """The cheapest centerings for a program, with the fewest scales merged that they need.
+
+    With `reduce_means`, leaves that feed LayerNorms which keep their mean are centered, too.
+    """
     merges = find_merges(graph)
-    placement = place_within(Facts(graph, frozenset(merges)), merges, explicit_cost)
+    facts = Facts(graph, frozenset(merges))
+    placement = place_within(facts, merges, explicit_cost, reduce_means=reduce_means)
     needed = {v: m for v, m in merges.items() if _is_needed(m, placement)}
     if len(needed) == len(merges):
         return placement
-    fewer = place_within(Facts(graph, frozenset(needed)), needed, explicit_cost)
+    facts = Facts(graph, frozenset(needed))
+    fewer = place_within(facts, needed, explicit_cost, reduce_means=reduce_means)
     return fewer if fewer.folded == placement.folded else placement
 
 
@@ -86,6 +92,7 @@ def place_within(
     merges: Mapping[int, ScaleEdit],
     explicit_cost: float,
     fixed: Mapping[int, tuple[AxisSet, ...]] | None = None,
+    reduce_means: bool = False,
 ) -> Placement:
     """The cheapest centerings once `merges` (scale value -> merge) are made.
 
@@ -98,6 +105,9 @@ def place_within(
     search.explore((n.x, n.along) for n in norms.found)
     zero = _cut(search, norms.found)
     folded = tuple(search.resolve((n.x, n.along)) in zero for n in norms.found)
+    if reduce_means:
+        kept = ((n.x, n.along) for n, done in zip(norms.found, folded, strict=True) if not done)
+        zero |= dict.fromkeys(_feeding(search, kept, zero))
     explicit = _by_value(c for c in zero if _is_inserted(search, c, zero))
     edits = _by_value(c for c in zero if search.nodes[c].edit)
     left = {
@@ -144,6 +154,26 @@ def _cut(search: ZeroMeanGraph, norms: Iterable[LayerNorm]) -> dict[Claim, None]
             cut.implies(by_operands, search.resolve(needed))
     _, yes = cut.solve()
     return {claim: None for claim in search.nodes if claim in yes}  # in the order of discovery
+
+
+def _feeding(search: ZeroMeanGraph, roots: Iterable[Claim], zero: Container[Claim]) -> list[Claim]:
+    """Leaves that write into the mean of some values, and may be centered.
+
+    All of them may be at once: conflicts are barred in the search, and what no output notices
+    whatever the other parameters are, none notices after other edits.
+    """
+    todo, seen = deque(map(search.resolve, roots)), set[Claim]()
+    found = []
+    while todo:
+        claim = todo.popleft()
+        node = search.nodes[claim]
+        if claim in seen or claim in zero or node.is_zero:
+            continue
+        seen.add(claim)
+        if node.edit and claim[0] in search.facts.graph.leaves:
+            found.append(claim)
+        todo += map(search.resolve, node.needs or ())
+    return found
 
 
 def _is_inserted(search: ZeroMeanGraph, claim: Claim, zero: Container[Claim]) -> bool:

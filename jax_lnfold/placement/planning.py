@@ -44,7 +44,7 @@ FINDERS: dict[str, Finder] = {"affine": Finder(with_affine, check_affine)}
 
 def place_all(graph: Graph, options: Options) -> Placement:
     """The cheapest centerings for a program, and all other edits that the options ask for."""
-    placement = place(graph, options.explicit_cost)
+    placement = place(graph, options.explicit_cost, options.reduce_means)
     for finder in FINDERS.values():
         placement = finder.find(placement, options)
     return placement

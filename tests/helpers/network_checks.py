@@ -27,6 +27,8 @@ MODES: dict[str, dict[str, Any]] = {
     "fold_affine": {"fold_affine": True},
     "defer_scale": {"defer_scale": True},
     "defer_all": {"defer_scale": True, "deferred_cost": 0.0},
+    "reduce_means": {"reduce_means": True},
+    "reduce_and_affine": {"reduce_means": True, "fold_affine": True},
     "both": {"fold_affine": True, "defer_scale": True, "deferred_cost": 0.0},
 }
 ALONE = 2

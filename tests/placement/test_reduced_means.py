@@ -1,0 +1,190 @@
+"""What feeds a LayerNorm that keeps its mean is centered on request, where nobody notices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_lnfold
+from jax_lnfold import FoldError, FoldPlan, PlanMismatchError, measure
+from tests.helpers.contracts import check_contracts, fold_checked
+from tests.models.zoo import BY_NAME
+
+RNG = np.random.default_rng(0)
+D, HIDDEN = 6, 7
+
+
+def draw(*shape: int) -> jax.Array:
+    return jnp.asarray(RNG.standard_normal(shape) / 2 + 0.1)
+
+
+def norm(p: Any, x: jax.Array) -> jax.Array:
+    c = x - x.mean(-1, keepdims=True)
+    return p["g"] * c / jnp.sqrt(jnp.square(c).mean(-1, keepdims=True) + 1e-3) + p["s"]
+
+
+def block() -> dict[str, Any]:
+    return {
+        "in": draw(D, HIDDEN),
+        "out": draw(HIDDEN, D),
+        "bias": draw(D),
+        "g": 1 + draw(D) / 4,
+        "s": draw(D),
+    }
+
+
+def branch(p: Any, x: jax.Array) -> jax.Array:
+    return jnp.sin(x @ p["in"]) @ p["out"] + p["bias"]
+
+
+def post_ln(params: Any, x: jax.Array) -> jax.Array:
+    for p in params:
+        x = norm(p, x + branch(p, x))
+    return x
+
+
+def edited(plan: FoldPlan) -> set[str]:
+    return {edit.key_path for edit in plan.edits}
+
+
+PARAMS, X = [block(), block()], draw(3, 4, D)
+WRITERS = {"0/out", "0/bias", "1/out", "1/bias"}
+
+
+def test_the_last_layers_of_branches_are_centered() -> None:
+    """The stream itself, made by the scale before, cannot be; contract 2 holds all the same."""
+    folded = fold_checked(post_ln, PARAMS, X, reduce_means=True)
+    assert edited(folded.plan) == WRITERS
+    assert folded.report.n_folded == folded.report.n_inserted == 0
+    assert edited(jax_lnfold.fold(post_ln, PARAMS, X).plan) == set()
+    first, second = measure(folded, PARAMS, X).norms
+    for each in (first, second):
+        assert each.before is not None
+        assert each.after is not None
+        assert each.after.share < 0.9 * each.before.share
+    assert folded.plan.is_centered(folded.params)
+
+
+def test_nothing_remains_of_the_second_mean_if_the_scale_is_uniform() -> None:
+    """Then all there is to the stream's mean is that of the shift."""
+    params = [block(), block()]
+    params[0] |= {"g": jnp.full(D, 1.25), "s": params[0]["s"] - params[0]["s"].mean()}
+    folded = fold_checked(post_ln, params, X, reduce_means=True)
+    second = measure(folded, params, X).norms[1]
+    assert second.after.maximum < 1e-28 < 1e-5 < second.before.share
+
+
+def test_plans_are_followed_elsewhere() -> None:
+    """The file is as ever; another function that notices is refused."""
+    plan = jax_lnfold.plan_fold(post_ln, PARAMS, X, reduce_means=True)
+    assert plan.version == 2
+    assert FoldPlan.from_json(plan.to_json()) == plan
+    followed = jax_lnfold.fold(post_ln, PARAMS, X[0], plan=plan, center=True)
+    check_contracts(post_ln, PARAMS, followed, X)
+    report = jax_lnfold.analyze(post_ln, PARAMS, X, reduce_means=True)
+    assert edited(report.plan) == WRITERS
+    with pytest.raises(PlanMismatchError):
+        jax_lnfold.fold(lambda p, x: x + branch(p[0], x), PARAMS, X, plan=plan, center=True)
+
+
+def returns_branch(params: Any, x: jax.Array) -> Any:
+    y = branch(params[0], x)
+    return norm(params[0], x + y), y
+
+
+def reads_stream(params: Any, x: jax.Array) -> jax.Array:
+    h = x + branch(params[0], x)
+    return norm(params[0], h) + h @ params[1]["in"][:, :D]
+
+
+def shares_kernel(params: Any, x: jax.Array) -> jax.Array:
+    p = params[0]
+    x = norm(p, x + branch(p, x))
+    return norm(params[1], x + branch(params[1], x)) + jnp.sin(x @ p["in"]) @ p["out"]
+
+
+def gated(params: Any, x: jax.Array) -> jax.Array:
+    p = params[0]
+    return norm(p, x + jnp.sin(x) * branch(p, x))
+
+
+def over_tokens(params: Any, x: jax.Array) -> jax.Array:
+    """Two tokens are normalised together: a shift of each is noticed, one of both is not."""
+    p = params[0]
+    h = (x + branch(p, x)).reshape(3, 2, 2 * D)
+    c = h - h.mean(-1, keepdims=True)
+    return c / jnp.sqrt(jnp.square(c).mean(-1, keepdims=True) + 1e-3)
+
+
+NEAR: dict[str, tuple[Callable[..., Any], set[str]]] = {
+    "returned": (returns_branch, set()),
+    "read besides": (reads_stream, set()),
+    "used besides": (shares_kernel, {"0/bias", "1/out", "1/bias"}),
+    "gated": (gated, set()),
+    "over tokens": (over_tokens, {"0/bias"}),
+}
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_what_somebody_notices_stays(name: str) -> None:
+    fn, wanted = NEAR[name]
+    folded = fold_checked(fn, PARAMS, X, reduce_means=True)
+    assert edited(folded.plan) == wanted
+
+
+def test_excluded_parameters_stay() -> None:
+    folded = fold_checked(post_ln, PARAMS, X, reduce_means=True, exclude={"0/out"})
+    assert edited(folded.plan) == WRITERS - {"0/out"}
+
+
+def test_layers_of_a_loop() -> None:
+    """Stacked parameters are centered layer by layer, and the mean falls in each."""
+    stack = jax.tree.map(lambda *x: jnp.stack(x), *[block() for _ in range(3)])
+
+    def fn(params: Any, x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, p: (norm(p, x + branch(p, x)), None), x, params)[0]
+
+    folded = fold_checked(fn, stack, X, reduce_means=True)
+    assert edited(folded.plan) == {"out", "bias"}
+    (only,) = measure(folded, stack, X).norms
+    assert only.before.share.shape == (3,)
+    assert (only.after.share < only.before.share).all()
+
+
+@pytest.mark.parametrize("name", ["bert", "bart", "mixer_wide", "convnext", "swin_v2", "dit"])
+def test_models(name: str) -> None:
+    """The same LayerNorms fold, and the same function is computed, at two shapes."""
+    model = BY_NAME[name].build()
+    apply_fn = jax.jit(model.apply_fn)
+    plain = jax_lnfold.fold(apply_fn, model.params, *model.inputs)
+    folded = jax_lnfold.fold(apply_fn, model.params, *model.inputs, reduce_means=True)
+    for inputs in (model.inputs, model.other_inputs):
+        check_contracts(apply_fn, model.params, folded, *inputs)
+    assert [n.folded for n in folded.report.norms] == [n.folded for n in plain.report.norms]
+    assert folded.report.insertions == plain.report.insertions
+    assert {*plain.plan.edits} <= {*folded.plan.edits}
+    if name in ("bert", "bart", "mixer_wide", "dit"):
+        norms = measure(folded, model.params, model.inputs).norms
+        assert all(n.after.share < n.before.share for n in norms)
+    if name in ("bert", "bart", "mixer_wide"):
+        assert len(folded.plan.edits) > len(plain.plan.edits)
+
+
+@pytest.mark.parametrize("name", ["vit", "gpt2", "qk_norm_stacked"])
+def test_where_all_fold_there_is_nothing_left_to_do(name: str) -> None:
+    model = BY_NAME[name].build()
+    plans = [
+        jax_lnfold.plan_fold(model.apply_fn, model.params, *model.inputs, reduce_means=asked)
+        for asked in (False, True)
+    ]
+    assert plans[0] == plans[1]
+
+
+def test_bad_option() -> None:
+    with pytest.raises(FoldError, match="reduce_means: 1 is not a bool"):
+        jax_lnfold.fold(post_ln, PARAMS, X, reduce_means=1)
