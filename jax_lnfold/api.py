@@ -128,7 +128,8 @@ def fold(
             why others stay.
         reduce_means: also center what feeds a LayerNorm that keeps its mean, as far as no output
             notices that: the last layer of a branch in post-LN, say. It saves nothing, and changes
-            no result; what remains of the mean gets smaller, which `measure` tells.
+            no result; as a rule less of a mean remains, which `measure` tells. A LayerNorm that
+            keeps its mean computes it as before.
         defer_scale: let matrix products read what a norm only scales, and scale their results
             instead, ``(x * r) W = (x W) * r``, where that pays: in practice behind norms whose own
             scale and shift `fold_affine` has taken up. Results are scaled in the accumulator's
