@@ -206,6 +206,7 @@ def test_cost_of_a_model_whose_only_work_is_its_norm() -> None:
 
 
 def test_large_programs_are_not_compiled_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # no line is broken
     report = tower_report(2)
     for limit, backend in ((report.n_operations - 1, "cpu"), (10**9, "gpu")):
         monkeypatch.setattr("jax_lnfold.report.report.COSTED_WHEN_SHOWN", limit)
