@@ -18,6 +18,7 @@ from .plan.plan import FoldPlan
 from .report.report import Report
 from .report.statistics import MeanShare, NormStatistics, Statistics
 from .training import CenterState, center_gradients, center_updates
+from .untied import Untied
 from .verification import Verification, verify
 
 __version__ = "0.1.0"
@@ -39,6 +40,7 @@ __all__ = [
     "Statistics",
     "TraceError",
     "TreeError",
+    "Untied",
     "Verification",
     "analyze",
     "center_gradients",

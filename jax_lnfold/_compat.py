@@ -55,6 +55,7 @@ __all__ = [
     "open_jaxpr",
     "over_shards",
     "over_shards_and_more",
+    "params_of_more",
     "shape_like",
     "switch",
     "trace_like",
@@ -209,6 +210,34 @@ def with_call_jaxpr(eqn: JaxprEqn, body: ClosedJaxpr) -> dict[str, Any]:
     name = _CALLS[eqn.primitive.name]
     closed = isinstance(eqn.params[name], ClosedJaxpr)
     return {**eqn.params, name: body if closed else open_jaxpr(body)}
+
+
+def params_of_more(eqn: JaxprEqn, positions: Sequence[int]) -> dict[str, Any] | None:
+    """The parameters of a call, loop or conditional with more operands, but for its bodies.
+
+    The new ones are like those at `positions` and the last of a call or conditional, the last
+    that the body of a loop takes unchanged. None if not known how.
+    """
+    p, name, more = dict(eqn.params), eqn.primitive.name, len(positions)
+    if name in ("jit", "pjit"):
+        for each in ("in_shardings", "in_layouts"):
+            p[each] = (*p[each], *(p[each][i] for i in positions))
+        p["donated_invars"] = (*p["donated_invars"], *[False] * more)
+    elif name == "shard_map":
+        p["in_specs"] = (*p["in_specs"], *(p["in_specs"][i] for i in positions))
+    elif name == "while":
+        p["body_nconsts"] += more
+    elif name == "scan" and "ft_in" in p:
+        consts, *rest = p["ft_in"].unpack()
+        if len(consts.elts) != len(list(consts.vals)):
+            return None
+        consts = type(consts)(*consts.elts, *(consts.elts[i] for i in positions))
+        p["ft_in"] = type(p["ft_in"])(consts, *rest)
+    elif name == "scan":
+        p["num_consts"] += more
+    elif name in ("remat2", "checkpoint") and not isinstance(p["prevent_cse"], bool):
+        return None
+    return p
 
 
 _SETTINGS = (

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from .errors import FoldError, TreeError
-from .folded import Folded, is_abstract, placement_of, rewritten_program
+from .folded import Folded, analysed, is_abstract, rewritten_program
 from .folded_functions import (
     FoldedFunctions,
     are_functions,
@@ -59,6 +59,7 @@ def fold(
     plan: FoldPlan | None = ...,
     center: bool = ...,
     exclude: Collection[str] | Callable[[str], bool] = ...,
+    untie: bool = ...,
     weights: Mapping[str, float] | None = ...,
     **keywords: Any,
 ) -> Folded: ...
@@ -80,6 +81,7 @@ def fold(
     plan: FoldPlan | None = ...,
     center: bool = ...,
     exclude: Collection[str] | Callable[[str], bool] = ...,
+    untie: bool = ...,
     weights: Mapping[str, float] | None = ...,
     **keywords: Any,
 ) -> FoldedFunctions: ...
@@ -100,6 +102,7 @@ def fold(
     plan: FoldPlan | None = None,
     center: bool = False,
     exclude: Collection[str] | Callable[[str], bool] = (),
+    untie: bool = False,
     weights: Mapping[str, float] | None = None,
     **keywords: Any,
 ) -> Folded | FoldedFunctions | FoldedModel:
@@ -148,6 +151,11 @@ def fold(
         exclude: key paths of parameters that must stay as they are (a shared table, a frozen base),
             or a function that says so of a key path. The best among the rest is found; the report
             says what would be without.
+        untie: let lookups read a centered copy of a table that something else reads, too (a tied
+            head), where that saves an explicit centering or lets more LayerNorms fold. `params` of
+            the result is then an `Untied` tree: the original's part of it, which the original
+            function takes, and the copies. The report says which leaves and how many bytes. Not
+            for models that hold their parameters.
         weights: with several functions, how often each of them runs, by name; by default alike.
             The report counts them. The plan does not depend on them: an edit costs no function
             anything, and what is paid for, each function pays for itself.
@@ -171,6 +179,7 @@ def fold(
         optimize,
         exclude,
         reduce_means,
+        untie,
     )
     check_donate(donate)
     _check_follow(plan, center)
@@ -178,6 +187,7 @@ def fold(
         raise FoldError("exclude: a plan is followed as it is; leave one of both out")
     wanted = _Wanted(options, bool(donate), plan, bool(center), exclude, weights)
     apply_fn, model = apply_of(apply_fn), taken_apart(apply_fn, params, example_inputs)
+    _check_untie(options, model, plan)
     if model is not None:
         return model.folded(_fold(model.functions, model.params, model.inputs, keywords, wanted))
     return _fold(apply_fn, params, example_inputs, keywords, wanted)
@@ -205,8 +215,7 @@ def _fold(
     _check_given(apply_fn, params, example_inputs)
     found = check_leaves(params, "params", abstract=plan is not None and not center)
     check_excluded(exclude, (path for path, _ in found))
-    if plan is not None and not center:
-        _check_centered(plan, params)
+    params = params if plan is None else _followed(plan, params, center)
     if isinstance(apply_fn, Mapping):
         inputs = _inputs_of_each(apply_fn, example_inputs, keywords, "example_inputs")
         return fold_together(apply_fn, params, inputs, donate, options, weights, plan, center)
@@ -230,6 +239,7 @@ def analyze(
     deferred_cost: float | None = None,
     optimize: str | None = None,
     exclude: Collection[str] | Callable[[str], bool] = (),
+    untie: bool = False,
     weights: Mapping[str, float] | None = None,
     **keywords: Any,
 ) -> Report:
@@ -249,9 +259,9 @@ def analyze(
         optimize,
         exclude,
         reduce_means,
+        untie,
     )
-    traced, placement = _analysis(apply_fn, params, inputs, keywords, options, weights)
-    check_excluded(exclude, traced.leaves)
+    traced, placement = _analysis(apply_fn, params, inputs, keywords, options, weights, exclude)
     rewritten, deferred = rewritten_program(traced, placement, options)
     programs = (lambda: (traced.closed, rewritten)) if traced.reusable else None
     return make_report(placement, make_plan(placement), deferred, programs)
@@ -267,6 +277,7 @@ def plan_fold(
     reduce_means: bool = False,
     optimize: str | None = None,
     exclude: Collection[str] | Callable[[str], bool] = (),
+    untie: bool = False,
     weights: Mapping[str, float] | None = None,
     **keywords: Any,
 ) -> FoldPlan:
@@ -282,9 +293,9 @@ def plan_fold(
         optimize=optimize,
         exclude=exclude,
         reduce_means=reduce_means,
+        untie=untie,
     )
-    traced, placement = _analysis(apply_fn, params, inputs, keywords, options, weights)
-    check_excluded(exclude, traced.leaves)
+    _, placement = _analysis(apply_fn, params, inputs, keywords, options, weights, exclude)
     return make_plan(placement)
 
 
@@ -295,8 +306,10 @@ def _analysis(
     keywords: Mapping[str, Any],
     options: Options,
     weights: Any,
+    exclude: Any,
 ) -> tuple[Traced, Placement]:
     apply_fn, model = apply_of(apply_fn), taken_apart(apply_fn, params, inputs)
+    _check_untie(options, model, None)
     if model is not None:
         apply_fn, params, inputs = model.functions, model.params, model.inputs
     _check_given(apply_fn, params, inputs)
@@ -309,7 +322,18 @@ def _analysis(
         inputs = with_keywords(inputs, keywords)
         check_leaves(inputs, "inputs", abstract=True)
         traced = trace(apply_fn, params, inputs)
-    return traced, placement_of(traced, options)
+    check_excluded(exclude, traced.leaves)
+    return analysed(traced, options)
+
+
+def _check_untie(options: Options, model: Any, plan: FoldPlan | None) -> None:
+    if model is not None and (options.untie or (plan is not None and plan.untied)):
+        raise FoldError(
+            "untie: a model that holds its parameters has no place for a copy; fold a function of "
+            "its parameters, such as lambda params, x: nnx.merge(graphdef, params)(x)"
+        )
+    if options.untie and plan is not None:
+        raise FoldError("untie: a plan is followed with the copies it has; leave one of both out")
 
 
 def _inputs_of_each(
@@ -356,8 +380,13 @@ def _check_follow(plan: Any, center: Any) -> None:
         raise FoldError("center: there is no plan to center with; pass plan=, or leave it out")
 
 
-def _check_centered(plan: FoldPlan, params: Any) -> None:
-    """The leaves are as the plan leaves them, as far as they have values."""
+def _followed(plan: FoldPlan, params: Any, center: Any) -> Any:
+    """The tree to fold: with the copies that the plan edits, or else as the plan leaves it.
+
+    Of leaves without values it is not asked how they are.
+    """
+    if center:
+        return plan.extend(params)
     if any(map(is_abstract, jax.tree.leaves(params))):
         plan.fitted(params, abstract=True)
     elif (path := plan.not_centered(params)) is not None:
@@ -365,6 +394,7 @@ def _check_centered(plan: FoldPlan, params: Any) -> None:
             f"params: leaf {path!r} is not centered as the plan says; pass center=True to edit it, "
             "or plan.center(params)"
         )
+    return params
 
 
 def _check_given(apply_fn: Any, params: Any, inputs: tuple[Any, ...]) -> None:

@@ -15,16 +15,18 @@ from .errors import FoldError, NotAnalysedError
 from .options import Options
 from .output_differences import float_outputs, largest, largest_difference
 from .placement.place import Placement
-from .placement.planning import follow, make_plan, place_again, place_all
+from .placement.planning import follow, make_plan, place_again, placement_of
+from .placement.untying import place_untied
 from .plan.plan import FoldPlan
 from .program.calls import with_keywords
-from .program.tracing import Traced, signature, trace
+from .program.tracing import Traced, signature, trace, trace_untied
 from .program_cache import ApplyFn, FreshLock, Programs
 from .report.build import make_report
 from .report.report import Report
 from .rewrite.defer import Deferral, defer_scales
 from .rewrite.fold import rewrite
 from .trees import check_devices, check_leaves
+from .untied import without_sharing
 
 
 class Folded:
@@ -53,7 +55,10 @@ class Folded:
 
     @property
     def params(self) -> Any:
-        """The edited tree: structure, shapes, dtypes and shardings of the original."""
+        """The edited tree: structure, shapes, dtypes and shardings of the original.
+
+        With leaves untied, it is an `Untied` whose `params` is that tree.
+        """
         self._require_analysis("params")
         return self._params
 
@@ -140,7 +145,7 @@ class Folded:
         """The program of the original function, and what the plan is in it."""
         plan = self.plan.fitted(params, whole=True)
         check_leaves(inputs, "inputs")
-        traced = trace(self._apply_fn.function, params, inputs)
+        traced = tracing(plan)(self._apply_fn.function, params, inputs)
         graph = traced.graph(self._options.see_through_dropout)
         return traced, place_again(plan, graph, self._options.explicit_cost)
 
@@ -156,16 +161,17 @@ class Folded:
         """Find, or prove, the plan and edit the parameters as it says."""
         plan, finish = self._look(inputs)
         with jax.ensure_compile_time_eval():  # a first call may be traced: the edit is not
-            edited = plan.center(self._given, donate=self._donate) if self._edits else self._given
-        finish(edited)
+            params = edited(plan, self._given, self._donate) if self._edits else self._given
+        finish(params)
 
     def _look(self, inputs: tuple[Any, ...]) -> tuple[FoldPlan, Callable[[Any], None]]:
         """The plan, and what there is to do once the parameters are edited."""
         params = self._given
-        traced = trace(self._apply_fn.function, params, inputs)
+        traced = tracing(self._followed)(self._apply_fn.function, params, inputs)
         if self._followed is None:
-            placement = placement_of(traced, self._options)
+            traced, placement = analysed(traced, self._options)
             plan = make_plan(placement)
+            params = plan.extend(params)
         else:
             plan = self._followed.fitted(params, whole=True, abstract=not self._edits)
             graph = traced.graph(self._options.see_through_dropout)
@@ -209,15 +215,21 @@ def placed_again(folded: Folded, params: Any, inputs: tuple[Any, ...]) -> tuple[
     return folded._placed_again(params, inputs)
 
 
-def placement_of(traced: Traced, options: Options) -> Placement:
-    """Where the program is centered, and what is merged."""
-    graph = traced.graph(options.see_through_dropout)
-    graph.only_leaves = options.only_leaves
-    placement = place_all(graph, options)
-    if options.excludes is None:
-        return placement
-    graph.excluded = frozenset(v for v, path in graph.leaves.items() if options.excludes(path))
-    return replace(place_all(graph, options), unrestricted=placement)
+def tracing(plan: FoldPlan | None) -> Callable[..., Traced]:
+    """How a function is traced with the tree of a plan that is there already."""
+    return trace_untied if plan is not None and plan.untied else trace
+
+
+def analysed(traced: Traced, options: Options) -> tuple[Traced, Placement]:
+    """The placement, and the program that it is of: with `untie`, that of a tree with copies."""
+    if options.untie:
+        return place_untied(traced, options)
+    return traced, placement_of(traced, options)
+
+
+def edited(plan: FoldPlan, params: Any, donate: bool) -> Any:
+    """The tree that a fold returns: edited, with memory of its own for every copy."""
+    return without_sharing(plan.center(plan.extend(params), donate=donate))
 
 
 def rewritten_program(

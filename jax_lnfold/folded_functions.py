@@ -7,12 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from .errors import FoldError, TraceError
-from .folded import Folded, placement_of
+from .folded import Folded, analysed, edited, tracing
 from .options import Options
 from .placement.planning import follow, make_plan
 from .plan.plan import FoldPlan
 from .program.joint import joined, whole_weights
-from .program.tracing import Traced, trace
+from .program.tracing import Traced
 from .report.build import make_report
 from .report.report import Report
 from .rewrite.fold import rewrite
@@ -55,16 +55,22 @@ def trace_together(
     params: Any,
     inputs: Mapping[str, tuple[Any, ...]],
     weights: Any,
+    plan: FoldPlan | None = None,
 ) -> Traced:
-    """The program that runs all of these functions, each as often as its weight says."""
+    """The program that runs all of these functions, each as often as its weight says.
+
+    With a plan, `params` is the tree that it is for.
+    """
     runs = whole_weights(weights, [*functions])
-    traced = {name: _traced(name, fn, params, inputs[name]) for name, fn in functions.items()}
+    traced = {name: _traced(name, fn, params, inputs[name], plan) for name, fn in functions.items()}
     return joined(traced, runs)
 
 
-def _traced(name: str, fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]) -> Traced:
+def _traced(
+    name: str, fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...], plan: FoldPlan | None
+) -> Traced:
     try:
-        return trace(fn, params, inputs)
+        return tracing(plan)(fn, params, inputs)
     except TraceError as error:
         raise TraceError(
             f"apply_fn[{name!r}]: {str(error).removeprefix('apply_fn: ')}. Every function is given "
@@ -83,10 +89,11 @@ def fold_together(
     center: bool,
 ) -> FoldedFunctions:
     """One plan for all of these functions, proved for all of them before any edit."""
-    joint = trace_together(functions, params, inputs, weights)
+    joint = trace_together(functions, params, inputs, weights, plan)
     if plan is None:
-        placement, center = placement_of(joint, options), True
+        (joint, placement), center = analysed(joint, options), True
         plan = make_plan(placement)
+        params = plan.extend(params)
     else:
         plan = plan.fitted(params, whole=True, abstract=not center)
         graph = joint.graph(options.see_through_dropout)
@@ -98,9 +105,9 @@ def fold_together(
     }
     # Each is looked at, and what is approximate run, before the edit: then `params` may be donated.
     finish = [each._look(inputs[name])[1] for name, each in folded.items()]
-    edited = plan.center(params, donate=donate) if center else params
+    params = edited(plan, params, donate) if center else params
     for finished in finish:
-        finished(edited)
+        finished(params)
     measured = [d for each in folded.values() if (d := each.report.deviation) is not None]
     report = replace(report, deviation=max(measured, default=None))
     return FoldedFunctions(folded, plan, report)

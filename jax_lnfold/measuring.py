@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ._compat import consts_of, is_tracer
 from .errors import FoldError
-from .folded import Folded, placed_again, placement_of
+from .folded import Folded, placed_again
 from .folded_functions import FoldedFunctions
 from .measurement.shares import Sums, merged
 from .measurement.watched import Watched
@@ -19,6 +19,7 @@ from .models.folded_model import MISSING, FoldedModel, taken_apart
 from .models.linen_modules import apply_of
 from .options import check_options
 from .placement.place import Placement
+from .placement.planning import placement_of
 from .program.calls import with_keywords
 from .program.tracing import Traced, signature, trace
 from .report.names import names_of
@@ -70,6 +71,7 @@ def measure(fn: Any, params: Any = MISSING, *batches: Any, **keywords: Any) -> S
         traced = trace(function, params, inputs[0])
         placement = placement_of(traced, check_options(2.0, (), False))
     else:
+        params = folded.plan.extend(params)
         traced, placement = placed_again(folded, params, inputs[0])
     sides = [(Watched(traced.closed, placement, False), params)]
     if folded is not None:

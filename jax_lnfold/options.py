@@ -31,6 +31,7 @@ class Options:
     `deferred_cost` is None if nothing is deferred, `excludes` if no key path is excluded. With
     `only_leaves` the program stays as it is: LayerNorms fold if edited parameters alone allow it.
     With `reduce_means` parameters are centered for LayerNorms that keep their mean, too.
+    With `untie`, lookups may read copies of leaves.
     """
 
     explicit_cost: float
@@ -40,6 +41,7 @@ class Options:
     excludes: Callable[[str], bool] | None = None
     only_leaves: bool = False
     reduce_means: bool = False
+    untie: bool = False
 
 
 def check_options(
@@ -51,6 +53,7 @@ def check_options(
     optimize: Any = None,
     exclude: Any = (),
     reduce_means: Any = False,
+    untie: Any = False,
 ) -> Options:
     """The options; raises a `FoldError` unless they have a meaning."""
     cost = _positive(explicit_cost)
@@ -58,6 +61,7 @@ def check_options(
     _require_bool("fold_affine", fold_affine)
     _require_bool("defer_scale", defer_scale)
     _require_bool("reduce_means", reduce_means)
+    _require_bool("untie", untie)
     platform = _platform(optimize)
     deferred = _deferred_cost(deferred_cost, platform or jax.default_backend())
     preset = PRESETS.get(platform, frozenset())
@@ -68,6 +72,7 @@ def check_options(
         deferred if defer_scale or "defer_scale" in preset else None,
         _excluding(exclude),
         reduce_means=bool(reduce_means),
+        untie=bool(untie),
     )
 
 

@@ -17,6 +17,7 @@ PACKAGE = Path(jax_lnfold.__file__).parent
 FLOORS = [
     {"errors", "_compat", "axes", "printable"},
     {"centering", "options", "output_differences", "trees"},
+    {"untied"},
     {"plan", "program"},
     {"checkpoints", "rules", "training"},
     {"analysis"},

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import Bug, FoldError
-from ..folded import placement_of
 from ..options import Options, check_excluded, check_options
 from ..placement.place import Placement
-from ..placement.planning import make_plan
+from ..placement.planning import make_plan, placement_of
 from ..plan.file import LeafSpec
 from ..plan.plan import FoldPlan
 from ..program.calls import with_keywords

@@ -35,8 +35,8 @@ class Placement:
     instead, `zero` lists what is zero-mean at run time once the centerings are made. The positions
     in `approximate` are of folded norms that rest on a dropout taken for the identity. Edits that
     serve no LayerNorm are in `found`, by the section of a plan; `affine_left` says of scales, by
-    key path, why no linear layer behind them takes them up. If leaves are excluded, `unrestricted`
-    is the placement without that.
+    key path, why no linear layer behind them takes them up; `tied` says of leaves why they are not
+    untied by a copy. If leaves are excluded, `unrestricted` is the placement without that.
     """
 
     search: ZeroMeanGraph
@@ -53,6 +53,7 @@ class Placement:
     found: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     affine_left: dict[str, str] = field(default_factory=dict)
     unrestricted: Placement | None = None
+    tied: dict[str, str] = field(default_factory=dict)
 
     @property
     def facts(self) -> Facts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from ..plan.edits.scale import ScaleEdit
 from ..plan.file import LeafSpec
 from ..plan.plan import FoldPlan
 from ..program.graph import Graph
+from ..program.tracing import Traced
 from .absorbing import are_seen
 from .affine import check_affine, with_affine
 from .layer_scale import find_merges
@@ -48,6 +49,18 @@ def place_all(graph: Graph, options: Options) -> Placement:
     for finder in FINDERS.values():
         placement = finder.find(placement, options)
     return placement
+
+
+def placement_of(traced: Traced, options: Options, kept: Container[str] = frozenset()) -> Placement:
+    """Where the program is centered, and what is merged; leaves that are `kept` are not edited."""
+    graph = traced.graph(options.see_through_dropout)
+    graph.only_leaves = options.only_leaves
+    graph.excluded = frozenset(v for v, path in graph.leaves.items() if path in kept)
+    placement = place_all(graph, options)
+    if options.excludes is None:
+        return placement
+    graph.excluded |= {v for v, path in graph.leaves.items() if options.excludes(path)}
+    return replace(place_all(graph, options), unrestricted=placement)
 
 
 def make_plan(placement: Placement) -> FoldPlan:

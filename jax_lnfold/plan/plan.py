@@ -18,10 +18,12 @@ from .._compat import is_tracer
 from ..errors import FoldError, PlanFormatError, TreeError
 from ..printable import printable
 from ..trees import FLOATS, check_leaves, committed_to, is_editable
+from ..untied import copied_in, extended
 from .edits.affine import AffineEdit
 from .edits.center import CenterEdit
 from .edits.edit import Edit, LeafEdit, fills_of
 from .edits.scale import ScaleEdit
+from .edits.untie import UntieEdit
 from .file import LeafSpec, check_plan, parse
 from .leaf import Recipe, edit_leaf, is_edited, look_at, overflows
 from .tree_fit import Fit, names_in
@@ -32,13 +34,15 @@ class FoldPlan:
     """How to edit a parameter tree so that the folded program computes the original function.
 
     `leaves` describes the tree that the plan fits; `affine` is applied before `scales`, and these
-    before `edits`. Where `from_json` would not read it back, it cannot be made: `PlanFormatError`.
+    before `edits`. If leaves are `untied`, the tree is an `Untied` one, see `extend`. Where
+    `from_json` would not read it back, it cannot be made: `PlanFormatError`.
     """
 
     leaves: tuple[LeafSpec, ...]
     edits: tuple[CenterEdit, ...]
     scales: tuple[ScaleEdit, ...] = ()
     affine: tuple[AffineEdit, ...] = ()
+    untied: tuple[UntieEdit, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the parts against each other."""
@@ -60,12 +64,33 @@ class FoldPlan:
 
     @property
     def version(self) -> int:
-        """Of the plan file: 2, 3 if scales are taken up by what reads them, 4 if 1 is added."""
+        """Of the plan file: 2, 3 if scales are taken up, 4 if 1 is added to one, 5 with copies."""
         return max((edit.version for edits in self.sections.values() for edit in edits), default=2)
 
     def told(self) -> list[str]:
-        """How many leaves are edited, and how: a clause for every kind in use."""
-        return [KINDS[name].told(edits) for name, edits in self.sections.items() if edits]
+        """How many leaves are edited, and how: a clause for every kind in use that edits leaves."""
+        clauses = (KINDS[name].told(edits) for name, edits in self.sections.items() if edits)
+        return [clause for clause in clauses if clause]
+
+    @property
+    def copies(self) -> tuple[str, ...]:
+        """Key paths, in the tree that was folded, of leaves that this plan unties by a copy."""
+        return copied_in([leaf.key_path for leaf in self.leaves]) if self.untied else ()
+
+    def extend(self, params: Any) -> Any:
+        """The tree that this plan is for, from one like that which was folded.
+
+        That is an `Untied` of `params` and copies of leaves if the plan unties some, else `params`
+        itself. Traceable and differentiable; the copies are the very arrays until `center` edits
+        them.
+
+        Example:
+            ``folded.apply(plan.center(plan.extend(checkpoint)), x)``
+
+        Raises:
+            TreeError: a leaf to copy is missing.
+        """
+        return extended(params, self.copies)
 
     def center(self, params: Any, donate: bool = False) -> Any:
         """The edited copy of `params`, a tree like that the plan was made for.
@@ -207,9 +232,10 @@ class FoldPlan:
         missing = {*(own if whole else self.leaf_edits())} - names.keys()
         unknown = shapes.keys() - {*names.values()}
         if missing or unknown:
+            tree = "plan.extend(params)" if self.untied else "a tree of the same structure"
             raise TreeError(
                 f"{argument}: not the tree that was folded (missing {_some(missing)}; unknown "
-                f"{_some(unknown)}); pass a tree of the same structure"
+                f"{_some(unknown)}); pass {tree}"
             )
         return self.refit(argument, names, shapes)
 
@@ -249,7 +275,11 @@ class FoldPlan:
           the kernel as it was, summed over the axes ``summed``; then ``shift`` is set to zero.
           With ``one`` 0 instead of 1 (version 4 only) the program adds 1 to the leaf at
           ``key_path``: the kernels are multiplied by the leaf plus one, and it is set to zero.
-        - ``version``: 2; 3 if there is an ``affine``; 4 if in one of these ``one`` is 0.
+        - ``untied`` (since version 5): the tree has copies. The leaf at ``key_path``,
+          ``copies/a/b``, is one of the leaf ``params/a/b``, which is ``a/b`` in the tree that was
+          folded; lookups read the copy.
+        - ``version``: 2; 3 if there is an ``affine``; 4 if in one of these ``one`` is 0; 5 if
+          leaves are ``untied``.
         """
         version = self.version
         sections = {

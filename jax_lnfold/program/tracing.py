@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Hashable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -12,10 +12,12 @@ import numpy as np
 from .._compat import ClosedJaxpr, consts_of, is_tracer, trace_settings, varying_axes
 from ..errors import TraceError, TreeError
 from ..trees import first_line, is_numeric, leaf_paths, rebuilt
+from ..untied import Untied, extended_paths
 from .calls import call
 from .device_sums import taken_apart
 from .flatten import flatten
 from .graph import Graph, OutputPath
+from .untying import with_copies
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,12 @@ class Traced:
     def graph(self, see_through_dropout: bool = False) -> Graph:
         """The flat graph of the program."""
         return flatten(self.closed, self.leaves, see_through_dropout, self.output_paths, self.runs)
+
+    def untied(self, copied: Collection[str]) -> Traced:
+        """The program of a tree with copies of these leaves, in which lookups read the copies."""
+        positions = [self.leaves.index(path) for path in sorted(copied)]
+        closed = with_copies(self.closed, positions, len(self.leaves))
+        return replace(self, closed=closed, leaves=extended_paths(self.leaves, copied))
 
     @property
     def reusable(self) -> bool:
@@ -78,6 +86,22 @@ def trace(apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]) ->
         tuple(path for path, _ in leaf_paths(params)),
         tuple(tuple(jax.tree_util.keystr((key,)) for key in path) for path, _ in outputs),
     )
+
+
+def trace_untied(apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]) -> Traced:
+    """Trace ``apply_fn(params.params, *inputs)`` with lookups that read the copies.
+
+    Raises:
+        TraceError: as for `trace`.
+        TreeError: as for `trace`, or `params` is no `Untied`, or its copies do not fit.
+    """
+    if not isinstance(params, Untied):
+        raise TreeError(
+            f"params: a {type(params).__name__} is no tree with copies; pass plan.extend(params), "
+            "or put it together with jax_lnfold.Untied(params, copies)"
+        )
+    params.check()
+    return trace(apply_fn, params.params, inputs).untied(params.copies)
 
 
 def signature(params: Any, inputs: tuple[Any, ...]) -> Hashable:

@@ -17,7 +17,7 @@ from ..rules import RULES
 from .events import find_events
 from .names import names_of
 from .norms import insertions_of, norms_of
-from .outcome import Programs, ScaleLeft
+from .outcome import Programs, ScaleLeft, TiedLeaf, UntiedLeaf
 from .report import Report
 
 
@@ -49,6 +49,8 @@ def make_report(
         programs=programs,
         unseen=dict(Counter(hiding)),
         unrestricted=(sum(free.folded), len(insertions_of(free, names_of(free)))) if free else None,
+        untied=_untied(graph, plan),
+        tied=tuple(TiedLeaf(path, why) for path, why in placement.tied.items()),
     )
 
 
@@ -78,8 +80,19 @@ def _is_real(graph: Graph, value: int) -> bool:
 
 def _edited_bytes(graph: Graph, plan: FoldPlan) -> int:
     edited = plan.leaf_edits()
-    avals = (graph.avals[v] for v, path in graph.leaves.items() if path in edited)
-    return sum(prod(aval.shape) * np.dtype(aval.dtype).itemsize for aval in avals)
+    return sum(_bytes(graph, v) for v, path in graph.leaves.items() if path in edited)
+
+
+def _untied(graph: Graph, plan: FoldPlan) -> tuple[UntiedLeaf, ...]:
+    """The copies are the last leaves of the tree."""
+    values = [*graph.leaves][len(graph.leaves) - len(plan.copies) :]
+    pairs = zip(plan.copies, values, strict=True)
+    return tuple(UntiedLeaf(path, _bytes(graph, v)) for path, v in pairs)
+
+
+def _bytes(graph: Graph, value: int) -> int:
+    aval = graph.avals[value]
+    return prod(aval.shape) * np.dtype(aval.dtype).itemsize
 
 
 def _is_widened(graph: Graph, leaf: int) -> bool:

@@ -28,6 +28,22 @@ class ScaleLeft:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class UntiedLeaf:
+    """A leaf (its key path in the tree that was folded) of which lookups read a copy of its own."""
+
+    key_path: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TiedLeaf:
+    """A leaf (its key path) that stays as it is though `untie` asked for copies, and why."""
+
+    key_path: str
+    reason: str
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a fold found and did, as plain data.
@@ -45,8 +61,9 @@ class Outcome:
     difference of an output that they caused on the example inputs, relative to the largest output
     (None if the inputs were shapes only). With `fold_affine`, `affine_left` are the scales that
     stay. If parameters were excluded, `unrestricted` is how many LayerNorms would fold, and how
-    many explicit centerings would be inserted, if none were. `statistics` are those of
-    `with_statistics`.
+    many explicit centerings would be inserted, if none were. `untied` are the leaves of which
+    lookups read a copy, and the bytes of each copy; with `untie`, `tied` are those in the way that
+    stay. `statistics` are those of `with_statistics`.
     """
 
     norms: tuple[Norm, ...]
@@ -67,6 +84,8 @@ class Outcome:
     unseen: dict[Location, int] = field(default_factory=dict)
     unrestricted: tuple[int, int] | None = None
     statistics: Statistics | None = field(default=None, compare=False)
+    untied: tuple[UntiedLeaf, ...] = ()
+    tied: tuple[TiedLeaf, ...] = ()
 
     @property
     def edits(self) -> tuple[CenterEdit, ...]:

@@ -51,6 +51,13 @@ def _insertions(outcome: Outcome) -> Iterable[str]:
     return map(str, outcome.insertions)
 
 
+def _untied(outcome: Outcome) -> Iterable[str]:
+    for leaf in outcome.untied:
+        yield f"`{leaf.key_path}` untied by a copy ({si(leaf.bytes)}B), which lookups read."
+    for leaf in outcome.tied:
+        yield f"`{leaf.key_path}` stays tied: {leaf.reason}."
+
+
 def _deferred(outcome: Outcome) -> Iterable[str]:
     if outcome.deferred:
         yield f"{counted(len(outcome.deferred), 'scale')} deferred behind matrix products."
@@ -140,6 +147,7 @@ SECTIONS: tuple[Section, ...] = (
     _measured,
     _insertions,
     _excluded,
+    _untied,
     _deferred,
     _scales_left,
     _approximation,
