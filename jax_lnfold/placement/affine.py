@@ -86,7 +86,7 @@ def find_affine(graph: Graph) -> tuple[dict[int, AffineEdit], dict[int, str]]:
 
 def merge_of(graph: Graph, scale: int) -> AffineEdit:
     """How the leaf value `scale` is taken up; raises `CannotAbsorb` with the words for a report."""
-    return _Walk(graph, scale).run()
+    return Walk(graph, scale).run()
 
 
 def _scales_data(graph: Graph, leaf: int) -> bool:
@@ -105,7 +105,7 @@ def _scales_data(graph: Graph, leaf: int) -> bool:
     return False
 
 
-class _Walk:
+class Walk:
     """Follows one scale forward to the linear layers that read what it scales."""
 
     def __init__(self, graph: Graph, scale: int) -> None:
@@ -259,9 +259,14 @@ class _Walk:
             there = moved_places(places, axes_of_product(graph, op, position))
             self._reach(op.outputs[0], self._times(op, state, there))
             return
-        kernel = source_of(graph, op, 1 - position)
         if not state.is_whole(graph.shape(op.inputs[position])):
             raise CannotAbsorb(f"{op.location()} reads a part of what it scales")
+        self._reader(op, position, state)
+
+    def _reader(self, op: Op, position: int, state: Scaled) -> None:
+        """A product that sums over the axes of the scale: a linear layer takes it up."""
+        graph, places = self.graph, state.places
+        kernel = source_of(graph, op, 1 - position)
         if kernel is None:
             raise CannotAbsorb(
                 f"{op.location()} multiplies it with what is no parameter as it is stored"

@@ -20,6 +20,7 @@ from .absorbing import are_seen
 from .affine import check_affine, with_affine
 from .layer_scale import find_merges
 from .place import Placement, place, place_within
+from .queries import check_queries, with_queries
 
 TRAINING = (
     'this is dropout: fold the model as it runs without it, or pass approximate={"dropout"} to '
@@ -39,7 +40,10 @@ class Finder(NamedTuple):
     check: Callable[[Any, Mapping[str, int], Graph], None]
 
 
-FINDERS: dict[str, Finder] = {"affine": Finder(with_affine, check_affine)}
+FINDERS: dict[str, Finder] = {
+    "affine": Finder(with_affine, check_affine),
+    "queries": Finder(with_queries, check_queries),
+}
 """By the section of a plan that they fill, in the order in which they search."""
 
 

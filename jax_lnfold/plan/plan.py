@@ -22,6 +22,7 @@ from ..untied import copied_in, extended
 from .edits.affine import AffineEdit
 from .edits.center import CenterEdit
 from .edits.edit import Edit, LeafEdit, fills_of
+from .edits.queries import QueryEdit
 from .edits.scale import ScaleEdit
 from .edits.untie import UntieEdit
 from .file import LeafSpec, check_plan, parse
@@ -43,6 +44,7 @@ class FoldPlan:
     scales: tuple[ScaleEdit, ...] = ()
     affine: tuple[AffineEdit, ...] = ()
     untied: tuple[UntieEdit, ...] = ()
+    queries: tuple[QueryEdit, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the parts against each other."""
@@ -64,7 +66,7 @@ class FoldPlan:
 
     @property
     def version(self) -> int:
-        """Of the plan file: 2, 3 if scales are taken up, 4 if 1 is added to one, 5 with copies."""
+        """Of the file: 2, 3 for scales taken up, 4 with 1 added, 5 for copies, 6 for queries."""
         return max((edit.version for edits in self.sections.values() for edit in edits), default=2)
 
     def told(self) -> list[str]:
@@ -278,8 +280,12 @@ class FoldPlan:
         - ``untied`` (since version 5): the tree has copies. The leaf at ``key_path``,
           ``copies/a/b``, is one of the leaf ``params/a/b``, which is ``a/b`` in the tree that was
           folded; lookups read the copy.
+        - ``queries`` (since version 6): the leaf at ``query`` is multiplied by the leaf at
+          ``key_path`` along ``axes``, and that at ``query_shift``, unless null, along
+          ``shift_axes``; then ``key_path`` is set to one, and ``shift``, unless null, to zero.
+          ``one`` is as in ``affine``.
         - ``version``: 2; 3 if there is an ``affine``; 4 if in one of these ``one`` is 0; 5 if
-          leaves are ``untied``.
+          leaves are ``untied``; 6 if there are ``queries``.
         """
         version = self.version
         sections = {

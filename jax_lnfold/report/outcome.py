@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from .._compat import ClosedJaxpr
 from ..plan.edits.affine import AffineEdit
+from ..plan.edits.queries import QueryEdit
 from ..plan.edits.center import CenterEdit
 from ..plan.edits.scale import ScaleEdit
 from ..plan.plan import FoldPlan
@@ -101,6 +102,11 @@ class Outcome:
     def affine(self) -> tuple[AffineEdit, ...]:
         """Scales and shifts that the linear layers behind them take up."""
         return self.plan.affine
+
+    @property
+    def queries(self) -> tuple[QueryEdit, ...]:
+        """The scales of keys that those of queries take up."""
+        return self.plan.queries
 
     @property
     def n_folded(self) -> int:

@@ -212,19 +212,41 @@ def _pull_select(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
 def _push_select(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
     """The case chosen is shifted as before, the others are not, along the axes of a uniform choice.
 
-    ``select(p, x + u, y) = select(p, x, y) + select(p, u, 0)``.
+    ``select(p, x + u, y) = select(p, x, y) + select(p, u, 0)``. A mask by -inf, or by a number so
+    low that it takes up every shift, passes all of it: ``select(p, x + u, -inf)`` is
+    ``select(p, x, -inf) + u``, as ``-inf + u = -inf``.
 
     >>> push(jnp.where, (2, 3), (2, 3), (2, 3), operand=1, along=[1], uniform=[0])
     output 0 along axis 1
     >>> push(jnp.where, (2, 3), (2, 3), (2, 3), operand=1, along=[1])
     opaque: chooses differently along the mean
+    >>> push(lambda p, x: jnp.where(p, x, -jnp.inf), (2, 3), (2, 3), operand=1, along=[1])
+    output 0 along axis 1
+    >>> push(lambda p, x: jnp.where(p, x, -1e9), (2, 3), (2, 3), operand=1, along=[1])
+    opaque: chooses differently along the mean
     """
     if operand == 0:
         return Opaque("chooses by the shifted value")
+    if all(_takes_up_shifts(ctx, i) for i in range(1, len(ctx.op.inputs)) if i != operand):
+        return ((0, along),)
     shifted = _uniform_too(ctx, 0, along)
     if shifted.trivial and not along.trivial:
         return Opaque("chooses differently along the mean")
     return ((0, shifted),)
+
+
+def _takes_up_shifts(ctx: Context, position: int) -> bool:
+    """Whether all elements of an operand are one number ``c`` for which ``c + u`` rounds to c.
+
+    Its last digit is worth more than any shift that does not overflow what it is a shift of.
+    """
+    number = ctx.scalar(position)
+    is_real = number is not None and jnp.issubdtype(number.dtype, jnp.floating)
+    return is_real and float(number) <= _LOWEST
+
+
+_LOWEST = -1e30
+"""In float64, the last digit of this number is worth ``1e14``; float16 has -inf only."""
 
 
 def _pull_dropout(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:

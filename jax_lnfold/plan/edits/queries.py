@@ -1,0 +1,105 @@
+"""Scales and shifts of keys that those of the queries take up (theory, section 11)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Self
+
+from ...printable import counted
+from ..leaf import Factor, Recipe
+from ..tree_fit import Fit
+from .edit import Edit, LeafEdit, Shapes, check_axes, integers
+
+
+@dataclass(frozen=True, slots=True)
+class QueryEdit(Edit):
+    """Multiply the scale and shift of queries by the scale of the keys, then set that to one.
+
+    The keys are scaled by the leaf at `key_path` and shifted by that at `shift`, which becomes
+    zero. The queries are scaled by the leaf at `query`, along whose `axes` the keys' scale runs,
+    and shifted by that at `query_shift`, along whose `shift_axes` it runs. Either shift may be
+    None. Where the program adds 1 to the leaf at `key_path`, `one` is 0: the others are multiplied
+    by the leaf plus ``1 - one``, and it is set to `one`.
+    """
+
+    key_path: str
+    shift: str | None
+    query: str
+    query_shift: str | None
+    axes: tuple[int, ...]
+    shift_axes: tuple[int, ...] = ()
+    one: int = 1
+
+    VERSIONS: ClassVar[tuple[int, ...]] = (6,)
+    NAMES: ClassVar[str] = "scales and shifts of keys and queries"
+
+    @classmethod
+    def told(cls, edits: Sequence[Any]) -> str:
+        """``2 scales and shifts of keys merged into those of queries``."""
+        leaves = sum(1 + (edit.shift is not None) for edit in edits)
+        number = counted(leaves, "scale or shift", "scales and shifts")
+        return f"{number} of keys merged into those of queries"
+
+    @property
+    def parts(self) -> Iterator[str]:
+        """The leaf of each role; sound only if all are different (theory, section 9)."""
+        leaves = (self.key_path, self.shift, self.query, self.query_shift)
+        return (leaf for leaf in leaves if leaf is not None)
+
+    @property
+    def _targets(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """What is multiplied by the scale of the keys, and along which axes."""
+        yield self.query, self.axes
+        if self.query_shift is not None:
+            yield self.query_shift, self.shift_axes
+
+    def changes(self) -> Iterator[tuple[str, LeafEdit]]:
+        """``gq' = gq gk`` and ``bq' = bq gk``; ``gk`` becomes one, ``bk`` zero."""
+        for path, axes in self._targets:
+            factor = Factor(axes, 1 - self.one)
+            yield path, LeafEdit((self.key_path,), Recipe(factors=(factor,)))
+        yield self.key_path, LeafEdit((), Recipe(fill=float(self.one)))
+        if self.shift is not None:
+            yield self.shift, LeafEdit((), Recipe(fill=0.0))
+
+    def check(self, shapes: Shapes) -> None:
+        """The axes fit, and shifts are as large as their scales."""
+        if type(self.one) is not int or self.one not in (0, 1):
+            raise ValueError(f"{self.one!r} does not stand for one in {self.key_path!r}")
+        for path, axes in self._targets:
+            check_axes(shapes, self.key_path, path, axes)
+        pairs = ((self.shift, self.key_path), (self.query_shift, self.query))
+        for shift, scale in pairs:
+            if shift is not None and _sizes(shapes[shift]) != _sizes(shapes[scale]):
+                raise ValueError(f"leaf {shift!r} is no shift of what {scale!r} scales")
+        if self.query_shift is None and self.shift_axes:
+            raise ValueError(f"axes {self.shift_axes} are of no leaf")
+
+    def refit(self, fit: Fit) -> Self:
+        """The same keys and queries."""
+        for shift, scale in ((self.shift, self.key_path), (self.query_shift, self.query)):
+            if shift is not None and _sizes(fit.new[shift]) != _sizes(fit.new[scale]):
+                raise fit.misfit(shift)
+        found = [fit.axes(self.key_path, path, axes) for path, axes in self._targets]
+        names = (None if p is None else fit.names[p] for p in (self.shift, self.query_shift))
+        shift, query_shift = names
+        own, query = fit.names[self.key_path], fit.names[self.query]
+        axes, shift_axes = (*found, ())[:2]
+        return type(self)(own, shift, query, query_shift, axes, shift_axes, self.one)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any], version: int) -> Self:
+        """All fields, by their names."""
+        along = {name: integers(data[name]) for name in ("axes", "shift_axes")}
+        paths = {name: data[name] for name in ("key_path", "shift", "query", "query_shift")}
+        return cls(**paths, **along, one=data["one"])
+
+    def to_json(self, version: int) -> dict[str, Any]:
+        """All fields, by their names."""
+        return asdict(self)
+
+
+def _sizes(shape: Sequence[int]) -> list[int]:
+    """Of the axes with more than one element."""
+    return [n for n in shape if n != 1]
