@@ -125,7 +125,8 @@ def fold(
             leaves is not removed), which the report says and measures. Without dropout the same
             parameters are exact. Everything else is exact always.
         fold_affine: also move scales and shifts, as of LayerNorms, into the linear layers that
-            alone read what they scale (shifts only where these have biases). The scales become
+            alone read what they scale (shifts only where these have biases), and those of keys
+            into the queries that they are multiplied with (theory, section 11). The scales become
             one (or zero, where the program adds 1 to them), the shifts zero, and both leave the
             program: gradients with respect to them are zero (theory, section 6). The report says
             why others stay.

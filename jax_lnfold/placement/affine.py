@@ -109,6 +109,7 @@ class Walk:
     """Follows one scale forward to the linear layers that read what it scales."""
 
     def __init__(self, graph: Graph, scale: int) -> None:
+        """Prepare to follow the leaf value `scale`."""
         self.graph, self.scale = graph, scale
         self.scaled: dict[int, Scaled] = {}
         self.todo: list[int] = []  # operations that read them, as a heap: operands come first

@@ -1,9 +1,10 @@
 """Scales and shifts of keys that those of the queries can take up (theory, section 11).
 
-With ``q = gq q^ + bq`` and ``k = gk k^ + bk``, the product that sums over the axes of both scales is
-``q k = (gq gk q^ + gk bq) k^ + q bk``. The last term does not vary along the keys, and where no
+With ``q = gq q^ + bq`` and ``k = gk k^ + bk``, the product that sums over the axes of both scales
+is ``q k = (gq gk q^ + gk bq) k^ + q bk``. The last term does not vary along the keys, and where no
 output notices that it is missing, the scale and shift of the keys vanish from the program. Any
-product of two values will do: what does not notice the rest is for the facts to say.
+product of two values will do, and without ``bk`` no more is asked: what does not notice a shift is
+for the facts to say.
 """
 
 from __future__ import annotations

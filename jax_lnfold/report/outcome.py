@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from .._compat import ClosedJaxpr
 from ..plan.edits.affine import AffineEdit
-from ..plan.edits.queries import QueryEdit
 from ..plan.edits.center import CenterEdit
+from ..plan.edits.queries import QueryEdit
 from ..plan.edits.scale import ScaleEdit
 from ..plan.plan import FoldPlan
 from ..program.graph import Location
