@@ -220,9 +220,9 @@ def _push_select(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
     output 0 along axis 1
     >>> push(jnp.where, (2, 3), (2, 3), (2, 3), operand=1, along=[1])
     opaque: chooses differently along the mean
-    >>> push(lambda p, x: jnp.where(p, x, -jnp.inf), (2, 3), (2, 3), operand=1, along=[1])
+    >>> push(lambda p, x: jnp.where(p, x, -jnp.inf), (2, 3), (2, 3), operand=2, along=[1])
     output 0 along axis 1
-    >>> push(lambda p, x: jnp.where(p, x, -1e9), (2, 3), (2, 3), operand=1, along=[1])
+    >>> push(lambda p, x: jnp.where(p, x, -1e9), (2, 3), (2, 3), operand=2, along=[1])
     opaque: chooses differently along the mean
     """
     if operand == 0:
@@ -245,8 +245,9 @@ def _takes_up_shifts(ctx: Context, position: int) -> bool:
     return is_real and float(number) <= _LOWEST
 
 
-_LOWEST = -1e30
-"""In float64, the last digit of this number is worth ``1e14``; float16 has -inf only."""
+_LOWEST = -9e29
+"""The last digit of -1e30, rounded to any dtype, is worth ``1e14`` or more; float16 has -inf only.
+"""
 
 
 def _pull_dropout(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:

@@ -29,7 +29,7 @@ from tests.helpers.contracts import (
 )
 from tests.models.zoo import BY_NAME
 from tests.models.zoo.language import CausalLM, TextEmbed
-from tests.models.zoo.layers import Attention, Block, FusedAttention
+from tests.models.zoo.layers import Attention, Block
 
 fold_affine = partial(fold_checked, fold_affine=True)
 Array = jax.Array
@@ -59,9 +59,7 @@ def test_zoo(name: str) -> None:
     said = f"{MERGED[name]} scales and shifts of keys merged into those of queries"
     assert said in " ".join(str(report).split())
     left = {scale.key_path: scale.reason for scale in report.affine_left}
-    assert left == {
-        e.query: f"it has taken up that of the keys, `{e.key_path}`" for e in queries
-    }
+    assert left == {e.query: f"it has taken up that of the keys, `{e.key_path}`" for e in queries}
     leaves = leaves_of(folded.params)
     assert all((np.asarray(leaves[edit.key_path]) == 1).all() for edit in queries)
     assert folded.plan.is_centered(folded.params)
@@ -85,7 +83,10 @@ def moved(params: Any) -> Any:
     """Parameters that are neither ones nor zeros."""
     leaves, treedef = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(3), len(leaves))
-    new = [jnp.float64(x) + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]
+    new = [
+        jnp.float64(x) + 0.3 * jax.random.normal(k, x.shape)
+        for x, k in zip(leaves, keys, strict=True)
+    ]
     return treedef.unflatten(new)
 
 
@@ -195,8 +196,13 @@ MERGES: dict[str, tuple[Apply, str]] = {
     "scores divided": (attention(lambda p, s: s / np.sqrt(K)), ALL),
     "queries divided": (attention(queries=lambda p, q: normed(q, p["gq"], p["bq"]) / 3), ALL),
     "queries gated": (
-        attention(queries=lambda p, q: normed(q, p["gq"], p["bq"]) * jnp.tanh(q) * p["e"]),
+        attention(queries=lambda p, q: normed(q, p["gq"], p["bq"]) * jnp.tanh(q)),
         ALL,
+    ),
+    # The scale that comes last will do.
+    "scaled twice": (
+        attention(queries=lambda p, q: normed(q, p["gq"], p["bq"]) * p["e"]),
+        "e gk bk",
     ),
     "heads first": (
         attention(
@@ -209,9 +215,7 @@ MERGES: dict[str, tuple[Apply, str]] = {
     "no shift of queries": (attention(queries=lambda p, q: normed(q, p["gq"])), "gq gk bk"),
     "no shift of keys": (attention(keys=lambda p, k: normed(k, p["gk"])), "gq bq gk"),
     "scales alone": (
-        attention(
-            queries=lambda p, q: normed(q, p["gq"]), keys=lambda p, k: normed(k, p["gk"])
-        ),
+        attention(queries=lambda p, q: normed(q, p["gq"]), keys=lambda p, k: normed(k, p["gk"])),
         "gq gk",
     ),
     "scale plus one": (attention(keys=lambda p, k: normed(k, 1 + p["gk"], p["bk"])), ALL),
@@ -301,6 +305,21 @@ def test_the_folded_program_does_not_multiply_keys(name: str) -> None:
     assert gradients[edit.query].any()
 
 
+EXCHANGED = {
+    "softmax over queries": attention(weights=lambda s: nn.softmax(s, axis=2)),
+    "less the largest": attention(weights=lambda s: s - s.max(2, keepdims=True)),
+}
+
+
+@pytest.mark.parametrize("name", EXCHANGED)
+def test_keys_are_whatever_is_summed_over(name: str) -> None:
+    """What a softmax over queries does not notice is a shift of these."""
+    folded = fold_affine(EXCHANGED[name], arrays(), stream())
+    (edit,) = folded.plan.queries
+    assert [*edit.parts] == ["gq", "bq", "gk", "bk"]
+    check_contracts(EXCHANGED[name], arrays(), folded, stream(3, 4, D))
+
+
 def test_scan_over_layers() -> None:
     params = arrays()
     stacks = {f"g{i}": params["g"] * i for i in (2, 3, 4)}
@@ -311,22 +330,18 @@ def test_scan_over_layers() -> None:
     check_contracts(scanned, params | stacks, folded, stream(3, 4, D))
 
 
-def test_every_axis_is_found() -> None:
-    """A scale by head of queries is stored with its axes turned, and with one of size 1."""
-
-    def queries(p: Params, q: Array) -> Array:
-        return normed(q, p["hq"].T, p["hbq"][:, 0].T)
-
+def test_axes_need_not_be_in_order() -> None:
+    """A scale and a shift by head are stored with their axes turned, and with one of size 1."""
     params = arrays()
-    params |= {"hq": params["hq"].T[:, :], "hbq": params["hbq"].T[:, None]}
-    turned = {**params, "hq": jnp.asarray(params["hq"]), "hbq": jnp.asarray(params["hbq"])}
-
-    def apply(p: Params, x: Array) -> Array:
-        return attention(queries=queries)(p, x)
-
-    folded = fold_affine(apply, turned, stream())
+    params |= {"hq": params["hq"].T, "hbq": params["hbq"].T[:, None]}
+    apply = attention(
+        queries=lambda p, q: normed(q, p["hq"].T, p["hbq"][:, 0].T),
+        keys=lambda p, k: normed(k, p["hk"], p["hbk"]),
+    )
+    folded = fold_affine(apply, params, stream())
     (edit,) = folded.plan.queries
-    assert (edit.axes, edit.shift_axes) == ((0,), (0,))
+    assert (edit.query, edit.axes) == ("hq", (1, 0))
+    assert (edit.query_shift, edit.shift_axes) == ("hbq", (2, 0))
 
 
 # --- what only looks like it ---------------------------------------------------------------------
@@ -419,13 +434,19 @@ LEFT: dict[str, tuple[Apply, str]] = {
         attention(with_sink, lambda s: nn.softmax(s)[..., :-1]),
         "its shift cannot be dropped: `reduce_max` .* shifted differently",
     ),
-    "scores returned": (returned, "its shift cannot be dropped: .* makes a value that is an output"),
+    "scores returned": (
+        returned,
+        "its shift cannot be dropped: .* makes a value that is an output",
+    ),
     "softmax over queries": (
-        attention(weights=lambda s: nn.softmax(s, axis=2)),
+        attention(
+            weights=lambda s: nn.softmax(s, axis=2),
+            queries=lambda p, q: normed(q, p["gq"], p["bq"]) / 3,
+        ),
         "its shift cannot be dropped: `reduce_max` .* shifted differently",
     ),
-    "largest over queries": (
-        attention(weights=lambda s: s - s.max(2, keepdims=True)),
+    "largest of all, too": (
+        attention(weights=lambda s: nn.softmax(s) * s.max(2, keepdims=True)),
         "its shift cannot be dropped: `reduce_max`",
     ),
     "sigmoid": (attention(weights=nn.sigmoid), "its shift cannot be dropped: `logistic`"),
@@ -456,12 +477,16 @@ LEFT: dict[str, tuple[Apply, str]] = {
         "the program adds 1 to the scale `gq`",
     ),
     "one scale for both": (
-        attention(queries=lambda p, q: normed(q, p["gk"], p["bq"])),
+        attention(queries=lambda p, q: normed(q, p["gk"]), keys=lambda p, k: normed(k, p["gk"])),
         "reads what it scales twice",
     ),
     "one shift for both": (
         attention(queries=lambda p, q: normed(q, p["gq"], p["bk"])),
         "reads the parameter `bk`, too",
+    ),
+    "one scale, other shifts": (
+        attention(queries=lambda p, q: normed(q, p["gk"], p["bq"])),
+        "the parameters `bq` and `bk` shift it",
     ),
     "a shift as scale": (
         attention(queries=lambda p, q: normed(q, p["gq"], p["gk"])),
@@ -607,10 +632,10 @@ def test_another_trace_that_does_not() -> None:
 
 def test_another_function_follows_the_plan() -> None:
     params, plan = arrays(), jax_lnfold.plan_fold(attention(), arrays(), stream(), fold_affine=True)
-    again = jax_lnfold.fold(MERGES["causal, -inf"][0], params, stream(), plan=plan)
+    again = jax_lnfold.fold(MERGES["causal, -inf"][0], params, stream(), plan=plan, center=True)
     check_contracts(MERGES["causal, -inf"][0], params, again, stream())
-    with pytest.raises(PlanMismatchError, match="plan: .* scale 'gk' of keys"):
-        jax_lnfold.fold(attention(weights=nn.sigmoid), params, stream(), plan=plan)
+    with pytest.raises(PlanMismatchError, match=r"plan: .* scale 'gk' of keys"):
+        jax_lnfold.fold(attention(weights=nn.sigmoid), params, stream(), plan=plan, center=True)
 
 
 def test_several_functions() -> None:
@@ -692,7 +717,7 @@ def test_a_forged_plan_is_not_followed() -> None:
     data["queries"][0].update(shift=None)
     plan = FoldPlan.from_json(json.dumps(data))
     with pytest.raises(PlanMismatchError, match="scale 'gk' of keys"):
-        jax_lnfold.fold(attention(), arrays(), stream(), plan=plan)
+        jax_lnfold.fold(attention(), arrays(), stream(), plan=plan, center=True)
 
 
 def test_other_sizes() -> None:
@@ -705,7 +730,7 @@ def test_other_sizes() -> None:
     want = scanned(fewer, stream())
     assert relative_difference(folded.apply(center, stream()), want) < 1e-12
     assert relative_difference(scanned(center, stream()), want) < 1e-12
-    with pytest.raises(TreeError, match="leaf 'g[24]' has shape"):
+    with pytest.raises(TreeError, match=r"leaf 'g[24]' has shape"):
         folded.plan.center(fewer | {"g2": params["g2"]})
 
 
@@ -723,7 +748,8 @@ def test_training_keeps_keys_as_they_are() -> None:
     params, x = arrays(), stream()
     folded = jax_lnfold.fold(attention(), params, x, fold_affine=True)
     optimizer = optax.chain(optax.adam(1e-2), jax_lnfold.center_updates(folded.plan))
-    now, state = folded.params, optimizer.init(folded.params)
+    now: Any = folded.params
+    state = optimizer.init(now)
     for _ in range(3):
         gradients = jax.grad(lambda p: (folded.apply(p, x) ** 2).mean())(now)
         updates, state = optimizer.update(gradients, state, now)

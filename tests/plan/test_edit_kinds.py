@@ -19,17 +19,20 @@ from jax_lnfold.cli.commands import main
 from jax_lnfold.placement.planning import FINDERS
 from jax_lnfold.plan.edits.affine import AffineEdit, AffineReader
 from jax_lnfold.plan.edits.center import CenterEdit
+from jax_lnfold.plan.edits.queries import QueryEdit
 from jax_lnfold.plan.edits.scale import ScaleEdit
 from jax_lnfold.plan.file import LeafSpec
 from jax_lnfold.plan.leaf import Factor, Multiplier, Recipe, edit_leaf
 from jax_lnfold.plan.plan import KINDS
 
 SHAPES = {"w": (3, 4), "v": (4, 5), "b": (5,), "g": (4,), "c": (4,), "h": (3,), "k": (3, 2)}
+SHAPES |= {"a": (4,)}
 LEAVES = tuple(LeafSpec(path, shape) for path, shape in SHAPES.items())
 CENTERED = tuple(CenterEdit("w", AxisSet.over((3, 4), [axis])) for axis in (0, 1))
 SHIFTED = AffineEdit("g", "c", (AffineReader("v", (0,), "b", (0,)),))
 PLAIN = AffineEdit("h", None, (AffineReader("k", (0,)),), 0)
 MERGED = ScaleEdit("c", (("w", (1,)),))
+KEYS = QueryEdit("g", "c", "a", None, (0,))
 
 # --- words ---------------------------------------------------------------------------------------
 
@@ -38,6 +41,8 @@ def test_plans_tell_the_kinds_in_use() -> None:
     taken_up = FoldPlan(LEAVES, CENTERED, affine=(SHIFTED, PLAIN))
     assert taken_up.told() == ["1 parameter centered", "3 scales and shifts taken up"]
     assert FoldPlan(LEAVES, CENTERED[:1], (MERGED,)).told()[1:] == ["1 scale merged"]
+    keys = FoldPlan(LEAVES, (), queries=(KEYS,)).told()
+    assert keys == ["2 scales and shifts of keys merged into those of queries"]
     assert FoldPlan(LEAVES, ()).told() == []
 
 
@@ -69,17 +74,18 @@ def test_the_command_line_tells_them_all(
 def test_plans_have_the_version_of_what_is_newest_in_them() -> None:
     assert [FoldPlan(LEAVES, CENTERED, affine=a).version for a in ((), (SHIFTED,))] == [2, 3]
     assert FoldPlan(LEAVES, (), affine=(SHIFTED, PLAIN)).version == 4
+    assert FoldPlan(LEAVES, (), affine=(PLAIN,), queries=(KEYS,)).version == 6
 
 
-@pytest.mark.parametrize("version", range(7))
+@pytest.mark.parametrize("version", range(8))
 def test_versions_of_the_kinds_are_read(version: int) -> None:
     sections = ", ".join(f'"{name}": []' for name in ("leaves", *KINDS))
     text = f'{{{sections}, "version": {version}}}'
     if version in {v for kind in KINDS.values() for v in kind.VERSIONS}:
         assert FoldPlan.from_json(text) == FoldPlan((), ())
-        assert 2 <= version <= 5
+        assert 2 <= version <= 6
     else:
-        with pytest.raises(PlanFormatError, match="reads versions 2 and 3 and 4 and 5;"):
+        with pytest.raises(PlanFormatError, match="reads versions 2 and 3 and 4 and 5 and 6;"):
             FoldPlan.from_json(text)
 
 

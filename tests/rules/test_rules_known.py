@@ -27,7 +27,7 @@ from jax_lnfold.axes.axis_set import AxisSet
 from jax_lnfold.axes.labels import ALL, FREE, Labels
 from jax_lnfold.program.flatten import flatten
 from jax_lnfold.program.primitives import EXCHANGES, NOT_CARRYING, UNSEEN
-from jax_lnfold.rules import RULES, Opaque, Rule, register
+from jax_lnfold.rules import RULES, Opaque, Rule, register, rule_for
 from jax_lnfold.rules.example import equation
 from tests.rules.rule_examples import UNARY, Program
 from tests.rules.test_rules import check_pull, check_push, find
@@ -696,3 +696,34 @@ def test_uniform_through_elementwise_operations(number: int) -> None:
         graph = flatten(jax.make_jaxpr(fn)(operand))
         (out,) = graph.outputs
         assert Facts(graph).uniform(out, AxisSet.over((2, 6), (1,))) == expected
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("number", ["-inf", "lowest", "-1e30", "-1e9", "0", "inf", "nan"])
+def test_only_masks_that_take_up_every_shift_pass_one(dtype: str, number: str) -> None:
+    """In ``c + u`` nothing is left of u, in the arithmetic of the dtype."""
+    lowest = float(jnp.finfo(dtype).min)
+    c = jnp.asarray(lowest if number == "lowest" else float(number), dtype)
+    x = jnp.ones((2, 6), dtype)
+    ctx, along = (
+        equation(lambda x: jnp.where(np.eye(2, 6) > 0, x, c), x),
+        AxisSet.over((2, 6), (1,)),
+    )
+    pushed = rule_for("select_n").push(ctx, 2, along)
+    if float(c) <= -9e29:
+        assert pushed == ((0, along),)
+        for shift in (1e3, -1e4, 1 / 3):
+            assert c + jnp.asarray(shift, dtype) == c
+    else:
+        assert isinstance(pushed, Opaque)
+    assert isinstance(rule_for("select_n").push(ctx, 0, along), Opaque)
+
+
+def test_a_mask_among_other_cases_passes_no_shift() -> None:
+    def choose(p: Any, x: Any, y: Any) -> Any:
+        return lax.select_n(p, x, y, jnp.full_like(x, -jnp.inf))
+
+    ctx = equation(choose, jnp.ones((2, 6), jnp.int32), (2, 6), (2, 6))
+    for operand in (1, 2):
+        pushed = rule_for("select_n").push(ctx, operand, AxisSet.over((2, 6), (1,)))
+        assert isinstance(pushed, Opaque)
