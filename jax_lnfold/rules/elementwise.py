@@ -241,8 +241,9 @@ def _takes_up_shifts(ctx: Context, position: int) -> bool:
     Its last digit is worth more than any shift that does not overflow what it is a shift of.
     """
     number = ctx.scalar(position)
-    is_real = number is not None and jnp.issubdtype(number.dtype, jnp.floating)
-    return is_real and float(number) <= _LOWEST
+    if number is None or not jnp.issubdtype(number.dtype, jnp.floating):
+        return False
+    return float(number) <= _LOWEST
 
 
 _LOWEST = -9e29

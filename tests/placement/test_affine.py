@@ -40,7 +40,7 @@ TAKEN_UP = {
     "clip_vision": 4,  # the first writes into the stream, the projection has no bias
     "dinov2": 4,  # the last one is pooled
     "beit": 3,  # keys have no bias in the first two
-    "vit_normalize_qk": 5,  # queries and keys are multiplied with each other
+    "vit_normalize_qk": 5,  # queries take up the scale of keys, not linear layers
     "qk_norm_stacked": 5,
     "qk_norm_split": 5,
     "mixer_wide": 2,  # half of the norms are read across tokens, the last one is pooled

@@ -29,7 +29,7 @@ DEFERRED = {
     "vit": 6,  # the last one is read at the class token
     "clip_vision": 4,
     "dinov2": 4,
-    "qk_norm_split": 4,  # what goes into the heads is there, and the queries and keys are not alone
+    "qk_norm_split": 6,  # those into the heads, and the keys, whose scale the queries have taken up
     "swin_v2": 2,  # of cosine attention, one per block: the other is scaled once more
     "convnext": 0,  # a convolution between the norm and the layers
     "gpt2": 4,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 from ...printable import counted
@@ -54,6 +54,12 @@ class QueryEdit(Edit):
         if self.query_shift is not None:
             yield self.query_shift, self.shift_axes
 
+    @property
+    def _shifts(self) -> Iterator[tuple[str, str]]:
+        """Each shift, and the scale whose axes it has."""
+        pairs = (self.shift, self.key_path), (self.query_shift, self.query)
+        return ((shift, scale) for shift, scale in pairs if shift is not None)
+
     def changes(self) -> Iterator[tuple[str, LeafEdit]]:
         """``gq' = gq gk`` and ``bq' = bq gk``; ``gk`` becomes one, ``bk`` zero."""
         for path, axes in self._targets:
@@ -69,35 +75,34 @@ class QueryEdit(Edit):
             raise ValueError(f"{self.one!r} does not stand for one in {self.key_path!r}")
         for path, axes in self._targets:
             check_axes(shapes, self.key_path, path, axes)
-        pairs = ((self.shift, self.key_path), (self.query_shift, self.query))
-        for shift, scale in pairs:
-            if shift is not None and _sizes(shapes[shift]) != _sizes(shapes[scale]):
+        for shift, scale in self._shifts:
+            if _sizes(shapes[shift]) != _sizes(shapes[scale]):
                 raise ValueError(f"leaf {shift!r} is no shift of what {scale!r} scales")
         if self.query_shift is None and self.shift_axes:
             raise ValueError(f"axes {self.shift_axes} are of no leaf")
 
     def refit(self, fit: Fit) -> Self:
         """The same keys and queries."""
-        for shift, scale in ((self.shift, self.key_path), (self.query_shift, self.query)):
-            if shift is not None and _sizes(fit.new[shift]) != _sizes(fit.new[scale]):
+        for shift, scale in self._shifts:
+            if _sizes(fit.new[shift]) != _sizes(fit.new[scale]):
                 raise fit.misfit(shift)
         found = [fit.axes(self.key_path, path, axes) for path, axes in self._targets]
-        names = (None if p is None else fit.names[p] for p in (self.shift, self.query_shift))
-        shift, query_shift = names
-        own, query = fit.names[self.key_path], fit.names[self.query]
-        axes, shift_axes = (*found, ())[:2]
-        return type(self)(own, shift, query, query_shift, axes, shift_axes, self.one)
+        return replace(
+            self,
+            key_path=fit.names[self.key_path],
+            shift=None if self.shift is None else fit.names[self.shift],
+            query=fit.names[self.query],
+            query_shift=None if self.query_shift is None else fit.names[self.query_shift],
+            axes=found[0],
+            shift_axes=found[-1] if self.query_shift is not None else (),
+        )
 
     @classmethod
     def from_json(cls, data: dict[str, Any], version: int) -> Self:
         """All fields, by their names."""
-        along = {name: integers(data[name]) for name in ("axes", "shift_axes")}
-        paths = {name: data[name] for name in ("key_path", "shift", "query", "query_shift")}
-        return cls(**paths, **along, one=data["one"])
-
-    def to_json(self, version: int) -> dict[str, Any]:
-        """All fields, by their names."""
-        return asdict(self)
+        along = integers(data["axes"]), integers(data["shift_axes"])
+        shifts = data["shift"], data["query_shift"]
+        return cls(data["key_path"], shifts[0], data["query"], shifts[1], *along, data["one"])
 
 
 def _sizes(shape: Sequence[int]) -> list[int]:
