@@ -330,6 +330,55 @@ def test_scan_over_layers() -> None:
     check_contracts(scanned, params | stacks, folded, stream(3, 4, D))
 
 
+def test_keys_of_all_layers_and_queries_of_each() -> None:
+    """One scale of keys goes into the queries of every layer, but not the other way round."""
+    params = {**arrays(), "g2": arrays()["g"] * 2}
+    shared = "gk", "bk"
+
+    def apply(p: Params, x: Array, one: str = "k") -> Array:
+        def body(x: Array, rows: tuple[Array, Array]) -> tuple[Array, None]:
+            names = ("gq", "bq") if one == "k" else shared
+            return x + attention()({**p, **dict(zip(names, rows, strict=True))}, x), None
+
+        return jax.lax.scan(body, x, (p["g"], p["g2"]))[0]
+
+    folded = fold_affine(apply, params, stream())
+    (edit,) = folded.plan.queries
+    assert [*edit.parts] == ["gk", "bk", "g", "g2"]
+    assert (edit.axes, edit.shift_axes) == ((1,), (1,))
+    report = fold_affine(partial(apply, one="q"), params, stream()).report
+    assert report.queries == ()
+    left = {scale.key_path: scale.reason for scale in report.affine_left}
+    assert left["g"] == "its axes are not all axes of the scale `gq`"
+
+
+def test_an_ensemble() -> None:
+    """Members have scales of their own, along a batch axis of the product."""
+    params = {k: jnp.stack([v, v * 2, v + 1]) for k, v in arrays().items()}
+    apply = jax.vmap(attention(), (0, None))
+    folded = fold_affine(apply, params, stream())
+    (edit,) = folded.plan.queries
+    assert (edit.axes, edit.shift_axes) == ((0, 1), (0, 1))
+    some = jax.tree.map(lambda x: x[:2], params)
+    assert (
+        relative_difference(folded.apply(folded.plan.center(some), stream()), apply(some, stream()))
+        < 1e-12
+    )
+
+
+def test_dropout_behind_the_softmax_is_not_in_the_way() -> None:
+    def apply(p: Params, x: Array, key: Array) -> Array:
+        def weights(s: Array) -> Any:
+            drop = nn.Dropout(0.5, deterministic=False)
+            return drop.apply({}, nn.softmax(s), rngs={"dropout": key})
+
+        return attention(weights=weights)(p, x)
+
+    for approximate in (set[str](), {"dropout"}):
+        options = {"approximate": approximate} if approximate else {}
+        assert fold_affine(apply, arrays(), stream(), jax.random.key(7), **options).plan.queries
+
+
 def test_axes_need_not_be_in_order() -> None:
     """A scale and a shift by head are stored with their axes turned, and with one of size 1."""
     params = arrays()
@@ -565,15 +614,6 @@ def test_no_leaf_has_two_merges() -> None:
     assert report.queries == ()
 
 
-def test_what_is_centered_besides_is_not_merged() -> None:
-    """The shift of the queries is the bias of what another LayerNorm reads."""
-
-    def apply(p: Params, x: Array) -> Array:
-        return attention()(p, x) + normed(x @ p["wm"] + p["bq"]).sum()
-
-    assert fold_affine(apply, arrays(), stream()).report.queries == ()
-
-
 def test_dropped_scores() -> None:
     """A shift is not noticed if dropout is the identity, but only then."""
 
@@ -585,6 +625,79 @@ def test_dropped_scores() -> None:
     options = {"fold_affine": True, "approximate": {"dropout"}}
     assert jax_lnfold.fold(apply, arrays(), *inputs, **options).plan.queries == ()
     assert fold_affine(apply, arrays(), *inputs).plan.queries == ()
+
+
+# --- random wirings -------------------------------------------------------------------------------
+
+POOL = ("gq", "bq", "gk", "bk", "e", "l", "m", "n")
+BETWEEN: list[Callable[[Params, Array], Array]] = [
+    *[lambda p, y: y] * 6,
+    lambda p, y: y / 3,
+    lambda p, y: y * p["e"],
+    lambda p, y: y + p["e"],
+    lambda p, y: y * p["near"][: y.shape[1]],
+    lambda p, y: jnp.concatenate([y[:, :1] * 2, y[:, 1:]], 1),
+    lambda p, y: jnp.concatenate([y[..., :3], y[..., 3:]], -1),
+    lambda p, y: jnp.roll(y, 1, 2),
+    lambda p, y: jnp.roll(y, 1, 3),
+    lambda p, y: rotary(y),
+]
+BEFORE: list[Callable[[Params, Array], Array]] = [
+    *[lambda p, s: s] * 4,
+    lambda p, s: s / 2 + p["sink"],
+    lambda p, s: jnp.where(causal(s), s, -jnp.inf),
+    lambda p, s: jnp.where(causal(s), s, -1.0),
+    lambda p, s: s * p["near"][: s.shape[2], 0],
+    lambda p, s: jnp.tanh(s),
+]
+WEIGHTS: list[Callable[[Array], Array]] = [
+    *[nn.softmax] * 4,
+    by_hand,
+    nn.sigmoid,
+    partial(nn.softmax, axis=2),
+    lambda s: s - s.max(3, keepdims=True),
+]
+
+
+def random_attention(rng: np.random.Generator) -> Apply:
+    """One or two of them, whose leaves are drawn from a few, so that many have several roles."""
+
+    def one_of(options: Any) -> Any:
+        return options[rng.integers(len(options))]
+
+    def side(usual: tuple[str, str]) -> Callable[[Params, Array], Array]:
+        scale, shift = (one_of([name] * 50 + [*POOL]) for name in usual)
+        kind, between, plus = rng.integers(6), one_of(BETWEEN), rng.integers(8) == 0
+
+        def run(p: Params, y: Array) -> Array:
+            y = nn.standardize(y)
+            y = y if kind == 0 else y * (p[scale] + 1 if plus else p[scale])
+            return between(p, y if kind == 1 else y + p[shift])
+
+        return run
+
+    pairs = [(("gq", "bq"), ("gk", "bk")), (("e", "l"), ("m", "n"))]
+    parts = [
+        attention(one_of(BEFORE), one_of(WEIGHTS), side(q), side(k))
+        for q, k in pairs[: 1 + rng.integers(2)]
+    ]
+    leak = one_of([*[None] * 50, *POOL])
+
+    def apply(p: Params, x: Array) -> Any:
+        return [part(p, x) for part in parts], [] if leak is None else [p[leak]]
+
+    return apply
+
+
+def test_random_wirings() -> None:
+    params, found = arrays(), []
+    params |= {k: params["e"] * n for n, k in enumerate("lmn", 2)}
+    for number in range(40):
+        apply = random_attention(np.random.default_rng(number))
+        folded = fold_affine(apply, params, stream(), rtol=1e-11)
+        found.append(len(folded.plan.queries))
+        assert FoldPlan.from_json(folded.plan.to_json()) == folded.plan
+    assert min(found.count(n) for n in (0, 1)) > 5
 
 
 # --- plans, traces, files ------------------------------------------------------------------------
