@@ -305,6 +305,21 @@ def test_the_folded_program_does_not_multiply_keys(name: str) -> None:
     assert gradients[edit.query].any()
 
 
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"local_window_size": 2}])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_attention_of_jax(options: dict[str, Any], groups: int) -> None:
+    """Its scores are float32 numbers; several heads of queries meet one of keys."""
+
+    def apply(p: Params, x: Array) -> Array:
+        k, v = (jnp.einsum("btd,dhf->bthf", x, p[name]) for name in ("wk", "wv"))
+        q = jnp.repeat(jnp.einsum("btd,dhf->bthf", x, p["wq"]), groups, 2)
+        q, k = normed(q, p["gq"], p["bq"]), normed(k, p["gk"], p["bk"])
+        return jax.nn.dot_product_attention(q, k, v, **options)
+
+    folded = fold_affine(apply, arrays(), stream(), rtol=1e-6)
+    assert edited(folded) == {*ALL.split()}
+
+
 EXCHANGED = {
     "softmax over queries": attention(weights=lambda s: nn.softmax(s, axis=2)),
     "less the largest": attention(weights=lambda s: s - s.max(2, keepdims=True)),
