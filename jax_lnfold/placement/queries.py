@@ -154,8 +154,6 @@ class _Factor(Walk):
             return super()._reader(op, position, state)
         if state.raw:
             raise CannotAbsorb(f"{op.location()} reads it as it is")
-        if self.graph.mesh_axes_of(op.outputs[0]):
-            raise CannotAbsorb(f"{op.location()} multiplies shards of it")
         self.products[op.index, position] = state
 
 

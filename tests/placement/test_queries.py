@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 import jax_lnfold
@@ -318,6 +319,21 @@ def test_attention_of_jax(options: dict[str, Any], groups: int) -> None:
 
     folded = fold_affine(apply, arrays(), stream(), rtol=1e-6)
     assert edited(folded) == {*ALL.split()}
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_shards(axis: int) -> None:
+    """Each device attends within its samples, or within its tokens."""
+    mesh = jax.make_mesh((2,), ("i",), axis_types=(AxisType.Auto,))
+    spec = PartitionSpec(*[None] * axis, "i")
+
+    def sharded(weights: Callable[[Array], Array]) -> jax_lnfold.Folded:
+        specs = {"in_specs": (PartitionSpec(), spec), "out_specs": spec}
+        apply = jax.shard_map(attention(weights=weights), mesh=mesh, **specs)
+        return fold_affine(apply, arrays(), stream(2, 8, D))
+
+    assert edited(sharded(nn.softmax)) == {*ALL.split()}
+    assert sharded(nn.sigmoid).plan.queries == ()
 
 
 EXCHANGED = {
