@@ -20,6 +20,7 @@ from ..program.primitives import (
     SCALINGS,
     STOP,
 )
+from .masking import takes_up_shifts
 from .registry import AxisMap, Context, Opaque, Pull, Push, Rule, register
 
 
@@ -212,8 +213,8 @@ def _pull_select(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:
 def _push_select(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
     """The case chosen is shifted as before, the others are not, along the axes of a uniform choice.
 
-    ``select(p, x + u, y) = select(p, x, y) + select(p, u, 0)``. A mask by -inf, or by a number so
-    low that it takes up every shift, passes all of it: ``select(p, x + u, -inf)`` is
+    ``select(p, x + u, y) = select(p, x, y) + select(p, u, 0)``. A mask by -inf, or in a softmax by
+    a number so low that it takes up every shift, passes all of it: ``select(p, x + u, -inf)`` is
     ``select(p, x, -inf) + u``, as ``-inf + u = -inf``.
 
     >>> push(jnp.where, (2, 3), (2, 3), (2, 3), operand=1, along=[1], uniform=[0])
@@ -236,19 +237,11 @@ def _push_select(ctx: Context, operand: int, along: AxisSet) -> Push | Opaque:
 
 
 def _takes_up_shifts(ctx: Context, position: int) -> bool:
-    """Whether all elements of an operand are one number ``c`` for which ``c + u`` rounds to c.
-
-    Its last digit is worth more than any shift that does not overflow what it is a shift of.
-    """
+    """Whether all elements of an operand are one number that is none the worse for a shift."""
     number = ctx.scalar(position)
     if number is None or not jnp.issubdtype(number.dtype, jnp.floating):
         return False
-    return float(number) <= _LOWEST
-
-
-_LOWEST = -9e29
-"""The last digit of -1e30, rounded to any dtype, is worth ``1e14`` or more; float16 has -inf only.
-"""
+    return takes_up_shifts(ctx.graph, number, ctx.op.outputs[0])
 
 
 def _pull_dropout(ctx: Context, out: int, along: AxisSet) -> Pull | Opaque:

@@ -27,7 +27,7 @@ from jax_lnfold.axes.axis_set import AxisSet
 from jax_lnfold.axes.labels import ALL, FREE, Labels
 from jax_lnfold.program.flatten import flatten
 from jax_lnfold.program.primitives import EXCHANGES, NOT_CARRYING, UNSEEN
-from jax_lnfold.rules import RULES, Opaque, Rule, register, rule_for
+from jax_lnfold.rules import RULES, Context, Opaque, Rule, register, rule_for
 from jax_lnfold.rules.example import equation
 from tests.rules.rule_examples import UNARY, Program
 from tests.rules.test_rules import check_pull, check_push, find
@@ -698,19 +698,33 @@ def test_uniform_through_elementwise_operations(number: int) -> None:
         assert Facts(graph).uniform(out, AxisSet.over((2, 6), (1,))) == expected
 
 
+READERS: dict[str, tuple[Callable[[Any], Any], bool]] = {
+    "softmax": (lambda y: jax.nn.softmax(y.astype(float), 1), True),
+    "softmax, written out": (lambda y: jnp.exp(y - y.max(1, keepdims=True)), True),
+    "log_softmax and argmax": (lambda y: (jax.nn.log_softmax(y, 1), y.argmax(1)), True),
+    "an output": (lambda y: y, False),
+    "the mask undone": (lambda y: y + jnp.where(np.eye(2, 6) > 0, 0, 1e30), False),
+    "the mask undone by a difference": (lambda y: y - jnp.where(np.eye(2, 6) > 0, 0, -1e30), False),
+    "a maximum of something else": (lambda y: jnp.exp(y - (2 * y).max(1, keepdims=True)), False),
+    "less than the maximum": (lambda y: y - jnp.minimum(y.max(1, keepdims=True), -1e30), False),
+    "at most the maximum": (lambda y: y - jnp.maximum(y.max(1, keepdims=True), 3), False),
+    "a product": (lambda y: (2 * y, y.max(1)), False),
+}
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("number", ["-inf", "lowest", "-1e30", "-1e9", "0", "inf", "nan"])
-def test_only_masks_that_take_up_every_shift_pass_one(dtype: str, number: str) -> None:
-    """In ``c + u`` nothing is left of u, in the arithmetic of the dtype."""
-    lowest = float(jnp.finfo(dtype).min)
-    c = jnp.asarray(lowest if number == "lowest" else float(number), dtype)
-    x = jnp.ones((2, 6), dtype)
-    ctx, along = (
-        equation(lambda x: jnp.where(np.eye(2, 6) > 0, x, c), x),
-        AxisSet.over((2, 6), (1,)),
-    )
+@pytest.mark.parametrize("reader", READERS)
+def test_only_masks_that_take_up_every_shift_pass_one(reader: str, dtype: str, number: str) -> None:
+    """In ``c + u`` nothing is left of u, in the arithmetic of the dtype; -inf is -inf for ever."""
+    read, is_maximum = READERS[reader]
+    c = jnp.asarray(float(jnp.finfo(dtype).min) if number == "lowest" else float(number), dtype)
+    x, along = jnp.ones((2, 6), dtype), AxisSet.over((2, 6), (1,))
+    graph = flatten(jax.make_jaxpr(lambda x: read(jnp.where(np.eye(2, 6) > 0, x, c)))(x))
+    op = next(op for op in graph.ops if op.name == "select_n")
+    ctx = Context(graph, op, Facts(graph).uniform)
     pushed = rule_for("select_n").push(ctx, 2, along)
-    if float(c) <= -9e29:
+    if float(c) <= -9e29 and (is_maximum or number == "-inf" or float(c) == -np.inf):
         assert pushed == ((0, along),)
         for shift in (1e3, -1e4, 1 / 3):
             assert c + jnp.asarray(shift, dtype) == c

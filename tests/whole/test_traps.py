@@ -677,7 +677,23 @@ def quantised_kernel() -> Case:
     return Case(apply, {**dense_params(), "q": q}, (make_input(B, T, DIN),), (naive,), 1)
 
 
+def mask_that_is_undone() -> Case:
+    """A mask so low that it takes up every shift, until something as large is added."""
+    keep = jnp.arange(D) % 3 > 0
+
+    def apply(p: Params, x: Array) -> tuple[Array, Array]:
+        s = x @ p["w"] + p["b"]
+        kept = jnp.where(keep, s, -1e30) + jnp.where(keep, 0, 1e30)
+        return layer_norm(s), layer_norm(kept)
+
+    def naive(p: Params, x: Array) -> tuple[Array, Array]:
+        return apply(centered(p, "w", "b"), x)
+
+    return Case(apply, dense_params(), (make_input(B, T, DIN),), (naive,), 0)
+
+
 EITHER_WAY: tuple[Callable[[], Case], ...] = (
+    mask_that_is_undone,
     offset_per_token,
     offset_after_the_mean,
     norms_of_nested_groups,
