@@ -679,7 +679,7 @@ def quantised_kernel() -> Case:
 
 def mask_that_is_undone() -> Case:
     """A mask so low that it takes up every shift, until something as large is added."""
-    keep = jnp.arange(D) % 3 > 0
+    keep = jnp.broadcast_to(jnp.arange(D) % 3 > 0, (B, T, D))
 
     def apply(p: Params, x: Array) -> tuple[Array, Array]:
         s = x @ p["w"] + p["b"]
