@@ -28,6 +28,8 @@ def runs_of_axes(
             if not (isinstance(p, int) and isinstance(q, int)):
                 olds, news = old[i:], new[j:]  # symbolic sizes: one block of all that remains
                 break
+            if len(olds) == len(old) - i and len(news) == len(new) - j:
+                raise ValueError(f"shapes {old_shape} and {new_shape} have different sizes")
             if p < q:
                 olds = old[i : i + len(olds) + 1]
                 p = prod(old_shape[d] for d in olds)

@@ -162,18 +162,20 @@ class _Search:
 
     def _fits(self, value: int, made: _Normalised) -> bool:
         """Whether a value varies along axes of the norm, and others as parameters alone do."""
-        shape = self.graph.shape(value)
+        rank = len(self.graph.shape(value))
 
-        def one(axis: int) -> AxisSet:
-            return AxisSet.over(shape, [axis])
+        def one(of: int, axis: int) -> AxisSet:
+            return AxisSet.over(self.graph.shape(of), [axis])
 
-        varies = [d for d in range(len(shape)) if not self.facts.uniform(value, one(d))]
+        varies = [d for d in range(rank) if not self.facts.uniform(value, one(value, d))]
         others = {*varies} - {*made.along.axes}
         if not others or len(others) == len(varies):
             return not others
         # Samples and tokens are no members: a parameter along these is a gate of its own.
         bare, by_inputs = made.bare, self.facts.varies_by_inputs_alone
-        return bare is not None and all(by_inputs(bare, one(d)) is False for d in others)
+        if bare is None or len(self.graph.shape(bare)) != rank:
+            return False
+        return all(by_inputs(bare, one(bare, d)) is False for d in others)
 
 
 def _is_same(graph: Graph, op: Op) -> bool:
