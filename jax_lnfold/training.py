@@ -39,7 +39,7 @@ class CenterState(NamedTuple):
 
 
 def center_updates(plan: FoldPlan) -> optax.GradientTransformation:
-    """Keep parameters centered as `plan` centers them: put it last in the chain.
+    """Keep parameters centered as `plan` centers them, or at its means: put it last in the chain.
 
     ``optax.chain(optax.adamw(1e-3), center_updates(folded.plan))`` trains ``folded.apply`` from
     ``folded.params``. Each update ``u`` of an edited leaf ``p`` becomes ``C(p + u) - p``, so that
@@ -238,7 +238,8 @@ def _check_leaf(path: str, x: Any, name: str) -> None:
 def _centered_update(u: Any, p: Any, recipe: Recipe) -> Any:
     """``C(p + u) - p``, by subtracting means from ``u``: no digits are lost in the sum.
 
-    A group is left alone if the mean of its update is zero already, or not finite.
+    If the plan gives `p` means ``v``, it is ``v + C(p + u) - p``. A group is left alone if the mean
+    of its update is zero already, or not finite.
     """
     if recipe.fill is not None:  # what was merged stays as it is
         return jnp.zeros_like(u)
@@ -246,11 +247,18 @@ def _centered_update(u: Any, p: Any, recipe: Recipe) -> Any:
     wide = widened(dtype) if p is None else widened(dtype, p.dtype)
     # Without the barrier compilers would rather compute the gradient's product twice.
     new = jnp.asarray(jax.lax.optimization_barrier(u), wide)
+    means = recipe.means_for(wide)
     for along in recipe.sets:
         mean = group_means(new, along, jnp)
-        rest = 0 if p is None else group_means(jnp.asarray(p, wide), along, jnp)
+        rest = 0 if p is None else group_means(_without(p, means, wide), along, jnp)
         new = new - jnp.where((mean != 0) & jnp.isfinite(mean + rest), mean + rest, 0)
     return new.astype(dtype)
+
+
+def _without(p: Any, means: np.ndarray | None, wide: Any) -> Any:
+    """A parameter without the means that its plan gives it, all of which should be zero."""
+    x = jnp.asarray(p, wide)
+    return x if means is None else x - means
 
 
 def _drifts(fitted: _Fitted) -> dict[str, jax.Array]:
@@ -265,10 +273,10 @@ def _drift(p: Any, recipe: Recipe) -> jax.Array:
     tolerance = float(jnp.finfo(dtype).eps) + 32 * float(jnp.finfo(wide).eps)
     if recipe.fill is not None:
         return (jnp.max(jnp.abs(x - recipe.fill)) / tolerance).astype(jnp.float32)
-    largest = [jnp.zeros((), wide)]
+    largest, rest = [jnp.zeros((), wide)], _without(x, recipe.means_for(wide), wide)
     for along in recipe.sets:
         size = group_means(jnp.abs(x), along, jnp)
-        means = jnp.abs(group_means(x, along, jnp)) / jnp.where(size == 0, 1, size)
+        means = jnp.abs(group_means(rest, along, jnp)) / jnp.where(size == 0, 1, size)
         largest.append(jnp.max(jnp.where(jnp.isfinite(means), means, 0)))
     return (jnp.max(jnp.stack(largest)) / tolerance).astype(jnp.float32)
 

@@ -111,12 +111,14 @@ def place_again(plan: FoldPlan, graph: Graph, explicit_cost: float) -> Placement
     facts = Facts(graph, frozenset(value[s.key_path] for s in plan.scales))
     merges = _merges_again(plan, value, graph)
     _check_centerings(facts, fixed)
+    # Not `fixed`: no LayerNorm may rest on a leaf whose mean is another number than zero.
+    _check_centerings(facts, {value[e.key_path]: (e.along,) for e in plan.means})
     placement = place_within(facts, merges, explicit_cost, fixed)
     found = {name: plan.sections[name] for name in FINDERS}
     for name, edits in found.items():
         for edit in edits:
             FINDERS[name].check(edit, value, graph)
-    return replace(placement, found=found)
+    return replace(placement, found={**found, "means": plan.means})
 
 
 def _merges_again(plan: FoldPlan, value: Mapping[str, int], graph: Graph) -> dict[int, ScaleEdit]:
@@ -136,7 +138,10 @@ def _merges_again(plan: FoldPlan, value: Mapping[str, int], graph: Graph) -> dic
 
 
 def _check_centerings(facts: Facts, fixed: Mapping[int, tuple[AxisSet, ...]]) -> None:
-    """Raise a `PlanMismatchError` if this trace notices a centering of the plan."""
+    """Raise a `PlanMismatchError` if this trace notices a centering of the plan.
+
+    That is, a shift by any numbers: so it tolerates means other than zero, too.
+    """
     graph = facts.graph
     for leaf, sets in fixed.items():
         for along in sets:

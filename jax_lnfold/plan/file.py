@@ -75,6 +75,7 @@ def check_plan(leaves: Sequence[LeafSpec], sections: Sections) -> None:
             edit.check(shapes)
         roles.update(paths)
     _check_filled(sections, roles)
+    _check_means(sections)
 
 
 def _check_filled(sections: Sections, roles: Mapping[str, int]) -> None:
@@ -83,3 +84,12 @@ def _check_filled(sections: Sections, roles: Mapping[str, int]) -> None:
     filled = (path for path, edit in changes if edit.recipe.fill is not None)
     if twice := [path for path in filled if roles[path] > 1]:
         raise ValueError(f"leaf {min(twice)!r} is taken up, and edited besides")
+
+
+def _check_means(sections: Sections) -> None:
+    """What gets means is not centered besides: that would take them away, or add to them."""
+    changes = [change for edits in sections.values() for e in edits for change in e.changes()]
+    sets = Counter(path for path, edit in changes if edit.recipe.sets)
+    given = (path for path, edit in changes if edit.recipe.means is not None)
+    if twice := [path for path in given if sets[path] > 1]:
+        raise ValueError(f"leaf {min(twice)!r} gets means, and is centered besides")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ import numpy as np
 
 from .._compat import is_tracer
 from ..axes.axis_set import AxisSet
-from ..axes.labels import FREE
+from ..axes.labels import ALL, FREE
 from ..centering import Shape, group_means, rounding_of_means, widened
 
 
@@ -26,7 +26,7 @@ def center_array(x: Any, along: AxisSet, part: Shape | None = None) -> Any:
     is wider, with a second pass that removes the rounding of the first. The result has the shape
     and dtype of ``x``, rounded once. `part` is the shape of what one device holds (all of it).
     """
-    return _edited(x, None, None, Recipe(sets=(along,)), part).astype(x.dtype, copy=False)
+    return _edited(x, _NOTHING, Recipe(sets=(along,)), part).astype(x.dtype, copy=False)
 
 
 class Multiplier(ABC):
@@ -73,7 +73,8 @@ class Recipe:
     With `fill`, all elements become that number. Otherwise first, if there are `summed` axes, the
     product of a shift and a kernel is added: the shift runs along `axes` of the kernel, `summed`
     axes are summed over and the leaf's own axes run along the rest. Then the leaf is scaled along
-    each of `factors`, and at last centered along `sets`.
+    each of `factors`, centered along `sets`, and at last gets the `means` of the groups of the only
+    set, one for each, in row-major order.
     """
 
     fill: float | None = None
@@ -81,6 +82,32 @@ class Recipe:
     summed: tuple[int, ...] = ()
     factors: tuple[Multiplier, ...] = ()
     sets: tuple[AxisSet, ...] = ()
+    means: tuple[float, ...] | None = None
+
+    @property
+    def alike(self) -> Recipe:
+        """The recipe that is followed by the same program: numbers of means are its operands."""
+        return self if self.means is None else replace(self, means=())
+
+    def means_for(self, dtype: Any) -> np.ndarray | None:
+        """The means, along the axes of the leaf, with one element where all of it has one mean."""
+        if self.means is None:
+            return None
+        (along,) = self.sets
+        sizes = (1 if e == ALL else n for e, n in zip(along.entries, along.shape, strict=True))
+        with np.errstate(over="ignore"):  # what becomes infinite is found when it was added
+            return np.asarray(self.means, dtype).reshape(*sizes)
+
+
+class _Terms(NamedTuple):
+    """The arrays that a leaf is edited with: what is added, what it is scaled by, and its means."""
+
+    added: Any
+    factor: Any
+    means: Any
+
+
+_NOTHING = _Terms(None, None, None)
 
 
 def edit_leaf(x: Any, sources: Sequence[Any], recipe: Recipe, donate: bool) -> tuple[Any, Any]:
@@ -92,15 +119,18 @@ def edit_leaf(x: Any, sources: Sequence[Any], recipe: Recipe, donate: bool) -> t
     """
     if is_tracer(x) or any(map(is_tracer, sources)):
         x = jnp.asarray(x)
-        return _edited(x, *_terms(x, sources, recipe), recipe).astype(x.dtype), False
+        terms = _terms(x, recipe.means_for(_wide_type(x)), sources, recipe)
+        return _edited(x, terms, recipe).astype(x.dtype), False
     if not isinstance(x, jax.Array):
         x, noted = np.asarray(x), list[str]()
         with np.errstate(over="call", call=lambda kind, _: noted.append(kind), invalid="ignore"):
-            new = _edited_in_blocks(x, *_terms(x, sources, recipe), recipe)
+            terms = _terms(x, recipe.means_for(_wide_type(x)), sources, recipe)
+            new = _edited_in_blocks(x, terms, recipe)
         if not noted and not recipe.summed and x.dtype.isbuiltin == 1:
             return new, False  # NumPy notes overflows of its own dtypes, other than in einsum
         return new, not _finite(new) and all(_finite(np.asarray(v)) for v in (x, *sources))
-    return _compiled_edit(recipe, donate, _sharding_of(x))(x, *sources)
+    edit = _compiled_edit(recipe.alike, donate, _sharding_of(x))
+    return edit(x, recipe.means_for(_wide_type(x)), *sources)
 
 
 def is_edited(x: Any, recipe: Recipe, slack: float = 1.0) -> Any:
@@ -110,11 +140,12 @@ def is_edited(x: Any, recipe: Recipe, slack: float = 1.0) -> Any:
     larger than by rounding its means may be.
     """
     if isinstance(x, jax.Array):
-        return _compiled_look(recipe, slack, _sharding_of(x))(x)
+        means = recipe.means_for(_wide_type(x))
+        return _compiled_look(recipe.alike, slack, _sharding_of(x))(x, means)
     x = np.asarray(x)
-    axis = _free_axis(x.shape, recipe)
+    means, axis = recipe.means_for(_wide_type(x)), _free_axis(x.shape, recipe)
     parts = [(...,)] if axis is None else _blocks(x.shape, axis)
-    return all(_looks_edited(x[part], recipe, slack) for part in parts)
+    return all(_looks_edited(x[part], _cut(means, part, axis), recipe, slack) for part in parts)
 
 
 def look_at(
@@ -129,14 +160,20 @@ def look_at(
     return [is_edited(x, recipe), *taken]
 
 
-def _looks_edited(x: Any, recipe: Recipe, slack: float, part: Shape | None = None) -> Any:
+def _looks_edited(
+    x: Any, means: Any, recipe: Recipe, slack: float, part: Shape | None = None
+) -> Any:
     if recipe.fill is not None:
         return (x == recipe.fill).all()
     xp, wide = np if isinstance(x, np.ndarray) else jnp, x.astype(_wide_type(x))
+    # Taken away first: sums of numbers near a mean that is large would be rounded by far more.
+    rest = wide if means is None else wide - means
+    if means is not None and wide.dtype == x.dtype:
+        slack *= 4  # as many times are the numbers rounded by themselves, when added and here
     found = xp.ones((), bool)
     for along in recipe.sets:
         bound = slack * rounding_of_means(wide, x.dtype, along, xp, part)
-        found &= (abs(group_means(wide, along, xp, part)) <= bound).all()
+        found &= (abs(group_means(rest, along, xp, part)) <= bound).all()
     return found
 
 
@@ -144,9 +181,10 @@ def overflows(x: Any, sources: Sequence[Any], recipe: Recipe) -> bool:
     """Whether finite numbers would become too large for the dtype in `edit_leaf`."""
     if not isinstance(x, jax.Array):
         return bool(edit_leaf(x, sources, recipe, donate=False)[1])
-    if _compiled_bound(recipe)(x, *sources):
+    means, alike = recipe.means_for(_wide_type(x)), recipe.alike
+    if _compiled_bound(alike)(x, means, *sources):
         return False
-    return bool(_compiled_check(recipe, _sharding_of(x))(x, *sources))
+    return bool(_compiled_check(alike, _sharding_of(x))(x, means, *sources))
 
 
 def _sharding_of(x: jax.Array) -> Any:
@@ -157,7 +195,7 @@ def _finite(x: Any) -> Any:
     return (np if isinstance(x, np.ndarray) else jnp).isfinite(x).all()
 
 
-def _terms(x: Any, sources: Sequence[Any], recipe: Recipe) -> tuple[Any, Any]:
+def _terms(x: Any, means: Any, sources: Sequence[Any], recipe: Recipe) -> _Terms:
     """What to add to `x` and by what to scale it, in the dtype of the arithmetic.
 
     That is the dtype of `x` for a mere product with one of the same: it is rounded once anyway.
@@ -179,7 +217,7 @@ def _terms(x: Any, sources: Sequence[Any], recipe: Recipe) -> tuple[Any, Any]:
         taken, rest = rest[: multiplier.takes], rest[multiplier.takes :]
         value = multiplier.value(taken, x.shape, wide, xp)
         factor = value if factor is None else factor * value
-    return added, factor
+    return _Terms(added, factor, means)
 
 
 def _aligned(source: Any, axes: tuple[int, ...], shape: tuple[int, ...], xp: Any) -> Any:
@@ -199,20 +237,22 @@ def _summed(shift: np.ndarray, kernel: np.ndarray, recipe: Recipe) -> Any:
     return added
 
 
-def _edited(x: Any, added: Any, factor: Any, recipe: Recipe, part: Shape | None = None) -> Any:
+def _edited(x: Any, terms: _Terms, recipe: Recipe, part: Shape | None = None) -> Any:
     """The leaf after its recipe, in the dtype of the arithmetic."""
     xp = np if isinstance(x, np.ndarray) else jnp
     if recipe.fill is not None:
         return xp.full_like(x, recipe.fill)
     wide = x.astype(_wide_type(x))  # a copy, so that NumPy may work in place
-    if added is not None:
-        wide += added
-    if factor is not None:
-        wide *= factor.astype(wide.dtype, copy=False)
+    if terms.added is not None:
+        wide += terms.added
+    if terms.factor is not None:
+        wide *= terms.factor.astype(wide.dtype, copy=False)
     for along in recipe.sets:
         wide -= group_means(wide, along, xp, part)
         if xp is jnp or wide.dtype == x.dtype:  # what the first pass rounded off
             wide -= group_means(wide, along, xp, part)
+    if terms.means is not None:
+        wide += terms.means
     return wide
 
 
@@ -233,18 +273,20 @@ def _free_axis(shape: Shape, recipe: Recipe) -> int | None:
     return max(free, key=lambda d: shape[d], default=None)
 
 
-def _edited_in_blocks(x: np.ndarray, added: Any, factor: Any, recipe: Recipe) -> np.ndarray:
+def _cut(term: Any, part: tuple[Any, ...], axis: int | None) -> Any:
+    """What of a term is for a part of the leaf, cut along the axis."""
+    return term if term is None or axis is None or term.shape[axis] == 1 else term[part]
+
+
+def _edited_in_blocks(x: np.ndarray, terms: _Terms, recipe: Recipe) -> np.ndarray:
     """`_edited` in blocks along the longest axis that no mean is taken over, if there is one."""
-    new = np.empty_like(x)
-    if factor is not None and factor.dtype == x.dtype and added is None and not recipe.sets:
+    new, factor = np.empty_like(x), terms.factor
+    if factor is not None and factor.dtype == x.dtype and terms.added is None and not recipe.sets:
         return np.multiply(x, factor, out=new)
     axis = _free_axis(x.shape, recipe)
-
-    def cut(terms: Any) -> Any:
-        return terms if terms is None or axis is None or terms.shape[axis] == 1 else terms[part]
-
     for part in [(...,)] if axis is None else _blocks(x.shape, axis):
-        new[part] = _edited(x[part], cut(added), cut(factor), recipe)
+        own = _Terms(*(_cut(term, part, axis) for term in terms))
+        new[part] = _edited(x[part], own, recipe)
     return new
 
 
@@ -252,35 +294,37 @@ def _edited_in_blocks(x: np.ndarray, added: Any, factor: Any, recipe: Recipe) ->
 def _compiled_edit(recipe: Recipe, donate: bool, sharding: Any) -> Callable[..., tuple[Any, Any]]:
     """The edit under `jit`, so that a sharded leaf stays where it is."""
 
-    def edit(x: Any, *sources: Any) -> tuple[Any, Any]:
+    def edit(x: Any, means: Any, *sources: Any) -> tuple[Any, Any]:
         part = None if sharding is None else sharding.shard_shape(x.shape)
-        terms = _terms(x, sources, recipe)
-        new = _edited(x, *terms, recipe, part).astype(x.dtype)
+        terms = _terms(x, means, sources, recipe)
+        new = _edited(x, terms, recipe, part).astype(x.dtype)
         if donate:  # a look at `x` afterwards would take a copy of it
             return new, False
 
         def look() -> Any:
             return ~_finite(new) & jnp.stack([_finite(given) for given in (x, *sources)]).all()
 
-        return new, jax.lax.cond(_is_small(x, *terms, recipe), lambda: jnp.array(False), look)
+        return new, jax.lax.cond(_is_small(x, terms, recipe), lambda: jnp.array(False), look)
 
     donated = (0,) if donate else ()
     shardings = (sharding, None)
     return jax.jit(edit, donate_argnums=donated, out_shardings=shardings, keep_unused=True)
 
 
-def _is_small(x: Any, added: Any, factor: Any, recipe: Recipe) -> Any:
+def _is_small(x: Any, terms: _Terms, recipe: Recipe) -> Any:
     """Whether a bound on the largest number shows that no edit overflows.
 
     The bound is the root of the sum of squares: compilers sum faster than they compare.
     """
     wide = _wide_type(x)
     largest = jnp.sqrt(jnp.square(x.astype(wide)).sum())
-    if added is not None:
-        largest += jnp.max(jnp.abs(added), initial=0)
-    if factor is not None:
-        largest *= jnp.max(jnp.abs(factor), initial=0).astype(wide)
+    if terms.added is not None:
+        largest += jnp.max(jnp.abs(terms.added), initial=0)
+    if terms.factor is not None:
+        largest *= jnp.max(jnp.abs(terms.factor), initial=0).astype(wide)
     largest *= 2.0 ** (1 + len(recipe.sets))  # a mean is no larger; once more for rounding
+    if terms.means is not None:
+        largest += 2 * jnp.max(jnp.abs(terms.means), initial=0)
     sums = largest * float(x.size)
     return (largest < float(jnp.finfo(x.dtype).max)) & (sums < float(jnp.finfo(wide).max))
 
@@ -289,9 +333,9 @@ def _is_small(x: Any, added: Any, factor: Any, recipe: Recipe) -> Any:
 def _compiled_look(recipe: Recipe, slack: float, sharding: Any) -> Callable[..., Any]:
     """`_looks_edited` under `jit`."""
 
-    def look(x: Any) -> Any:
+    def look(x: Any, means: Any) -> Any:
         part = None if sharding is None else sharding.shard_shape(x.shape)
-        return _looks_edited(x, recipe, slack, part)
+        return _looks_edited(x, means, recipe, slack, part)
 
     return jax.jit(look)
 
@@ -299,14 +343,16 @@ def _compiled_look(recipe: Recipe, slack: float, sharding: Any) -> Callable[...,
 @lru_cache(maxsize=256)
 def _compiled_bound(recipe: Recipe) -> Callable[..., Any]:
     """`_is_small` under `jit`: it takes next to no memory."""
-    return jax.jit(lambda x, *sources: _is_small(x, *_terms(x, sources, recipe), recipe))
+    return jax.jit(
+        lambda x, means, *sources: _is_small(x, _terms(x, means, sources, recipe), recipe)
+    )
 
 
 @lru_cache(maxsize=256)
 def _compiled_check(recipe: Recipe, sharding: Any) -> Callable[..., Any]:
     """Whether `_compiled_edit` overflows, without the memory for its result."""
     edit = _compiled_edit(recipe, False, sharding)
-    return jax.jit(lambda x, *sources: edit(x, *sources)[1])
+    return jax.jit(lambda x, means, *sources: edit(x, means, *sources)[1])
 
 
 def _wide_type(x: Any) -> Any:

@@ -22,6 +22,7 @@ from ..untied import copied_in, extended
 from .edits.affine import AffineEdit
 from .edits.center import CenterEdit
 from .edits.edit import Edit, LeafEdit, fills_of
+from .edits.means import MeanEdit
 from .edits.queries import QueryEdit
 from .edits.scale import ScaleEdit
 from .edits.untie import UntieEdit
@@ -35,8 +36,9 @@ class FoldPlan:
     """How to edit a parameter tree so that the folded program computes the original function.
 
     `leaves` describes the tree that the plan fits; `affine` is applied before `scales`, and these
-    before `edits`. If leaves are `untied`, the tree is an `Untied` one, see `extend`. Where
-    `from_json` would not read it back, it cannot be made: `PlanFormatError`.
+    before `edits` and `means`, of which a leaf has one kind. If leaves are `untied`, the tree is an
+    `Untied` one, see `extend`. Where `from_json` would not read it back, it cannot be made:
+    `PlanFormatError`.
     """
 
     leaves: tuple[LeafSpec, ...]
@@ -45,6 +47,7 @@ class FoldPlan:
     affine: tuple[AffineEdit, ...] = ()
     untied: tuple[UntieEdit, ...] = ()
     queries: tuple[QueryEdit, ...] = ()
+    means: tuple[MeanEdit, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the parts against each other."""
@@ -66,7 +69,7 @@ class FoldPlan:
 
     @property
     def version(self) -> int:
-        """Of the file: 2, 3 for scales taken up, 4 with 1 added, 5 for copies, 6 for queries."""
+        """Of the plan file, as `to_json` says it."""
         return max((edit.version for edits in self.sections.values() for edit in edits), default=2)
 
     def told(self) -> list[str]:
@@ -284,8 +287,11 @@ class FoldPlan:
           ``key_path`` along ``axes``, and that at ``query_shift``, unless null, along
           ``shift_axes``; then ``key_path`` is set to one, and ``shift``, unless null, to zero.
           ``one`` is as in ``affine``.
+        - ``means`` (since version 7): like ``edits``, of other leaves, and ``along`` whole axes
+          only; then a number of ``means`` is added to all of each group. These are finite, and one
+          for each position of the ``"free"`` axes, in row-major order.
         - ``version``: 2; 3 if there is an ``affine``; 4 if in one of these ``one`` is 0; 5 if
-          leaves are ``untied``; 6 if there are ``queries``.
+          leaves are ``untied``; 6 if there are ``queries``; 7 if there are ``means``.
         """
         version = self.version
         sections = {

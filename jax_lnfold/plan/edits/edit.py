@@ -22,7 +22,7 @@ class LeafEdit:
     recipe: Recipe
 
     def then(self, other: LeafEdit) -> LeafEdit:
-        """Both at once; at most one of them adds a product, or fills."""
+        """Both at once; at most one of them adds a product, or fills, or gives means."""
         one, two = self.recipe, other.recipe
         added = 2 if two.summed else 0  # a product comes first, and so do its sources
         sources = (*other.sources[:added], *self.sources, *other.sources[added:])
@@ -32,6 +32,7 @@ class LeafEdit:
             summed=one.summed or two.summed,
             factors=one.factors + two.factors,
             sets=one.sets + two.sets,
+            means=one.means if two.means is None else two.means,
         )
         return LeafEdit(sources, recipe)
 
