@@ -15,6 +15,7 @@ from .measuring import measure
 from .models.folded_model import FoldedModel
 from .models.rms_model import RMSModel, with_rms_norms
 from .plan.plan import FoldPlan
+from .regression import RegressedNorm, Regression, regress
 from .report.report import Report
 from .report.statistics import MeanShare, NormStatistics, Statistics
 from .training import CenterState, center_gradients, center_updates
@@ -36,6 +37,8 @@ __all__ = [
     "PlanFormatError",
     "PlanMismatchError",
     "RMSModel",
+    "RegressedNorm",
+    "Regression",
     "Report",
     "Statistics",
     "TraceError",
@@ -48,6 +51,7 @@ __all__ = [
     "fold",
     "measure",
     "plan_fold",
+    "regress",
     "verify",
     "with_rms_norms",
 ]

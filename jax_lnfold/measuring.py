@@ -65,7 +65,7 @@ def measure(fn: Any, params: Any = MISSING, *batches: Any, **keywords: Any) -> S
     """
     function, params, given = _function(fn, params, batches)
     inputs = [with_keywords(batch, keywords) for batch in given]
-    _check(params, inputs)
+    check_batches(params, inputs)
     folded = fn if isinstance(fn, Folded) else None
     if folded is None:
         traced = trace(function, params, inputs[0])
@@ -99,44 +99,46 @@ def _function(fn: Any, params: Any, batches: Sequence[Any]) -> tuple[Any, Any, l
             "model that was folded, and for the numbers after a fold, fold(function, params, x)"
         )
     if isinstance(fn, Folded):
-        return fn, params, [_inputs(batch) for batch in batches]
+        return fn, params, [inputs_of(batch) for batch in batches]
     function = apply_of(fn)
     model = taken_apart(function, params, tuple(batches))
     if model is not None:
         state, *batches = model.inputs
-        given = [(state, *_inputs(batch)) for batch in batches]
+        given = [(state, *inputs_of(batch)) for batch in batches]
         return model.functions, model.params, given
     if not callable(function):
         raise FoldError(
             f"fn: a {type(fn).__name__} is not callable; pass a function of (params, *inputs), "
             "such as model.apply, or what fold returned"
         )
-    return function, params, [_inputs(batch) for batch in batches]
+    return function, params, [inputs_of(batch) for batch in batches]
 
 
-def _inputs(batch: Any) -> tuple[Any, ...]:
+def inputs_of(batch: Any) -> tuple[Any, ...]:
     """The inputs of a batch; named tuples are an input like any other tree."""
     return batch if type(batch) is tuple else (batch,)
 
 
-def _check(params: Any, inputs: Sequence[tuple[Any, ...]]) -> None:
+def check_batches(params: Any, inputs: Sequence[tuple[Any, ...]], name: str = "measure") -> None:
     """There is at least one batch, and all are like the first one."""
     if params is MISSING:
-        raise FoldError("params: missing; pass measure(fn, params, *batches)")
+        raise FoldError(f"params: missing; pass {name}(fn, params, *batches)")
     if not inputs:
         raise FoldError(
-            "batches: there is none, so nothing can be measured; pass measure(fn, params, *batches)"
+            f"batches: there is none, so nothing can be measured; pass {name}(fn, params, *batches)"
         )
     check_leaves(params, "params")
     first = signature((), inputs[0])
     for number, batch in enumerate(inputs):
-        name = f"batches[{number}]"
-        check_leaves(batch, name)
+        batch_name = f"batches[{number}]"
+        check_leaves(batch, batch_name)
         if any(map(is_tracer, jax.tree.leaves((params, batch)))):
-            raise FoldError(f"{name}: being traced; call measure outside of jit, grad and vmap")
+            raise FoldError(
+                f"{batch_name}: being traced; call {name} outside of jit, grad and vmap"
+            )
         if signature((), batch) != first:
             raise FoldError(
-                f"{name}: {_difference(batch, inputs[0])}; pass batches of one structure and "
+                f"{batch_name}: {_difference(batch, inputs[0])}; pass batches of one structure and "
                 "shape, and leave out a last one that is smaller"
             )
         check_devices(params, batch)

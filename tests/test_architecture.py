@@ -30,7 +30,7 @@ FLOORS = [
     {"models"},
     {"api"},
     {"measuring", "widening"},
-    {"cli", "verification"},
+    {"cli", "regression", "verification"},
     {"__init__", "__main__"},
 ]
 

@@ -55,7 +55,7 @@ def sums_of(x: jax.Array, along: AxisSet, mesh_axes: tuple[str, ...] = ()) -> Su
     size = jax.lax.pmax(size, mesh_axes) if mesh_axes else size
     scaled = wide / jnp.where(size == 0, 1, size)
     mean, square = (
-        _one_each(group_means(values, along, jnp), along) for values in (scaled, scaled**2)
+        one_each(group_means(values, along, jnp), along) for values in (scaled, scaled**2)
     )
     if mesh_axes:
         mean, square = jax.lax.pmean((mean, square), mesh_axes)
@@ -90,7 +90,7 @@ def merged(sums: Sums, xp: Any) -> Sums:
     )
 
 
-def _one_each(means: jax.Array, along: AxisSet) -> jax.Array:
+def one_each(means: jax.Array, along: AxisSet) -> jax.Array:
     """Means at one position of each group; positions that are in no group are left out."""
     for axis, entry in enumerate(along.entries):
         if isinstance(entry, Labels):

@@ -100,8 +100,12 @@ class Watched:
             x = _centered(x, own)
         for i, along, mesh_axes in self.norms.get(value, ()):
             if i not in found:  # else a call returns what it is given
-                found[i] = sums_of(jnp.asarray(x), along, mesh_axes)
+                found[i] = self._look(jnp.asarray(x), along, mesh_axes)
         return x
+
+    def _look(self, x: jax.Array, along: AxisSet, mesh_axes: tuple[str, ...]) -> Any:
+        """What is taken down of a LayerNorm's input."""
+        return sums_of(x, along, mesh_axes)
 
     def _edited(self, value: int, const: Any) -> Any:
         for along in self.constants.get(value, ()):

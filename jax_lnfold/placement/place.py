@@ -108,7 +108,7 @@ def place_within(
     folded = tuple(search.resolve((n.x, n.along)) in zero for n in norms.found)
     if reduce_means:
         kept = ((n.x, n.along) for n, done in zip(norms.found, folded, strict=True) if not done)
-        zero |= dict.fromkeys(_feeding(search, kept, zero))
+        zero |= dict.fromkeys(feeding(search, kept, zero)[0])
     explicit = _by_value(c for c in zero if _is_inserted(search, c, zero))
     edits = _by_value(c for c in zero if search.nodes[c].edit)
     left = {
@@ -157,8 +157,10 @@ def _cut(search: ZeroMeanGraph, norms: Iterable[LayerNorm]) -> dict[Claim, None]
     return {claim: None for claim in search.nodes if claim in yes}  # in the order of discovery
 
 
-def _feeding(search: ZeroMeanGraph, roots: Iterable[Claim], zero: Container[Claim]) -> list[Claim]:
-    """Leaves that write into the mean of some values, and may be centered.
+def feeding(
+    search: ZeroMeanGraph, roots: Iterable[Claim], zero: Container[Claim]
+) -> tuple[list[Claim], set[Claim]]:
+    """Leaves that write into the mean of some values, and may be centered; and all on the way.
 
     All of them may be at once: conflicts are barred in the search, and what no output notices
     whatever the other parameters are, none notices after other edits.
@@ -174,7 +176,7 @@ def _feeding(search: ZeroMeanGraph, roots: Iterable[Claim], zero: Container[Clai
         if node.edit and claim[0] in search.facts.graph.leaves:
             found.append(claim)
         todo += map(search.resolve, node.needs or ())
-    return found
+    return found, seen
 
 
 def _is_inserted(search: ZeroMeanGraph, claim: Claim, zero: Container[Claim]) -> bool:

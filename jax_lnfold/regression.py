@@ -1,0 +1,314 @@
+"""Means of leaves that cancel what remains of the means of LayerNorms, fitted to data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from math import ceil, prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._compat import consts_of
+from .axes.axis_set import AxisSet
+from .axes.labels import ALL
+from .centering import widened
+from .errors import FoldError
+from .measurement.normal_equations import Normal, ridge
+from .measurement.token_means import TokenMeans
+from .measuring import check_batches, inputs_of
+from .models.folded_model import MISSING
+from .models.linen_modules import apply_of
+from .options import check_excluded, check_options
+from .placement.free_means import FreeMeans, free_means
+from .placement.place import Placement
+from .placement.planning import make_plan, placement_of
+from .plan.edits.means import MeanEdit
+from .plan.plan import FoldPlan
+from .printable import counted, printable
+from .program.tracing import Traced, trace
+from .report.names import names_of
+
+HELD_OUT = 5
+"""Every fifth token of a LayerNorm is not fitted to, but tells whether the fit holds."""
+MOST_MEANS = 4096
+"""LayerNorms that share leaves with more means than that are left centered."""
+MOST_NUMBERS = 1 << 26
+"""Derivatives that are held at a time: if a batch has more, it is every second token, say."""
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class RegressedNorm:
+    """What a fit does to one LayerNorm, on tokens that were held out.
+
+    `centered` and `regressed` are the share of the mean in the second moment,
+    ``E[mean**2] / E[x**2]``, with means of zero and with those fitted; `fitted` is that on the
+    `tokens` of the fit. If means stay zero, `why` says why.
+    """
+
+    path: str
+    tokens: int
+    held_out: int
+    centered: float
+    regressed: float
+    fitted: float
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Regression:
+    """What `regress` returns: the plan, and what it does to LayerNorms; `print` shows a table."""
+
+    plan: FoldPlan
+    norms: tuple[RegressedNorm, ...]
+
+    def __str__(self) -> str:
+        """A line for each LayerNorm that the fit is about."""
+        if not self.norms:
+            return "No LayerNorm keeps a mean that parameters could cancel."
+        lines = (
+            f"{printable(n.path)}: {n.centered:.2g} centered, {n.regressed:.2g} regressed "
+            f"({n.fitted:.2g} on the tokens of the fit){f'; {n.why}' if n.why else ''}"
+            for n in self.norms
+        )
+        n = counted(sum(norm.tokens for norm in self.norms), "token")
+        return "\n".join([f"Share of the mean on held-out tokens, of a fit to {n}:", *lines])
+
+
+def regress(
+    apply_fn: Any,
+    params: Any = MISSING,
+    *batches: Any,
+    explicit_cost: float = 2.0,
+    fold_affine: bool = False,
+    exclude: Collection[str] | Callable[[str], bool] = (),
+) -> Regression:
+    """A plan that makes the means of LayerNorms small which no edit of parameters removes.
+
+    It is that of ``plan_fold(..., reduce_means=True)``, but leaves that feed only LayerNorms which
+    keep their mean get means, in place of zero, that cancel what remains: a linear layer predicts
+    it from its own input. No output notices: both functions compute what they did before. The fit
+    is a ridge regression, of which generalised cross validation chooses the ridge; every fifth
+    token is held out, and LayerNorms for which it does not help there stay centered. So do those
+    in a `while_loop` or a `shard_map`, and those that share leaves with more than 4096 means. Of a
+    batch with many tokens, every second, third ... is used. One pass over the batches, each of
+    which is differentiated as many times as there are means; sums are kept in float64.
+
+    Args:
+        apply_fn: a function of ``(params, *inputs)``; a linen module stands for its `apply`.
+        params: its parameters, arrays with values.
+        *batches: each of them a tuple of inputs, or a single input, of the same structure, shapes
+            and dtypes. Together they should have several times as many tokens as there are means.
+        explicit_cost: as for `fold`, with which the plan will be used.
+        fold_affine: as for `fold`.
+        exclude: as for `fold`.
+
+    Returns:
+        The plan, for ``fold(apply_fn, params, *inputs, plan=found.plan, center=True)``, and the
+        shares of the mean before and after the fit.
+
+    Example:
+        ``found = regress(model.apply, variables, *images)``
+
+    Raises:
+        FoldError: there is no batch, a batch differs from the first one in other things than its
+            numbers, or `apply_fn` is no function of these arguments.
+        TreeError: `params` or a batch holds other leaves than arrays.
+    """
+    function = apply_of(apply_fn)
+    if isinstance(function, Mapping) or not callable(function):
+        raise FoldError(
+            f"apply_fn: a {type(function).__name__} is no single function; pass a function of "
+            "(params, *inputs), such as model.apply"
+        )
+    inputs = [inputs_of(batch) for batch in batches]
+    check_batches(params, inputs, "regress")
+    traced = trace(function, params, inputs[0])
+    check_excluded(exclude, traced.leaves)
+    placements = [
+        placement_of(
+            traced,
+            check_options(
+                explicit_cost, (), fold_affine, exclude=exclude, reduce_means=reduce_means
+            ),
+        )
+        for reduce_means in (True, False)
+    ]
+    plan, free = make_plan(placements[0]), free_means(*placements)
+    return _Fit(traced, placements[0], free, plan.center(params), inputs[0]).run(plan, inputs)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """LayerNorms that share leaves, with the place of each leaf's means among those of all."""
+
+    norms: tuple[int, ...]
+    starts: Mapping[int, int]
+    size: int
+
+
+class _Fit:
+    """A fit to tokens of LayerNorms, of the function at parameters that are centered."""
+
+    def __init__(
+        self,
+        traced: Traced,
+        placement: Placement,
+        free: FreeMeans,
+        params: Any,
+        example: tuple[Any, ...],
+    ) -> None:
+        """Find out who shares what."""
+        self._placement, self._free, self._consts = placement, free, consts_of(traced.closed)
+        graph = placement.graph
+        self._position = {v: traced.leaves.index(graph.leaves[v]) for v in free.groups}
+        self._leaves = jax.tree.leaves(params)
+        self._watched = TokenMeans(traced.closed, placement, {*free.feeds}, free.through)
+        given = jax.tree.leaves(example)
+        tokens = jax.eval_shape(lambda *x: self._watched(*x), self._consts, [*self._leaves, *given])
+        self._shapes: dict[int, tuple[int, ...]] = {
+            i: (prod(x.means.shape[:-1]), x.means.shape[-1]) for i, x in tokens.items()
+        }
+        self._groups = [*_groups(free, self._shapes)]
+        self._fitted = [g for g in self._groups if self._why_not(g) is None]
+        self._size = max((g.size for g in self._fitted), default=0)
+        rows = sum(self._shapes[i][0] for g in self._fitted for i in g.norms)
+        self._most = max(1, MOST_NUMBERS // max(1, self._size * rows))
+
+    def _why_not(self, group: _Group) -> str | None:
+        if any(i not in self._shapes for i in group.norms):
+            return "not looked at"
+        return f"has {group.size} means" if group.size > MOST_MEANS else None
+
+    def run(self, plan: FoldPlan, inputs: Sequence[tuple[Any, ...]]) -> Regression:
+        """The plan with the means that fit."""
+        parts = {i: [Normal.empty(g.size) for _ in range(2)] for g in self._fitted for i in g.norms}
+        program = jax.jit(self._derivatives)
+        for batch in inputs if self._fitted else ():
+            given = jax.tree.leaves(batch)
+            found = jax.device_get(program(self._consts, self._leaves, given))
+            for i, (means, squares, rows) in found.items():
+                _add(parts[i], means, squares, rows)
+        edits, norms = list[MeanEdit](), dict[int, RegressedNorm]()
+        names = names_of(self._placement)
+        for group in self._groups:
+            why, v = self._why_not(group), np.zeros(group.size)
+            if why is None:
+                why, v = _solved([parts[i] for i in group.norms], group.size)
+            for i in group.norms:
+                norms[i] = _told(names[i].text, parts.get(i), v, why)
+            if v.any():
+                edits += self._edits(group, v)
+        paths = {edit.key_path for edit in edits}
+        centered = tuple(edit for edit in plan.edits if edit.key_path not in paths)
+        made = replace(plan, edits=centered, means=tuple(edits))
+        return Regression(made, tuple(norms[i] for i in sorted(norms)))
+
+    def _edits(self, group: _Group, v: np.ndarray) -> Iterator[MeanEdit]:
+        for leaf, start in group.starts.items():
+            along = self._free.groups[leaf]
+            means = v[start : start + prod(_shape(along))].tolist()
+            yield MeanEdit(self._placement.graph.leaves[leaf], along, tuple(means))
+
+    def _derivatives(self, consts: Any, leaves: list[Any], given: list[Any]) -> Any:
+        """Means, second moments and derivatives (a row for each of `_size` means) of all tokens."""
+        starts = {leaf: s for group in self._fitted for leaf, s in group.starts.items()}
+        kept = {i for group in self._fitted for i in group.norms}
+        shapes = {leaf: _shape(self._free.groups[leaf]) for leaf in starts}
+        types = {leaf: widened(leaves[self._position[leaf]].dtype) for leaf in starts}
+
+        def tokens(shifts: dict[int, Any]) -> Any:
+            shifted = list(leaves)
+            for leaf, shift in shifts.items():
+                x = leaves[at := self._position[leaf]]
+                shifted[at] = (x.astype(types[leaf]) + shift).astype(x.dtype)
+            found = self._watched(consts, [*shifted, *given])
+            some = {i: self._sampled(i, x) for i, x in found.items() if i in kept}
+            return {i: x.means for i, x in some.items()}, {i: x.squares for i, x in some.items()}
+
+        def seed(d: Any) -> dict[int, Any]:
+            return {
+                leaf: (jnp.arange(prod(shape)) == d - starts[leaf])
+                .astype(types[leaf])
+                .reshape(shape)
+                for leaf, shape in shapes.items()
+            }
+
+        zeros = {leaf: jnp.zeros(shape, types[leaf]) for leaf, shape in shapes.items()}
+        means, push, squares = jax.linearize(tokens, zeros, has_aux=True)
+        largest = max(x.size for x in self._values(leaves))
+        chunk = max(1, min(self._size, _CHUNK // largest))
+        rows = jax.lax.map(lambda d: push(seed(d)), jnp.arange(self._size), batch_size=chunk)
+        sizes = {i: group.size for group in self._fitted for i in group.norms}
+        return {i: (means[i], squares[i], rows[i][: sizes[i]]) for i in means}
+
+    def _values(self, leaves: list[Any]) -> Iterator[Any]:
+        graph = self._placement.graph
+        yield from (graph.avals[value] for value in self._free.through)
+        yield from (leaves[at] for at in self._position.values())
+
+    def _sampled(self, i: int, tokens: Any) -> Any:
+        """Tokens at equal distances, as many as may be, with a row for each iteration of loops."""
+        rows, n = self._shapes[i]
+        step = ceil(n / self._most)
+        return jax.tree.map(lambda x: x.reshape(rows, n)[:, ::step], tokens)
+
+
+def _shape(along: AxisSet) -> tuple[int, ...]:
+    return tuple(
+        1 if entry == ALL else n for entry, n in zip(along.entries, along.shape, strict=True)
+    )
+
+
+def _groups(free: FreeMeans, shapes: Mapping[int, Any]) -> Iterator[_Group]:
+    """The LayerNorms, put together where they share leaves."""
+    left = {i: {*leaves} for i, leaves in free.feeds.items()}
+    while left:
+        first = min(left)
+        leaves, norms = left.pop(first), [first]
+        while more := [i for i, own in left.items() if own & leaves]:
+            norms += more
+            leaves = reduce(set.union, (left.pop(i) for i in more), leaves)
+        starts, size = dict[int, int](), 0
+        for leaf in sorted(leaves):
+            starts[leaf] = size
+            size += prod(_shape(free.groups[leaf]))
+        yield _Group(tuple(sorted(norms)), starts, size)
+
+
+def _add(parts: list[Normal], means: np.ndarray, squares: np.ndarray, rows: np.ndarray) -> None:
+    """The tokens of a batch, every fifth of all so far to those that are held out."""
+    rows, means, squares = (np.asarray(x, np.float64) for x in (rows, means, squares))
+    before = sum(part.tokens for part in parts) // len(means)
+    held = (before + np.arange(means.shape[-1])) % HELD_OUT == HELD_OUT - 1
+    for part, chosen in zip(parts, (~held, held), strict=True):
+        own = rows[:, :, chosen].reshape(len(rows), -1)
+        part.add(own, means[:, chosen].ravel(), squares[:, chosen].ravel())
+
+
+def _solved(parts: Sequence[Sequence[Normal]], size: int) -> tuple[str, np.ndarray]:
+    """The means that fit, or zeros, and why."""
+    nothing = np.zeros(size)
+    if not all(part.finite for both in parts for part in both):
+        return "infinite or NaN activations", nothing
+    v = ridge([fitted for fitted, _ in parts])
+    if not v.any():
+        return "nothing to fit, or too few tokens", nothing
+    if any(not held.tokens or held.share(v) >= held.share(nothing) for _, held in parts):
+        return "it does not hold on the tokens that were held out", nothing
+    return "", v
+
+
+def _told(
+    path: str, parts: Sequence[Normal] | None, v: np.ndarray, why: str | None
+) -> RegressedNorm:
+    if parts is None:
+        nan = float("nan")
+        return RegressedNorm(path, 0, 0, nan, nan, nan, why or "")
+    fitted, held = parts
+    shares = held.share(np.zeros_like(v)), held.share(v), fitted.share(v)
+    return RegressedNorm(path, fitted.tokens, held.tokens, *shares, why or "")
