@@ -178,6 +178,12 @@ class _Fit:
         self._size = max((g.size for g in self._fitted), default=0)
         rows = sum(self._shapes[i][0] for g in self._fitted for i in g.norms)
         self._most = max(1, MOST_NUMBERS // max(1, self._size * rows))
+        self._zeros = {
+            leaf: np.zeros(_shape(free.groups[leaf]), widened(graph.avals[leaf].dtype))
+            for group in self._fitted
+            for leaf in group.starts
+        }
+        self._largest = max((prod(graph.shape(v)) for v in free.through), default=1)
 
     def _why_not(self, group: _Group) -> str | None:
         if any(i not in self._shapes for i in group.norms):
@@ -216,40 +222,30 @@ class _Fit:
 
     def _derivatives(self, consts: Any, leaves: list[Any], given: list[Any]) -> Any:
         """Means, second moments and derivatives (a row for each of `_size` means) of all tokens."""
-        starts = {leaf: s for group in self._fitted for leaf, s in group.starts.items()}
-        kept = {i for group in self._fitted for i in group.norms}
-        shapes = {leaf: _shape(self._free.groups[leaf]) for leaf in starts}
-        types = {leaf: widened(leaves[self._position[leaf]].dtype) for leaf in starts}
+        sizes = {i: group.size for group in self._fitted for i in group.norms}
 
         def tokens(shifts: dict[int, Any]) -> Any:
             shifted = list(leaves)
             for leaf, shift in shifts.items():
                 x = leaves[at := self._position[leaf]]
-                shifted[at] = (x.astype(types[leaf]) + shift).astype(x.dtype)
+                shifted[at] = (x.astype(shift.dtype) + shift).astype(x.dtype)
             found = self._watched(consts, [*shifted, *given])
-            some = {i: self._sampled(i, x) for i, x in found.items() if i in kept}
+            some = {i: self._sampled(i, found[i]) for i in sizes}
             return {i: x.means for i, x in some.items()}, {i: x.squares for i, x in some.items()}
 
-        def seed(d: Any) -> dict[int, Any]:
-            return {
-                leaf: (jnp.arange(prod(shape)) == d - starts[leaf])
-                .astype(types[leaf])
-                .reshape(shape)
-                for leaf, shape in shapes.items()
-            }
+        means, push, squares = jax.linearize(tokens, self._zeros, has_aux=True)
+        chunk = max(1, min(self._size, _CHUNK // self._largest))
+        columns = jnp.arange(self._size)
+        rows = jax.lax.map(lambda d: push(self._seed(d)), columns, batch_size=chunk)
+        return {i: (means[i], squares[i], rows[i][:size]) for i, size in sizes.items()}
 
-        zeros = {leaf: jnp.zeros(shape, types[leaf]) for leaf, shape in shapes.items()}
-        means, push, squares = jax.linearize(tokens, zeros, has_aux=True)
-        largest = max(x.size for x in self._values(leaves))
-        chunk = max(1, min(self._size, _CHUNK // largest))
-        rows = jax.lax.map(lambda d: push(seed(d)), jnp.arange(self._size), batch_size=chunk)
-        sizes = {i: group.size for group in self._fitted for i in group.norms}
-        return {i: (means[i], squares[i], rows[i][: sizes[i]]) for i in means}
-
-    def _values(self, leaves: list[Any]) -> Iterator[Any]:
-        graph = self._placement.graph
-        yield from (graph.avals[value] for value in self._free.through)
-        yield from (leaves[at] for at in self._position.values())
+    def _seed(self, d: Any) -> dict[int, Any]:
+        """One for the mean at position d of each group: what one has does not reach another."""
+        starts = {leaf: start for group in self._fitted for leaf, start in group.starts.items()}
+        return {
+            leaf: (jnp.arange(x.size) == d - starts[leaf]).astype(x.dtype).reshape(x.shape)
+            for leaf, x in self._zeros.items()
+        }
 
     def _sampled(self, i: int, tokens: Any) -> Any:
         """Tokens at equal distances, as many as may be, with a row for each iteration of loops."""
