@@ -175,9 +175,8 @@ class _Fit:
         }
         self._groups = [*_groups(free, self._shapes)]
         self._fitted = [g for g in self._groups if self._why_not(g) is None]
-        self._size = max((g.size for g in self._fitted), default=0)
-        rows = sum(self._shapes[i][0] for g in self._fitted for i in g.norms)
-        self._most = max(1, MOST_NUMBERS // max(1, self._size * rows))
+        columns = sum(g.size * self._shapes[i][0] for g in self._fitted for i in g.norms)
+        self._most = max(1, MOST_NUMBERS // max(1, columns))
         self._zeros = {
             leaf: np.zeros(_shape(free.groups[leaf]), widened(graph.avals[leaf].dtype))
             for group in self._fitted
@@ -220,9 +219,20 @@ class _Fit:
             means = v[start : start + prod(_shape(along))].tolist()
             yield MeanEdit(self._placement.graph.leaves[leaf], along, tuple(means))
 
-    def _derivatives(self, consts: Any, leaves: list[Any], given: list[Any]) -> Any:
-        """Means, second moments and derivatives (a row for each of `_size` means) of all tokens."""
-        sizes = {i: group.size for group in self._fitted for i in group.norms}
+    def _derivatives(self, consts: Any, leaves: list[Any], given: list[Any]) -> dict[int, Any]:
+        """Means, second moments and derivatives (a row for each mean of a leaf) of all tokens."""
+        found = dict[int, Any]()
+        for size in {group.size for group in self._fitted}:  # fewer passes for those with fewer
+            alike = [group for group in self._fitted if group.size == size]
+            found |= self._of_size(size, alike, consts, leaves, given)
+        return found
+
+    def _of_size(
+        self, size: int, groups: list[_Group], consts: Any, leaves: list[Any], given: list[Any]
+    ) -> dict[int, Any]:
+        """The same of groups with as many means: each pass is for one mean of every group."""
+        norms = [i for group in groups for i in group.norms]
+        starts = {leaf: start for group in groups for leaf, start in group.starts.items()}
 
         def tokens(shifts: dict[int, Any]) -> Any:
             shifted = list(leaves)
@@ -230,28 +240,28 @@ class _Fit:
                 x = leaves[at := self._position[leaf]]
                 shifted[at] = (x.astype(shift.dtype) + shift).astype(x.dtype)
             found = self._watched(consts, [*shifted, *given])
-            some = {i: self._sampled(i, found[i]) for i in sizes}
+            some = {i: self._sampled(i, found[i]) for i in norms}
             return {i: x.means for i, x in some.items()}, {i: x.squares for i, x in some.items()}
 
-        means, push, squares = jax.linearize(tokens, self._zeros, has_aux=True)
-        chunk = max(1, min(self._size, _CHUNK // self._largest))
-        columns = jnp.arange(self._size)
-        rows = jax.lax.map(lambda d: push(self._seed(d)), columns, batch_size=chunk)
-        return {i: (means[i], squares[i], rows[i][:size]) for i, size in sizes.items()}
+        def seed(d: Any) -> dict[int, Any]:
+            return {leaf: _one_at(d - start, self._zeros[leaf]) for leaf, start in starts.items()}
 
-    def _seed(self, d: Any) -> dict[int, Any]:
-        """One for the mean at position d of each group: what one has does not reach another."""
-        starts = {leaf: start for group in self._fitted for leaf, start in group.starts.items()}
-        return {
-            leaf: (jnp.arange(x.size) == d - starts[leaf]).astype(x.dtype).reshape(x.shape)
-            for leaf, x in self._zeros.items()
-        }
+        zeros = {leaf: self._zeros[leaf] for leaf in starts}
+        means, push, squares = jax.linearize(tokens, zeros, has_aux=True)
+        chunk = max(1, min(size, _CHUNK // self._largest))
+        rows = jax.lax.map(lambda d: push(seed(d)), jnp.arange(size), batch_size=chunk)
+        return {i: (means[i], squares[i], rows[i]) for i in norms}
 
     def _sampled(self, i: int, tokens: Any) -> Any:
         """Tokens at equal distances, as many as may be, with a row for each iteration of loops."""
         rows, n = self._shapes[i]
         step = ceil(n / self._most)
         return jax.tree.map(lambda x: x.reshape(rows, n)[:, ::step], tokens)
+
+
+def _one_at(position: Any, like: np.ndarray) -> jax.Array:
+    """One at a position, counted in row-major order, and zeros."""
+    return (jnp.arange(like.size) == position).astype(like.dtype).reshape(like.shape)
 
 
 def _shape(along: AxisSet) -> tuple[int, ...]:
