@@ -222,7 +222,7 @@ class _Fit:
     def _derivatives(self, consts: Any, leaves: list[Any], given: list[Any]) -> dict[int, Any]:
         """Means, second moments and derivatives (a row for each mean of a leaf) of all tokens."""
         found = dict[int, Any]()
-        for size in {group.size for group in self._fitted}:  # fewer passes for those with fewer
+        for size in sorted({g.size for g in self._fitted}):  # fewer passes for those with fewer
             alike = [group for group in self._fitted if group.size == size]
             found |= self._of_size(size, alike, consts, leaves, given)
         return found

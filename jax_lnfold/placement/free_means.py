@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from ..axes.axis_set import AxisSet
 from ..axes.labels import ALL, FREE
 from .place import Placement, feeding
-from .zero_mean import ZeroMeanGraph
 
 
 @dataclass(frozen=True)
@@ -25,27 +24,22 @@ class FreeMeans:
 
 def free_means(placement: Placement, plain: Placement) -> FreeMeans:
     """What `placement`, which reduces means, centers and `plain`, which does not, leaves alone."""
-    graph, needed = placement.graph, {*_edits(plain)}
+    graph = placement.graph
+    needed = {plain.graph.leaves[v] for v in plain.leaf_sets}
     groups = {
         v: sets[0]
         for v, sets in placement.leaf_sets.items()
         if len(sets) == 1
-        and not any(path == graph.leaves[v] for path, _ in needed)
+        and graph.leaves[v] not in needed
         and all(entry in (ALL, FREE) for entry in sets[0].entries)
     }
-    search: ZeroMeanGraph = placement.search
     zero = {claim for claim in placement.zero if claim[0] not in groups}
     feeds, through = dict[int, tuple[int, ...]](), set[int]()
     for i, norm in enumerate(placement.norms):
         if not placement.folded[i]:
-            leaves, seen = feeding(search, [(norm.x, norm.along)], zero)
+            leaves, seen = feeding(placement.search, [(norm.x, norm.along)], zero)
             found = dict.fromkeys(v for v, _ in leaves if v in groups)
             if found:
                 feeds[i] = tuple(found)
                 through |= {value for value, _ in seen} | {norm.x}
     return FreeMeans(groups, feeds, frozenset(through))
-
-
-def _edits(placement: Placement) -> set[tuple[str, AxisSet]]:
-    leaves = placement.graph.leaves
-    return {(leaves[v], along) for v, sets in placement.leaf_sets.items() for along in sets}

@@ -342,6 +342,8 @@ def test_bert() -> None:
     for inputs in (model.inputs, model.other_inputs):
         check_contracts(fn, params, folded, *inputs)
     plain, other = centered(found.plan, fn, params, *model.inputs), [batch() for _ in range(4)]
+    without = jax_lnfold.fold(fn, params, *model.inputs)
+    assert [n.folded for n in folded.report.norms] == [n.folded for n in without.report.norms]
     before, after = (shares(fn, params, plan, *other) for plan in (plain, found.plan))
     assert (after < before / 2).all()
     assert after.sum() < before.sum() / 5
