@@ -202,7 +202,7 @@ LINEN = {
     "gpt2": 0,  # without an explicit centering behind its tied table none of them folds
     "bert": 1,
     "bart": 2,
-    "swin": 6,
+    "mixer_wide": 1,
     "dit": 0,  # its constant position table would have to be centered
     "mae": 0,  # the same
     "qk_norm_stacked": 9,
