@@ -640,7 +640,7 @@ def random_program(seed: int) -> Apply:
 
 def test_random_programs() -> None:
     untied = 0
-    for seed in range(60):
+    for seed in range(30):
         apply_fn, given = (
             random_program(seed),
             {**params(seed), "other": draw(VOCAB, D, seed=seed + 1)},
@@ -654,4 +654,4 @@ def test_random_programs() -> None:
             check(apply_fn, folded, given, tokens(3, 4))
             better = folded.report.n_inserted < plain.report.n_inserted
             assert better or folded.report.n_folded > plain.report.n_folded
-    assert untied > 10
+    assert untied > 5
