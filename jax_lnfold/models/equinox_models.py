@@ -58,7 +58,7 @@ class _EquinoxModels:
     def mark_norms(self, model: eqx.Module, calls: NormCalls) -> None:
         """By subclasses that mark their calls."""
         for path, norm in _parts(model, eqx.nn.LayerNorm):
-            object.__setattr__(norm, "__class__", _marked(calls, path))
+            object.__setattr__(norm, "__class__", calls.marked(eqx.nn.LayerNorm, path))
 
     def replace_norms(
         self, model: eqx.Module, norms: Container[str], unshifted: Container[str]
@@ -88,15 +88,6 @@ def _parts(model: eqx.Module, kind: type) -> list[tuple[str, Any]]:
         for path, x in found
         if type(x) is kind
     ]
-
-
-def _marked(calls: NormCalls, path: str) -> type:
-    class Marked(eqx.nn.LayerNorm):
-        def __call__(self, x: Any, *rest: Any, **keywords: Any) -> Any:
-            with calls.mark(path):
-                return super().__call__(x, *rest, **keywords)
-
-    return Marked
 
 
 def _is_array(x: Any) -> bool:

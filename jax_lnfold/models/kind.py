@@ -118,8 +118,8 @@ class Method:
     def __call__(self, params: Any, state: State, *inputs: Any, **keywords: Any) -> Any:
         """Call the method of a model that is put together for it."""
         model, result = self._run(params, state, inputs, keywords)
-        before, after = leaf_paths(params), jax.tree.leaves(self.kind.split(model)[0])
-        if any(x is not y for (_, x), y in zip(before, after, strict=True)):
+        before, after = jax.tree.leaves(params), jax.tree.leaves(self.kind.split(model)[0])
+        if any(x is not y for x, y in zip(before, after, strict=True)):
             self._check_unchanged(params, state, inputs, keywords)
         return result, self.kind.changes(model, state)
 

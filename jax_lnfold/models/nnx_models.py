@@ -56,7 +56,7 @@ class _NnxModels:
     def mark_norms(self, model: nnx.Module, calls: NormCalls) -> None:
         """By subclasses that mark their calls."""
         for path, norm in _layer_norms(model):
-            object.__setattr__(norm, "__class__", _marked(calls, path))
+            object.__setattr__(norm, "__class__", calls.marked(nnx.LayerNorm, path))
 
     def replace_norms(
         self, model: nnx.Module, norms: Container[str], unshifted: Container[str]
@@ -114,15 +114,6 @@ def _missing_bias(layer: Any) -> tuple[int, ...] | None:
     n_in, n_out = (1, 1) if one else (len(layer.in_features), len(layer.out_features))
     kernel = layer.kernel[...]
     return kernel.shape[n_in:] if kernel.ndim == n_in + n_out else None
-
-
-def _marked(calls: NormCalls, path: str) -> type:
-    class Marked(nnx.LayerNorm):
-        def __call__(self, x: Any, **keywords: Any) -> jax.Array:
-            with calls.mark(path):
-                return super().__call__(x, **keywords)
-
-    return Marked
 
 
 NNX: ModelKind = _NnxModels()

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
+from typing import Any
 
 from ..placement.place import Placement
 from ..program.marks import mark, marks_in
@@ -28,6 +29,17 @@ class NormCalls:
             self._paths.append(path)
         with mark(f"{_KIND}_{self._paths.index(path)}_{next(self._calls)}"):
             yield
+
+    def marked(self, norm: type, path: str) -> type:
+        """A subclass of a class of LayerNorms, for the module at `path`, that marks its calls."""
+        calls = self
+
+        class Marked(norm):
+            def __call__(self, *inputs: Any, **keywords: Any) -> Any:
+                with calls.mark(path):
+                    return super().__call__(*inputs, **keywords)
+
+        return Marked
 
     def folded(self, placement: Placement) -> dict[str, int]:
         """The modules of which each call is one LayerNorm, and folded, with the number of these."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 from ...printable import counted
 from ..leaf import Factor, Recipe
 from ..tree_fit import Fit
-from .edit import Edit, LeafEdit, Shapes, check_axes, integers
+from .edit import Edit, LeafEdit, Shapes, check_axes, check_one, integers, taken_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +78,11 @@ class AffineEdit(Edit):
             if self.shift is not None and reader.bias is not None:
                 recipe = Recipe(axes=reader.axes, summed=reader.summed)
                 yield reader.bias, LeafEdit((self.shift, reader.kernel), recipe)
-        yield self.key_path, LeafEdit((), Recipe(fill=float(self.one)))
-        if self.shift is not None:
-            yield self.shift, LeafEdit((), Recipe(fill=0.0))
+        yield from taken_up(self.key_path, self.one, self.shift)
 
     def check(self, shapes: Shapes) -> None:
         """There are readers, with a bias each if there is a shift, and all axes fit."""
-        if type(self.one) is not int or self.one not in (0, 1):
-            raise ValueError(f"{self.one!r} does not stand for one in {self.key_path!r}")
+        check_one(self.one, self.key_path)
         for reader in self.readers:
             for source in filter(None, (self.key_path, self.shift)):
                 check_axes(shapes, source, reader.kernel, reader.axes)

@@ -106,6 +106,19 @@ def check_axes(shapes: Shapes, source: str, path: str, axes: tuple[int, ...]) ->
         raise ValueError(f"axes {axes} of leaf {path!r} do not fit {source!r}")
 
 
+def check_one(one: int, path: str) -> None:
+    """What a scale becomes: 1, or 0 if the program adds 1 to it."""
+    if type(one) is not int or one not in (0, 1):
+        raise ValueError(f"{one!r} does not stand for one in {path!r}")
+
+
+def taken_up(scale: str, one: int, shift: str | None) -> Iterator[tuple[str, LeafEdit]]:
+    """What is left of a scale and a shift that other leaves have taken up: one and zero."""
+    yield scale, LeafEdit((), Recipe(fill=float(one)))
+    if shift is not None:
+        yield shift, LeafEdit((), Recipe(fill=0.0))
+
+
 def integers(data: Any) -> tuple[int, ...]:
     """A list of integers of a JSON text."""
     if not isinstance(data, list) or not all(type(n) is int for n in data):

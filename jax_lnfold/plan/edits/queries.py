@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 from ...printable import counted
 from ..leaf import Factor, Recipe
 from ..tree_fit import Fit
-from .edit import Edit, LeafEdit, Shapes, check_axes, integers
+from .edit import Edit, LeafEdit, Shapes, check_axes, check_one, integers, taken_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +65,11 @@ class QueryEdit(Edit):
         for path, axes in self._targets:
             factor = Factor(axes, 1 - self.one)
             yield path, LeafEdit((self.key_path,), Recipe(factors=(factor,)))
-        yield self.key_path, LeafEdit((), Recipe(fill=float(self.one)))
-        if self.shift is not None:
-            yield self.shift, LeafEdit((), Recipe(fill=0.0))
+        yield from taken_up(self.key_path, self.one, self.shift)
 
     def check(self, shapes: Shapes) -> None:
         """The axes fit, and shifts are as large as their scales."""
-        if type(self.one) is not int or self.one not in (0, 1):
-            raise ValueError(f"{self.one!r} does not stand for one in {self.key_path!r}")
+        check_one(self.one, self.key_path)
         for path, axes in self._targets:
             check_axes(shapes, self.key_path, path, axes)
         for shift, scale in self._shifts:
