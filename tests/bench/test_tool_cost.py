@@ -151,11 +151,11 @@ def test_memory_of_one_edit(name: str) -> None:
     recipe, size = centered(name), ROWS * WIDTH * 4
     means = 2 * size // 8
     for donate in (False, True):
-        memory = _compiled_edit(recipe, donate, None).lower(LEAF).compile().memory_analysis()
+        memory = _compiled_edit(recipe, donate, None).lower(LEAF, None).compile().memory_analysis()
         assert memory.alias_size_in_bytes == donate * size
         assert memory.output_size_in_bytes < size + 100
         assert memory.temp_size_in_bytes <= means + size
-    look = _compiled_bound(recipe).lower(LEAF).compile().memory_analysis()
+    look = _compiled_bound(recipe).lower(LEAF, None).compile().memory_analysis()
     assert look.temp_size_in_bytes + look.output_size_in_bytes < 1000, "before a donation"
 
 
@@ -166,7 +166,7 @@ def test_bound_on_what_an_edit_makes(dtype: Any) -> None:
     weights = np.random.default_rng(0).normal(0, 1, (ROWS, WIDTH))
     for scale, holds in ((1, True), (largest, False), (np.inf, False)):
         x = jnp.asarray(weights / np.abs(weights).max() * scale, dtype)
-        assert bool(_compiled_bound(recipe)(x)) is holds
+        assert bool(_compiled_bound(recipe)(x, None)) is holds
     uneven = jnp.zeros((ROWS, WIDTH), dtype).at[0, :-1].set(largest).at[0, -1].set(-largest)
     assert overflows(uneven, (), recipe)
     assert edit_leaf(uneven, (), recipe, donate=False)[1]
@@ -185,11 +185,11 @@ def test_bound_on_what_an_edit_makes(dtype: Any) -> None:
 @pytest.mark.usefixtures("optimised")
 def test_memory_of_an_affine_edit() -> None:
     vector = jax.ShapeDtypeStruct((ROWS,), jnp.float32)
-    scaled = _compiled_edit(SCALED, True, None).lower(LEAF, vector).compile().memory_analysis()
+    scaled = _compiled_edit(SCALED, True, None).lower(LEAF, None, vector).compile().memory_analysis()
     assert scaled.alias_size_in_bytes == ROWS * WIDTH * 4
     assert scaled.temp_size_in_bytes <= ROWS * WIDTH * 4
     bias = jax.ShapeDtypeStruct((WIDTH,), jnp.float32)
-    taken = _compiled_edit(TAKES_SHIFT, True, None).lower(bias, vector, LEAF).compile()
+    taken = _compiled_edit(TAKES_SHIFT, True, None).lower(bias, None, vector, LEAF).compile()
     assert taken.memory_analysis().temp_size_in_bytes <= ROWS * WIDTH * 4
 
 
@@ -285,7 +285,7 @@ def test_sharded_leaves_stay_where_they_are(name: str, spec: str) -> None:
     x = np.random.default_rng(0).normal(2, 1, (ROWS, WIDTH)).astype(np.float32)
     placed = jax.device_put(x, sharding)
     for donate in (False, True):
-        compiled = _compiled_edit(recipe, donate, sharding).lower(placed).compile()
+        compiled = _compiled_edit(recipe, donate, sharding).lower(placed, None).compile()
         sums = exchanged(compiled)
         assert sums <= ROWS * 12, "no more than one number for each group"
         if spec == "other axis":
@@ -309,10 +309,10 @@ def test_affine_edits_of_sharded_leaves(spec: str) -> None:
     w, b, g, c = (rng.normal(size=s).astype(np.float32) for s in ((ROWS, WIDTH), WIDTH, ROWS, ROWS))
     placed = [jax.device_put(x, s) for x, s in ((w, kernel), (b, bias), (g, vector), (c, vector))]
     for donate in (True, False):
-        scaled = _compiled_edit(SCALED, donate, kernel).lower(placed[0], placed[2]).compile()
+        scaled = _compiled_edit(SCALED, donate, kernel).lower(placed[0], None, placed[2]).compile()
         assert exchanged(scaled) <= 1
         taken = _compiled_edit(TAKES_SHIFT, donate, bias)
-        assert exchanged(taken.lower(placed[1], placed[3], placed[0]).compile()) <= WIDTH
+        assert exchanged(taken.lower(placed[1], None, placed[3], placed[0]).compile()) <= WIDTH
     found = edit_leaf(placed[1], (placed[3], placed[0]), TAKES_SHIFT, donate=False)[0]
     np.testing.assert_allclose(found, b + c @ w, rtol=1e-4, atol=1e-5)
     assert found.sharding == bias
