@@ -1,9 +1,9 @@
 """How much of the norms' cost does a fold remove?
 
 ``python -m bench`` measures forward passes on this machine (its GPU, if jax sees one), all variants
-taking turns; with ``--tpu v5e`` it asks the TPU compiler for its estimates instead (``pip install
-"jax[tpu]"``; nothing is run). Results go to ``bench/results``; a run that was interrupted goes on
-where it stopped.
+taking turns; with ``--tpu v5e`` or ``--gpu h100`` it asks a compiler for its estimates instead
+(nothing is run; bench/README.md says what to install). Results go to ``bench/results``; a run that
+was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,17 @@ import jax
 from rich.console import Console
 from rich.progress import Progress
 
-from .cases import CPU, GPU, KEYS, TPU, Case, pick
+from . import gpu
+from .cases import AHEAD_OF_TIME_GPU, CPU, GPU, KEYS, TPU, Case, pick
 from .programs import FORWARD, SharedArrays, random_arrays, variants
 from .registry import MODELS
 from .store import Store
 from .tables import table
 from .timing import interleaved, repeated
-from .tpu import TOPOLOGIES, Estimate, lowered, no_libtpu, read, set_up_environment
+from .tpu import TOPOLOGIES, devices, lowered_for, no_libtpu, read, set_up_environment
 
 RESULTS = Path(__file__).parent / "results"
-QUANTITIES = ("cycles", "bytes", "flops", "fusions")
+QUANTITIES = ("cycles", "microseconds", "bytes", "flops", "fusions", "kernels")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,7 +44,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--variants", nargs="+", choices=FORWARD, default=FORWARD)
     made.add_argument("--rounds", type=int, help="rounds of timing (default: 11, fewer if large)")
     made.add_argument("--tpu", choices=[*TOPOLOGIES], help="compile for this TPU, do not run")
-    made.add_argument("--quantity", choices=QUANTITIES, default="cycles", help="what to show of it")
+    made.add_argument("--gpu", choices=[*gpu.DEVICES], help="compile for this GPU, do not run")
+    made.add_argument("--quantity", choices=QUANTITIES, help="what to show of it")
     made.add_argument("--markdown", action="store_true", help="the table for a README")
     made.add_argument("--list", action="store_true", help="show the cases and stop")
     made.add_argument("--plot", action="store_true", help="only draw what is stored")
@@ -58,21 +60,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         return draw_all([options.output] if options.output else sorted(RESULTS.glob("*.json")))
     if options.tpu:
         set_up_environment()
+    if options.gpu:
+        gpu.set_up_environment()
     if unknown := {*(options.models or ())} - {*MODELS}:
         parser().error(f"unknown: {', '.join(sorted(unknown))}; models are {', '.join(MODELS)}")
     cases = chosen(options)
     if options.list:
         return print(*cases, sep="\n")
-    if options.tpu and (problem := no_libtpu(options.tpu)):
+    problem = no_libtpu(options.tpu) if options.tpu else ""
+    if problem := problem or (gpu.no_compiler(options.gpu) if options.gpu else ""):
         parser().exit(1, f"{problem}\n")
     return run(cases, options)
 
 
 def chosen(options: argparse.Namespace) -> list[Case]:
     """The cases of a run."""
-    defaults = CPU if jax.default_backend() == "cpu" else GPU
+    here = CPU if jax.default_backend() == "cpu" else GPU
     return pick(
-        TPU[options.tpu] if options.tpu else defaults,
+        TPU[options.tpu] if options.tpu else AHEAD_OF_TIME_GPU if options.gpu else here,
         model=options.models,
         batch=options.batch,
         length=options.length,
@@ -95,7 +100,7 @@ def run(cases: list[Case], options: argparse.Namespace) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 200  # a file has room
-    path = options.output or RESULTS / f"{f'tpu_{options.tpu}' if options.tpu else backend()}.json"
+    path = options.output or RESULTS / f"{target(options)}.json"
     store = Store(path, KEYS)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(cases))
@@ -103,8 +108,8 @@ def run(cases: list[Case], options: argparse.Namespace) -> None:
             progress.update(task, description=str(case))
             stored = [v for v in FORWARD if store.has(*case.key, v)]
             absent = [v for v in options.variants if v not in stored]
-            if options.tpu:
-                compile_all(store, case, absent, options.tpu)
+            if options.tpu or options.gpu:
+                compile_all(store, case, absent, options)
             elif absent:
                 measure(store, case, [v for v in FORWARD if v in {*stored, *absent}])
             progress.advance(task)
@@ -115,15 +120,30 @@ def run(cases: list[Case], options: argparse.Namespace) -> None:
     draw_all([path])
 
 
-def compile_all(store: Store, case: Case, chosen: Sequence[str], kind: str) -> None:
+def target(options: argparse.Namespace) -> str:
+    """What is compiled for: the name of a file of results."""
+    if options.tpu:
+        return f"tpu_{options.tpu}"
+    return f"compiler_{options.gpu}" if options.gpu else backend()
+
+
+def compile_all(
+    store: Store, case: Case, chosen: Sequence[str], options: argparse.Namespace
+) -> None:
     """Estimates for some variants of a case; the same program is compiled once."""
-    for program in variants(*base(case), **others(case), chosen=chosen, target="tpu"):
-        low = lowered(program.apply, program.params, program.x, kind=kind)
+    kind = "gpu" if options.gpu else "tpu"
+    device = (gpu.devices(options.gpu) if options.gpu else devices(options.tpu))[0]
+    for program in variants(*base(case), **others(case), chosen=chosen, target=kind):
+        low = lowered_for(device, program.apply, program.params, program.x)
         digest = sha256(low.as_text().encode()).hexdigest()[:16]
         same = [row for row in store.rows if row["program"] == digest]
-        names = [f.name for f in fields(Estimate)]
-        found = {n: same[0][n] for n in names} if same else asdict(read(low.compile()))
-        store.add((*case.key, program.variant), **found, program=digest)
+        known = {*store.keys, "program"}
+        figures = (
+            {name: figure for name, figure in same[0].items() if name not in known}
+            if same
+            else asdict(gpu.compiled(low) if options.gpu else read(low.compile()))
+        )
+        store.add((*case.key, program.variant), **figures, program=digest)
 
 
 def base(case: Case) -> tuple[str, int, str, str]:

@@ -107,6 +107,19 @@ TPU = {  # a program takes the compiler half a minute of one core for v5e, and a
     ),
 }
 
+AHEAD_OF_TIME_GPU = (  # a program takes the compiler 2 to 15 seconds
+    *sweep("vit_b", (1, 16), dtypes=LOW),
+    *sweep("vit_l", (16,), dtypes=LOW),
+    *sweep("vit_b_qk_norm", (16,), dtypes=LOW),
+    *sweep("dinov2_b", (16,), dtypes=LOW),
+    *sweep("swin_t", (16,), dtypes=LOW),
+    *sweep("gpt2", (4,), dtypes=LOW),
+    *sweep("gpt2_decode", (1, 16), dtypes=LOW),
+    *sweep("whisper_base_encoder", (4,), dtypes=LOW),
+    *sweep("clip_l_text", (16,), dtypes=LOW),
+    *sweep("vit_b", (16,)),
+)
+
 
 def pick(table: Sequence[Case], **given: Sequence[Any] | None) -> list[Case]:
     """Cases of a table; what is given replaces what the table has, but for models: these choose.

@@ -13,6 +13,8 @@ from .cases import KEYS
 from .programs import BOUND, FOLDS, ORIGINAL
 from .timing import spread
 
+MAIN = ("cycles", "microseconds")
+"""What compilers say of time: that of TPUs of whole programs, that of GPUs of its own kernels."""
 Row = Mapping[str, Any]
 Found = Mapping[str, Row]
 """Rows of a case by variant."""
@@ -20,7 +22,7 @@ Cases = Mapping[tuple[Any, ...], Found]
 """By (model, batch, length, spelling, dtype)."""
 
 
-def table(rows: Iterable[Row], quantity: str = "cycles", markdown: bool = False) -> Table:
+def table(rows: Iterable[Row], quantity: str | None = None, markdown: bool = False) -> Table:
     """One row per case that has the original and the bound; then all that lack no variant."""
     found = complete(rows)
     look = {"box": box.MARKDOWN} if markdown else {}
@@ -51,7 +53,7 @@ def complete(rows: Iterable[Row]) -> dict[tuple[Any, ...], dict[str, Row]]:
     return {case: v for case, v in cases(rows).items() if {ORIGINAL, BOUND} <= v.keys()}
 
 
-def cells(found: Found, quantity: str) -> list[str]:
+def cells(found: Found, quantity: str | None) -> list[str]:
     """What is said of each fold, and of the bound."""
     base = found[ORIGINAL]
     bound = ratios(found[BOUND], base, quantity)
@@ -66,10 +68,11 @@ def cells(found: Found, quantity: str) -> list[str]:
     return [*said_of, said(bound)]
 
 
-def ratios(row: Row, base: Row, quantity: str = "cycles") -> np.ndarray:
+def ratios(row: Row, base: Row, quantity: str | None = None) -> np.ndarray:
     """Ratio of times in each round, or of estimates (a single number)."""
     if "seconds" in row:
         return np.array(row["seconds"]) / np.array(base["seconds"])
+    quantity = quantity or next(name for name in MAIN if name in row)
     return np.array([row[quantity] / base[quantity]])
 
 
@@ -89,7 +92,7 @@ def share(folded: float, bound: float) -> float:
     return (1 - folded) / (1 - bound)
 
 
-def overall(found: Cases, variant: str, quantity: str = "cycles") -> tuple[float, float]:
+def overall(found: Cases, variant: str, quantity: str | None = None) -> tuple[float, float]:
     """Geometric means over models of the ratios of a variant and of the bound; NaN without any.
 
     The share of several models is that of these two means. Shares themselves have no geometric
@@ -125,7 +128,7 @@ def interval(found: Cases, variant: str, draws: int = 400) -> tuple[float, float
     return float(low), float(high)
 
 
-def together(found: Cases, variant: str, quantity: str) -> str:
+def together(found: Cases, variant: str, quantity: str | None) -> str:
     """The geometric mean of ratios, and the share of the cost that it means."""
     ratio, bound = overall(found, variant, quantity)
     if np.isnan(ratio):

@@ -72,8 +72,13 @@ def has_compiler(kind: str) -> bool:
 
 
 def lowered(function: Callable[..., Any], *arguments: Any, kind: str) -> Any:
-    """`function` of shapes (trees of arrays or `ShapeDtypeStruct`), to be compiled for one chip."""
-    chip = NamedSharding(Mesh(np.array(devices(kind)[:1]), ("chip",)), PartitionSpec())
+    """`function` of shapes, to be compiled for one chip of this kind."""
+    return lowered_for(devices(kind)[0], function, *arguments)
+
+
+def lowered_for(device: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function` of shapes (trees of arrays or `ShapeDtypeStruct`), to be compiled for a device."""
+    chip = NamedSharding(Mesh(np.array([device]), ("chip",)), PartitionSpec())
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=chip), arguments
     )

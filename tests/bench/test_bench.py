@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +17,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bench import sharded
+from bench import card, gpu, sharded
 from bench.__main__ import RESULTS, main, missing
-from bench.cases import CPU, GPU, TPU, Case, pick, sweep
+from bench.cases import AHEAD_OF_TIME_GPU, CPU, GPU, TPU, Case, pick, sweep
 from bench.models import GPT, NORMS, Config, Decoder, Swin, WindowBlock
 from bench.plots import draw
 from bench.programs import (
@@ -141,7 +142,7 @@ def test_what_is_given_replaces_what_the_table_has() -> None:
     ]
     (other,) = pick(small, model=["vit_l"], spelling=["two_pass"], dtype=["bfloat16"], rounds=[3])
     assert (other.key, other.rounds) == (("vit_l", 1, 224, "two_pass", "bfloat16"), 3)
-    for cases_ in (CPU, GPU, *TPU.values()):
+    for cases_ in (CPU, GPU, AHEAD_OF_TIME_GPU, *TPU.values()):
         assert len({*cases_}) == len(cases_)
         assert {case.model for case in cases_} <= {*MODELS}
 
@@ -158,6 +159,57 @@ def test_estimates_of_the_tpu_compiler() -> None:
     found = read(compiled)
     assert (found.cycles, found.fusions, found.collectives) == (150, 2, 1)
     assert (found.bytes, found.flops, found.collective_bytes) == (64.0, 8.0, 32)
+
+
+def costs(**models: float) -> str:
+    found = (f'{{"exec_time_us":{time},"name":"{name}"}}' for name, time in models.items())
+    return f'backend_config={{"reification_cost":[{",".join(found)}]}}'
+
+
+GPU_PROGRAM = f"""
+%fused (p: f32[8]) -> f32[8] {{
+  ROOT %inner = f32[8]{{0}} fusion(%p), calls=%other
+}}
+
+ENTRY %main (x: f32[8,4]) -> f32[8] {{
+  %x = f32[8,4]{{1,0}} parameter(0)
+  %a = (f32[8]{{0}}, bf16[8]{{0}}) fusion(%x), {costs(**{"": 9, "indexing-cost-model": 1.5})}
+  %first = f32[8]{{0}} get-tuple-element(%a), index=0
+  %y = (f32[8]{{0}}, s8[1024]{{0}}) custom-call(%first), {costs(sol=7)}
+  %y.0 = f32[8]{{0}} get-tuple-element(%y), index=0
+  ROOT %r = f32[8]{{0}} fusion(%y.0, %first), calls=%fused, {costs(**{"": 2e-1, "sol": 1})}
+}}
+"""
+
+
+def test_estimates_of_the_gpu_compiler() -> None:
+    """Kernels of the program itself, products without their workspace, and the better model."""
+    found = gpu.read(SimpleNamespace(as_text=lambda: GPU_PROGRAM))
+    assert (found.kernels, found.fusions, found.products) == (3, 2, 1)
+    assert found.microseconds == pytest.approx(1.5 + 0.2)
+    assert found.bytes == (128 + 32 + 16) + (32 + 32) + (32 + 32 + 32)
+    loop = GPU_PROGRAM.replace("get-tuple-element(%y)", "while(%y)")
+    with pytest.raises(ValueError, match="loop"):
+        gpu.read(SimpleNamespace(as_text=lambda: loop))
+    for kind, capability in ("h100", "major: 9"), ("a100", "major: 8"):
+        assert capability in gpu.description(kind)
+
+
+def test_a_card_is_measured_until_the_time_is_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = iter([0.0, 0.0, 3.0, 3.0, 7.0, 7.0])  # the second took 4; another would end at 11
+    assert [*card.fitting("abcd", 10, lambda: next(times))] == ["a", "b"]
+    shallow(monkeypatch, "clip_l_text", depth=1, width=24, heads=3)
+    monkeypatch.setattr(card, "CASES", (Case("clip_l_text", 1, 9, "one_pass", "float32", 2),))
+    path = tmp_path / "rows.json"
+    card.main(["--output", str(path)])
+    rows = json.loads(path.read_text())["rows"]
+    assert {(row["graphs"], row["variant"]) for row in rows} == {*product(card.GRAPHS, FORWARD)}
+    assert all(len(row["seconds"]) == 2 for row in rows)
+    assert capsys.readouterr().out.count("clip_l_text") == len(card.GRAPHS)
+    card.main(["--output", str(path)])
+    assert json.loads(path.read_text())["rows"] == rows, "nothing is timed again"
 
 
 @pytest.mark.parametrize(
