@@ -20,7 +20,7 @@ def marked(module: nn.Module, calls: NormCalls) -> Callable[..., Any]:
     def intercept(call: Any, args: Any, keywords: Any, context: Any) -> Any:
         if not _is_norm_call(context):
             return call(*args, **keywords)
-        with calls.mark("/".join(context.module.path)):
+        with calls.mark(_path(context.module)):
             return call(*args, **keywords)
 
     def apply(variables: Any, *inputs: Any, **keywords: Any) -> Any:
@@ -33,34 +33,48 @@ def marked(module: nn.Module, calls: NormCalls) -> Callable[..., Any]:
 class WithRMSNorms(nn.Module):
     """A module in which `nn.RMSNorm` runs in place of some LayerNorms.
 
-    Its variables are those of the `module`. `norms` are the paths of these LayerNorms, those in
+    Its variables are those of the other module. `norms` are the paths of these LayerNorms, those in
     `unshifted` have lost their shift.
     """
 
-    module: nn.Module
+    module_with_layer_norms: nn.Module
     norms: frozenset[str]
     unshifted: frozenset[str]
 
+    @classmethod
+    def of(cls, module: nn.Module, norms: frozenset[str], unshifted: frozenset[str]) -> nn.Module:
+        """The module with these norms replaced; one that has some already is not wrapped again."""
+        if isinstance(module, cls):
+            norms, unshifted = norms | module.norms, unshifted | module.unshifted
+            module = module.module_with_layer_norms
+        return cls(module, norms, unshifted)
+
     def setup(self) -> None:
         """Share the scope, so that all variables have the same paths."""
-        nn.share_scope(self, self.module)
+        nn.share_scope(self, self.module_with_layer_norms)
 
     def __call__(self, *inputs: Any, **keywords: Any) -> Any:
         """Call the module."""
         if self.is_initializing():
-            return self.module(*inputs, **keywords)
+            return self.module_with_layer_norms(*inputs, **keywords)
         with nn.intercept_methods(_replacing(self.norms, self.unshifted)):
-            return self.module(*inputs, **keywords)
+            return self.module_with_layer_norms(*inputs, **keywords)
 
 
 def _replacing(norms: Container[str], unshifted: Container[str]) -> Callable[..., Any]:
     def intercept(call: Any, args: Any, keywords: Any, context: Any) -> Any:
-        path = "/".join(context.module.path)
+        path = _path(context.module)
         if not (_is_norm_call(context) and path in norms):
             return call(*args, **keywords)
         return _rms_norm(context.module, path not in unshifted, *args, **keywords)
 
     return intercept
+
+
+def _path(module: nn.Module) -> str:
+    """Where its variables are: a module given as an attribute of another one has a longer path."""
+    path = module.path
+    return "/".join(path[1:] if path[:1] == ("module_with_layer_norms",) else path)
 
 
 def _is_norm_call(context: Any) -> bool:

@@ -186,7 +186,7 @@ def _of_linen(module: Any, given: tuple[Any, ...]) -> _Source:
 
     def rebuilt(params: Any, norms: Collection[str], unshifted: Collection[str]) -> _Source:
         own = frozenset(path.removeprefix("params/") for path in unshifted)
-        made = WithRMSNorms(module, frozenset(norms), own & {*norms})
+        made = WithRMSNorms.of(module, frozenset(norms), own & {*norms})
         return _of_linen(made, (params, *inputs))
 
     return _Source(module, variables, (*inputs,), marked(module, calls), calls, rebuilt)

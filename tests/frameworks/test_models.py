@@ -235,6 +235,40 @@ def test_linen_norms_become_rms_norms(name: str, fold_affine: bool) -> None:
         assert made.plan.is_centered(optax.apply_updates(made.params, updates))
 
 
+class Around(nn.Module):
+    """Holds a module that it did not make, besides a LayerNorm of the same name as within it."""
+
+    body: nn.Module
+
+    def setup(self) -> None:
+        self.enter, self.layers_1 = nn.Dense(7), nn.LayerNorm()
+
+    def __call__(self, x: Array) -> Array:
+        return self.body(self.layers_1(self.enter(x)))
+
+
+@pytest.mark.parametrize("around", [False, True])
+@pytest.mark.parametrize("fold_affine", [False, True])
+def test_linen_modules_given_as_attributes(around: bool, fold_affine: bool) -> None:
+    """Also a second time, when the rest is replaced."""
+    body = nn.Sequential([nn.Dense(8), nn.LayerNorm(), jnp.tanh, nn.Dense(6), nn.LayerNorm()])
+    module = Around(body) if around else body
+    variables = perturb(module.init(jax.random.key(1), X))
+    want = module.apply(variables, X)
+    first = jax_lnfold.with_rms_norms(
+        module, variables, X, fold_affine=fold_affine, exclude={path(around, "layers_0/kernel")}
+    )
+    again = jax_lnfold.with_rms_norms(first.model, first.params, X, fold_affine=fold_affine)
+    assert (len(first.norms), len(again.norms)) == (1 + around, 1)
+    for made in first, again:
+        assert jax.tree.structure(made.params) == jax.tree.structure(variables)
+        assert relative_difference(made.model.apply(made.params, X), want) < 1e-12
+
+
+def path(around: bool, name: str) -> str:
+    return f"params/body/{name}" if around else f"params/{name}"
+
+
 def test_norms_that_are_no_modules_of_flax_stay() -> None:
     built = BY_NAME["gpt_untied"].build("mean_var")
     module: Any = built.apply_fn.__self__  # type: ignore[attr-defined]
