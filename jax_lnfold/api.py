@@ -17,7 +17,7 @@ from .folded_functions import (
     fold_together,
     trace_together,
 )
-from .models.folded_model import MISSING, FoldedModel, taken_apart
+from .models.folded_model import FoldedModel, taken_apart
 from .models.kind import EquinoxModel, LinenModule, NnxModel
 from .models.linen_modules import apply_of
 from .options import Options, check_excluded, check_options
@@ -28,7 +28,7 @@ from .program.calls import with_keywords
 from .program.tracing import Traced, trace
 from .report.build import make_report
 from .report.report import Report
-from .trees import check_leaves
+from .trees import MISSING, check_leaves
 
 
 @overload
