@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from ._compat import ClosedJaxpr, is_tracer, jaxpr_as_fun
+from .dropping import without_means
 from .errors import FoldError, NotAnalysedError
 from .options import Options
 from .output_differences import float_outputs, largest, largest_difference
@@ -21,6 +22,7 @@ from .plan.plan import FoldPlan
 from .program.calls import with_keywords
 from .program.tracing import Traced, signature, trace, trace_untied
 from .program_cache import ApplyFn, FreshLock, Programs
+from .report.approximation import Approximation
 from .report.build import make_report
 from .report.report import Report
 from .rewrite.defer import Deferral, defer_scales
@@ -40,9 +42,10 @@ class Folded:
         options: Options,
         plan: FoldPlan | None = None,
         edits: bool = True,
+        told: Approximation | None = None,
     ) -> None:
-        """Use `fold` instead."""
-        self._followed, self._edits = plan, edits
+        """Use `fold` instead; `told` is what was measured when the plan was made."""
+        self._followed, self._edits, self._told = plan, edits, told
         self._apply_fn = ApplyFn(apply_fn)
         self._given: Any = params  # until the analysis has run
         self._first_call = FreshLock()
@@ -147,7 +150,8 @@ class Folded:
         check_leaves(inputs, "inputs")
         traced = tracing(plan)(self._apply_fn.function, params, inputs)
         graph = traced.graph(self._options.see_through_dropout)
-        return traced, place_again(plan, graph, self._options.explicit_cost)
+        placement = place_again(plan, graph, self._options.explicit_cost)
+        return traced, without_means(placement, plan)
 
     def _require_inputs(self, inputs: tuple[Any, ...]) -> None:
         """Analyse on the first call, in one thread while others wait."""
@@ -176,10 +180,11 @@ class Folded:
             plan = self._followed.fitted(params, whole=True, abstract=not self._edits)
             graph = traced.graph(self._options.see_through_dropout)
             placement = follow(plan, graph, self._options.explicit_cost)
+            placement = without_means(placement, plan)
         rewritten, deferred = rewritten_program(traced, placement, self._options)
         program = jaxpr_as_fun(rewritten), traced.out_tree
         programs = (lambda: (traced.closed, rewritten)) if traced.reusable else None
-        report = make_report(placement, plan, deferred, programs)
+        report = make_report(placement, plan, deferred, programs, self._told)
         key = signature(params, inputs)
         abstract = any(map(is_abstract, jax.tree.leaves((self._given, inputs))))
         measured = report.dropouts > 0 and not abstract

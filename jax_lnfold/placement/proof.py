@@ -57,3 +57,23 @@ def resting_on_approximations(
 
     known: dict[Claim, Blocker | None] = {}
     return frozenset(i for i, root in roots.items() if solve(root, expand, known) is not None)
+
+
+def taken_for_zero(
+    search: ZeroMeanGraph,
+    zero: Container[Claim],
+    explicit: Mapping[int, tuple[AxisSet, ...]],
+    roots: Iterable[Claim],
+) -> set[Claim]:
+    """What the roots rest on that is zero-mean by itself, as where a LayerNorm takes a mean."""
+    todo, seen, found = [*roots], set[Claim](), set[Claim]()
+    while todo:
+        claim = search.resolve(todo.pop())
+        if claim in seen:
+            continue
+        seen.add(claim)
+        if search.nodes[claim].is_zero:
+            found.add(claim)
+        needs = _rests_on(search, claim, zero, explicit)
+        todo += () if isinstance(needs, Blocker) else needs
+    return found
