@@ -35,9 +35,11 @@ def _why_kept(graph: Graph, norm: LayerNorm, rests: Iterable[int]) -> str:
     if not norm.sums:
         return "its mean is not computed as a sum"
     for op in norm.sums:
-        if graph.mesh_axes[op.path]:
-            return "it is inside of a shard_map"
-        if op.stands_in or any(op.path[: n + 1] in graph.sealed for n in range(len(op.path))):
+        around = [op.path[: n + 1] for n in range(len(op.path))]
+        if graph.mesh_axes[op.path] or any(path in graph.stand_ins for path in around):
+            return "it is inside of a shard_map, or of an operation that is known as a whole only"
+        if any(path in graph.sealed for path in around):
+            # Its derivative is of another function, which would take the mean.
             return "it is inside of a function with a derivative rule of its own"
     own = _own_values(graph, norm)
     if own is None:
