@@ -10,7 +10,7 @@ import numpy as np
 
 from .approximation import Calibration, approximated, check_calibration
 from .errors import FoldError, TreeError
-from .folded import Folded, analysed, is_abstract, rewritten_program
+from .folded import Folded, analysed, is_abstract, planned, rewritten_program
 from .folded_functions import (
     FoldedFunctions,
     are_functions,
@@ -143,8 +143,10 @@ def fold(
             why others stay.
         reduce_means: also center what feeds a LayerNorm that keeps its mean, as far as no output
             notices that: the last layer of a branch in post-LN, say. It saves nothing, and changes
-            no result; as a rule less of a mean remains, which `measure` tells. A LayerNorm that
-            keeps its mean computes it as before.
+            no result; as a rule less of a mean remains, which `measure` tells. Of one function,
+            the mean of a shift that is added for every token alike goes, too: a bias of the branch
+            gets that, with the other sign (if `params` have values). A LayerNorm that keeps its
+            mean computes it as before.
         defer_scale: let matrix products read what a norm only scales, and scale their results
             instead, ``(x * r) W = (x W) * r``, where that pays: in practice behind norms whose own
             scale and shift `fold_affine` has taken up. Results are scaled in the accumulator's
@@ -299,10 +301,12 @@ def analyze(
         reduce_means,
         untie,
     )
-    traced, placement = _analysis(apply_fn, params, inputs, keywords, options, weights, exclude)
+    traced, placement, plan = _analysis(
+        apply_fn, params, inputs, keywords, options, weights, exclude
+    )
     rewritten, deferred = rewritten_program(traced, placement, options)
     programs = (lambda: (traced.closed, rewritten)) if traced.reusable else None
-    return make_report(placement, make_plan(placement), deferred, programs)
+    return make_report(placement, plan, deferred, programs)
 
 
 def plan_fold(
@@ -333,8 +337,7 @@ def plan_fold(
         reduce_means=reduce_means,
         untie=untie,
     )
-    _, placement = _analysis(apply_fn, params, inputs, keywords, options, weights, exclude)
-    return make_plan(placement)
+    return _analysis(apply_fn, params, inputs, keywords, options, weights, exclude)[2]
 
 
 def _analysis(
@@ -345,7 +348,7 @@ def _analysis(
     options: Options,
     weights: Any,
     exclude: Any,
-) -> tuple[Traced, Placement]:
+) -> tuple[Traced, Placement, FoldPlan]:
     _check_no_means(options)
     apply_fn, model = apply_of(apply_fn), taken_apart(apply_fn, params, inputs)
     _check_untie(options, model, None)
@@ -362,7 +365,10 @@ def _analysis(
         check_leaves(inputs, "inputs", abstract=True)
         traced = trace(apply_fn, params, inputs)
     check_excluded(exclude, traced.leaves)
-    return analysed(traced, options)
+    traced, placement = analysed(traced, options)
+    if are_functions(apply_fn):
+        return traced, placement, make_plan(placement)
+    return traced, placement, planned(placement, options, params)
 
 
 def _check_untie(options: Options, model: Any, plan: FoldPlan | None) -> None:

@@ -22,7 +22,7 @@ from .batches import check_batches, inputs_of
 from .dropping import droppable, without_means
 from .errors import FoldError
 from .fitting import Fit
-from .folded import rewritten_program
+from .folded import planned, rewritten_program
 from .measurement.switched import Switched
 from .measurement.watched import Watched
 from .observing import observed
@@ -123,7 +123,7 @@ def approximated(
         TraceError: `apply_fn` cannot be traced with a batch.
     """
     if not wanted.batches and wanted.budget == math.inf:
-        return _unmeasured(trace(apply_fn, params, example), options)
+        return _unmeasured(trace(apply_fn, params, example), params, options)
     _check_batches(params, example, wanted.batches)
     held_out = [i for i in range(len(wanted.batches)) if i % HELD_OUT == HELD_OUT - 1]
     held_out = held_out or [len(wanted.batches) - 1]
@@ -151,9 +151,10 @@ def approximated(
     )
 
 
-def _unmeasured(traced: Traced, options: Options) -> tuple[FoldPlan, Approximation]:
+def _unmeasured(traced: Traced, params: Any, options: Options) -> tuple[FoldPlan, Approximation]:
     """All means left out that can be, of a program whose parameters are centered only."""
-    plan = make_plan(placement_of(traced, replace(options, reduce_means=True)))
+    options = replace(options, reduce_means=True)
+    plan = planned(placement_of(traced, options), options, params)
     graph = traced.graph(options.see_through_dropout)
     can, kept = droppable(follow(plan, graph, options.explicit_cost))
     plan = replace(plan, dropped=tuple(map(DropEdit, can)))

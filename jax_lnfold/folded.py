@@ -15,6 +15,7 @@ from .dropping import without_means
 from .errors import FoldError, NotAnalysedError
 from .options import Options
 from .output_differences import float_outputs, largest, largest_difference
+from .placement.constant_means import without_constants
 from .placement.place import Placement
 from .placement.planning import follow, make_plan, place_again, placement_of
 from .placement.untying import place_untied
@@ -174,7 +175,7 @@ class Folded:
         traced = tracing(self._followed)(self._apply_fn.function, params, inputs)
         if self._followed is None:
             traced, placement = analysed(traced, self._options)
-            plan = make_plan(placement)
+            plan = planned(placement, self._options, params)
             params = plan.extend(params)
         else:
             plan = self._followed.fitted(params, whole=True, abstract=not self._edits)
@@ -232,6 +233,16 @@ def analysed(traced: Traced, options: Options) -> tuple[Traced, Placement]:
     return traced, placement_of(traced, options)
 
 
+def planned(placement: Placement, options: Options, params: Any) -> FoldPlan:
+    """The placement's edits; with `reduce_means`, constants go as far as `params` have values."""
+    plan = make_plan(placement)
+    leaves = jax.tree.leaves(params)
+    if not options.reduce_means or plan.untied or not all(map(_is_at_hand, leaves)):
+        return plan
+    values = dict(zip(placement.graph.leaves.values(), leaves, strict=True))
+    return without_constants(plan, placement, values)
+
+
 def edited(plan: FoldPlan, params: Any, donate: bool) -> Any:
     """The tree that a fold returns: edited, with memory of its own for every copy."""
     return without_sharing(plan.center(plan.extend(params), donate=donate))
@@ -260,6 +271,11 @@ def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
 def is_abstract(x: Any) -> bool:
     """Whether a leaf has no numbers here: a shape, or what is being traced."""
     return isinstance(x, jax.ShapeDtypeStruct) or is_tracer(x)
+
+
+def _is_at_hand(x: Any) -> bool:
+    """Whether this process has all numbers of a leaf."""
+    return not is_abstract(x) and getattr(x, "is_fully_addressable", True)
 
 
 def _run(program: ClosedJaxpr, params: Any, inputs: tuple[Any, ...]) -> list[jax.Array]:

@@ -12,7 +12,6 @@ from ..analysis.layer_norms import LayerNorm
 from ..program.graph import Graph
 from ..program.primitives import ELEMENTWISE, MOVES
 from .place import Placement
-from .proof import taken_for_zero
 
 _WITHIN = ELEMENTWISE | MOVES | {"reduce_sum"}
 """What a mean may pass through on its way to the deviation and the quotients of its LayerNorm."""
@@ -23,10 +22,8 @@ def why_kept(placement: Placement) -> dict[int, str]:
 
     Exact folds that rest on a LayerNorm keep it as it is: they would be none without its mean.
     """
-    folded = [i for i, done in enumerate(placement.folded) if done]
-    roots = [(placement.norms[i].x, placement.norms[i].along) for i in folded]
-    found = taken_for_zero(placement.search, {*placement.zero}, placement.explicit, roots)
-    rests = {value for value, _ in found}
+    nodes = placement.search.nodes
+    rests = {claim[0] for claim in placement.proofs if nodes[claim].is_zero}
     left = (i for i, done in enumerate(placement.folded) if not done)
     return {i: _why_kept(placement.graph, placement.norms[i], rests) for i in left}
 

@@ -21,7 +21,7 @@ from ..program.garbage import collector_paused
 from ..program.graph import Graph
 from .layer_scale import find_merges
 from .min_cut import MinCut
-from .proof import prove, resting_on_approximations
+from .proof import derived_from, prove, resting_on_approximations
 from .reasons import Reason, explain
 from .zero_mean import UNIT, ZeroMeanGraph
 
@@ -61,6 +61,13 @@ class Placement:
     def facts(self) -> Facts:
         """What was found out about the program."""
         return self.search.facts
+
+    @property
+    def proofs(self) -> set[Claim]:
+        """All that the folded norms rest on."""
+        folded = (n for n, done in zip(self.norms, self.folded, strict=True) if done)
+        roots = ((norm.x, norm.along) for norm in folded)
+        return derived_from(self.search, {*self.zero}, self.explicit, roots)
 
     @property
     def graph(self) -> Graph:

@@ -59,21 +59,18 @@ def resting_on_approximations(
     return frozenset(i for i, root in roots.items() if solve(root, expand, known) is not None)
 
 
-def taken_for_zero(
+def derived_from(
     search: ZeroMeanGraph,
     zero: Container[Claim],
     explicit: Mapping[int, tuple[AxisSet, ...]],
     roots: Iterable[Claim],
 ) -> set[Claim]:
-    """What the roots rest on that is zero-mean by itself, as where a LayerNorm takes a mean."""
-    todo, seen, found = [*roots], set[Claim](), set[Claim]()
+    """All that the roots rest on: edited leaves, what has no mean by itself, and all between."""
+    todo, seen = [*roots], set[Claim]()
     while todo:
         claim = search.resolve(todo.pop())
-        if claim in seen:
-            continue
-        seen.add(claim)
-        if search.nodes[claim].is_zero:
-            found.add(claim)
-        needs = _rests_on(search, claim, zero, explicit)
-        todo += () if isinstance(needs, Blocker) else needs
-    return found
+        if claim not in seen:
+            seen.add(claim)
+            needs = _rests_on(search, claim, zero, explicit)
+            todo += () if isinstance(needs, Blocker) else needs
+    return seen

@@ -70,7 +70,8 @@ def shares(fn: Any, params: Any, plan: FoldPlan, *batches: Any) -> np.ndarray:
 
 
 def centered(found: FoldPlan, fn: Any, params: Any, *inputs: Any) -> FoldPlan:
-    plan = jax_lnfold.plan_fold(fn, params, *inputs, reduce_means=True)
+    shapes = jax.eval_shape(lambda tree: tree, (params, *inputs))  # all means are zero
+    plan = jax_lnfold.plan_fold(fn, *shapes, reduce_means=True)
     assert {e.key_path for e in plan.edits} == {e.key_path for e in (*found.edits, *found.means)}
     return plan
 
