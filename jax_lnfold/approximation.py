@@ -1,7 +1,7 @@
 """Leaves out means of LayerNorms that are not zero, as many as an error of the outputs allows.
 
 What feeds them is centered and fitted first, so that little of a mean is left; then the cheapest
-go, by the damage that each does alone, and all together are measured (theory, section 13).
+go, by the damage that each does alone, and all together are measured (theory, section 12).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 In post-LN, ``x + f(x)`` with ``x = g * n + b`` has the mean of ``g * n``, which is another one for
 every token, and that of ``b``. What nobody notices is the mean of the bias of f's last layer, so it
-becomes ``-mean(b)`` (theory, section 13).
+becomes ``-mean(b)`` (theory, section 12).
 """
 
 from __future__ import annotations

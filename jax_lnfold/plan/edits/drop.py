@@ -16,7 +16,7 @@ class DropEdit(Edit):
     """The program does without the mean of the LayerNorm of this name, as a report shows it.
 
     This changes no leaf, so that the original function remains exact. What it amounts to was
-    measured on data when the plan was made (theory, section 13).
+    measured on data when the plan was made (theory, section 12).
     """
 
     norm: str
