@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, overload
 import jax
 import numpy as np
 
-from .approximation import Calibration, approximated, check_calibration
+from .approximation import approximated
+from .calibration import Calibration, check_calibration
 from .errors import FoldError, TreeError
 from .folded import Folded, analysed, is_abstract, planned, rewritten_program
 from .folded_functions import (
@@ -217,10 +218,12 @@ def fold(
     apply_fn, model = apply_of(apply_fn), taken_apart(apply_fn, params, example_inputs)
     _check_untie(options, model, plan)
     if model is not None:
+        inputs = model.inputs
         if calibration is not None and model.methods is None:
             of_calls = calibration.of_calls((model.state,), lambda outputs: outputs[0])
             wanted = wanted._replace(calibration=of_calls)
-        return model.folded(_fold(model.functions, model.params, model.inputs, keywords, wanted))
+            inputs = inputs[1:] and inputs  # without inputs, those of a batch
+        return model.folded(_fold(model.functions, model.params, inputs, keywords, wanted))
     return _fold(apply_fn, params, example_inputs, keywords, wanted)
 
 
@@ -253,12 +256,13 @@ def _fold(
         _check_no_means(options)
         return fold_together(apply_fn, params, inputs, donate, options, weights, plan, center)
     _check_no_weights(weights)
+    if calibration is not None and calibration.batches:
+        example_inputs = example_inputs or calibration.batches[0]
     example_inputs = _inputs_of_one(example_inputs, keywords)
     told: Approximation | None = None
     if calibration is not None and plan is None:
         batches = [with_keywords(batch, keywords) for batch in calibration.batches]
         calibration = calibration._replace(batches=tuple(batches))
-        example_inputs = example_inputs or next(iter(batches), ())
         plan, told = approximated(apply_fn, params, example_inputs, options, calibration)
         center = True
     folded = Folded(apply_fn, params, donate, options, plan, plan is None or center, told)

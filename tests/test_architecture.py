@@ -20,7 +20,7 @@ FLOORS = [
     {"untied"},
     {"plan", "program"},
     {"batches", "checkpoints", "rules", "training"},
-    {"analysis"},
+    {"analysis", "calibration"},
     {"placement"},
     {"measurement", "rewrite"},
     {"report"},

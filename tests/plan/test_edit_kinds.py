@@ -85,7 +85,7 @@ def test_versions_of_the_kinds_are_read(version: int) -> None:
         assert FoldPlan.from_json(text) == FoldPlan((), ())
         assert 2 <= version <= 8
     else:
-        with pytest.raises(PlanFormatError, match="versions 2 and 3 and 4 and 5 and 6 and 7 and 8;"):
+        with pytest.raises(PlanFormatError, match="2 and 3 and 4 and 5 and 6 and 7 and 8;"):
             FoldPlan.from_json(text)
 
 

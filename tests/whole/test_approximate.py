@@ -22,7 +22,7 @@ from tests.helpers.contracts import relative_difference
 from tests.helpers.derivative_rules import with_jvp
 
 D, HIDDEN = 6, 7
-MEAN = {"approximate": {"mean"}}
+MEAN: dict[str, Any] = {"approximate": {"mean"}}
 
 
 def draw(*shape: int, seed: int = 0) -> jax.Array:
@@ -445,7 +445,7 @@ def test_models(kind: str) -> None:
     assert folded.report.n_dropped == 1
     np.testing.assert_allclose(error(folded(x), model(x)), told.deviation, rtol=1e-4)
     assert 0 <= told.agreement <= 1
-    exact = jax_lnfold.fold(model, x, budget=0.0, **options)
+    exact = jax_lnfold.fold(model, budget=0.0, **options)  # inputs are those of a batch
     assert error(exact(x), model(x)) < 1e-6
 
 
@@ -513,6 +513,8 @@ def test_functions_that_do_not_fit() -> None:
     x = draw(4, 6)
     with pytest.raises(FoldError, match="apply_fn: returns no floating-point array"):
         fold(lambda p, x: norm(p, x).argmax(-1), PARAMS["blocks"][0], x, calibrate=[x, x])
+    with pytest.raises(FoldError, match="example_inputs: missing"):
+        jax_lnfold.fold(norm, PARAMS["blocks"][0], budget=math.inf, **MEAN)
     with pytest.raises(FoldError, match='approximate: "mean" is for fold of one function'):
         jax_lnfold.fold({"f": norm}, PARAMS["blocks"][0], {"f": x}, budget=math.inf, **MEAN)
     for look in (jax_lnfold.analyze, jax_lnfold.plan_fold):
@@ -523,6 +525,7 @@ def test_functions_that_do_not_fit() -> None:
 def test_norms_over_one_element() -> None:
     """It has no mean to leave out: the LayerNorm is none."""
     p = {"g": draw(1), "s": draw(1)}
-    folded = fold(lambda p, x: norm(p, x[:, :1]), p, draw(4, 6), calibrate=[draw(4, 6)] * 2)
+    x = draw(4, 6)
+    folded = fold(lambda p, x: norm(p, x[:, :1]), p, x, calibrate=[x, x], budget=1.0)
     assert folded.report.norms == ()
     assert folded.plan.dropped == ()
