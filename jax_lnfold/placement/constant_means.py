@@ -8,7 +8,7 @@ becomes ``-mean(b)`` (theory, section 12).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import isfinite
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..analysis.claims import Claim
+from ..axes.axis_set import AxisSet
 from ..axes.labels import ALL
 from ..plan.edits.means import MeanEdit
 from ..plan.plan import FoldPlan
@@ -38,26 +39,40 @@ class _Term(NamedTuple):
 
 def without_constants(plan: FoldPlan, placement: Placement, values: Mapping[str, Any]) -> FoldPlan:
     """The plan with means of biases that take out those of other leaves, which have `values`."""
-    graph, edited = placement.graph, plan.leaf_edits()
-    needed = {value for value, _ in placement.proofs}
-    free = {
-        v: sets[0] for v, sets in placement.leaf_sets.items() if len(sets) == 1 and v not in needed
-    }
+    graph = placement.graph
     kept = [norm for norm, done in zip(placement.norms, placement.folded, strict=True) if not done]
     found = [[*_terms(graph, (norm.x, norm.along))] for norm in kept]
-    times = Counter(term.leaf for terms in found for term in terms)
-    means = dict[int, float]()
-    for terms in found:
-        biases = [t for t in terms if t.leaf in free and t.whole and times[t.leaf] == 1]
-        shifts = [t for t in terms if graph.leaves[t.leaf] not in edited]
-        if biases and shifts and all(t.whole for t in shifts):
-            total = sum(t.sign * _mean(values[graph.leaves[t.leaf]]) for t in shifts)
-            if total and isfinite(total):
-                means[biases[0].leaf] = -biases[0].sign * total
-    paths = {graph.leaves[leaf] for leaf in means}
-    edits = (MeanEdit(graph.leaves[v], free[v], (mean,)) for v, mean in sorted(means.items()))
+    means = dict(_balanced(found, _free(placement, found), plan, graph.leaves, values))
+    paths = {edit.key_path for edit in means.values()}
     centered = tuple(edit for edit in plan.edits if edit.key_path not in paths)
-    return replace(plan, edits=centered, means=tuple(edits))
+    return replace(plan, edits=centered, means=tuple(means[leaf] for leaf in sorted(means)))
+
+
+def _free(placement: Placement, found: Sequence[Sequence[_Term]]) -> dict[int, AxisSet]:
+    """Leaves that are one term of one LayerNorm, and whose mean no exact fold needs to be zero."""
+    needed = {value for value, _ in placement.proofs}
+    times = Counter(term.leaf for terms in found for term in terms)
+    sets = placement.leaf_sets.items()
+    return {v: s[0] for v, s in sets if len(s) == 1 and v not in needed and times[v] == 1}
+
+
+def _balanced(
+    found: Sequence[Sequence[_Term]],
+    free: Mapping[int, AxisSet],
+    plan: FoldPlan,
+    names: Mapping[int, str],
+    values: Mapping[str, Any],
+) -> Iterator[tuple[int, MeanEdit]]:
+    """For each LayerNorm a bias, if it has one, with minus the mean of all shifts."""
+    edited = plan.leaf_edits()
+    for terms in found:
+        bias = next((t for t in terms if t.leaf in free and t.whole), None)
+        shifts = [t for t in terms if names[t.leaf] not in edited]
+        if bias is not None and all(t.whole for t in shifts):
+            total = sum(t.sign * _mean(values[names[t.leaf]]) for t in shifts)
+            if total and isfinite(total):
+                mean = -bias.sign * total
+                yield bias.leaf, MeanEdit(names[bias.leaf], free[bias.leaf], (mean,))
 
 
 def _terms(graph: Graph, claim: Claim) -> Iterator[_Term]:
