@@ -9,13 +9,14 @@ from .errors import (
     TraceError,
     TreeError,
 )
+from .fitting import RegressedNorm, Regression
 from .folded import Folded
 from .folded_functions import FoldedFunctions
 from .measuring import measure
 from .models.folded_model import FoldedModel
 from .models.rms_model import RMSModel, with_rms_norms
 from .plan.plan import FoldPlan
-from .regression import RegressedNorm, Regression, regress
+from .regression import regress
 from .report.report import Report
 from .report.statistics import MeanShare, NormStatistics, Statistics
 from .training import CenterState, center_gradients, center_updates

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple, overload
 
 import jax
 import numpy as np
 
+from .approximation import approximated
+from .calibration import Calibration, check_calibration
 from .errors import FoldError, TreeError
-from .folded import Folded, analysed, is_abstract, rewritten_program
+from .folded import Folded, analysed, is_abstract, planned, rewritten_program
 from .folded_functions import (
     FoldedFunctions,
     are_functions,
@@ -17,18 +19,20 @@ from .folded_functions import (
     fold_together,
     trace_together,
 )
-from .models.folded_model import MISSING, FoldedModel, taken_apart
+from .models.folded_model import FoldedModel, taken_apart
 from .models.kind import EquinoxModel, LinenModule, NnxModel
 from .models.linen_modules import apply_of
 from .options import Options, check_excluded, check_options
 from .placement.place import Placement
 from .placement.planning import make_plan
 from .plan.plan import FoldPlan, check_donate
+from .printable import counted
 from .program.calls import with_keywords
 from .program.tracing import Traced, trace
+from .report.approximation import Approximation
 from .report.build import make_report
 from .report.report import Report
-from .trees import check_leaves
+from .trees import MISSING, check_leaves
 
 
 @overload
@@ -61,6 +65,9 @@ def fold(
     exclude: Collection[str] | Callable[[str], bool] = ...,
     untie: bool = ...,
     weights: Mapping[str, float] | None = ...,
+    calibrate: Iterable[Any] | None = ...,
+    budget: float | None = ...,
+    logits: Callable[[Any], Any] | None = ...,
     **keywords: Any,
 ) -> Folded: ...
 
@@ -104,6 +111,9 @@ def fold(
     exclude: Collection[str] | Callable[[str], bool] = (),
     untie: bool = False,
     weights: Mapping[str, float] | None = None,
+    calibrate: Iterable[Any] | None = None,
+    budget: float | None = None,
+    logits: Callable[[Any], Any] | None = None,
     **keywords: Any,
 ) -> Folded | FoldedFunctions | FoldedModel:
     """Turn the LayerNorms of a model into RMSNorms wherever that is exact.
@@ -123,7 +133,9 @@ def fold(
         approximate: with ``{"dropout"}``, elementwise dropout is taken for the identity: in a
             trace with dropout the folded program is then an approximation (the mean that dropping
             leaves is not removed), which the report says and measures. Without dropout the same
-            parameters are exact. Everything else is exact always.
+            parameters are exact. With ``{"mean"}``, LayerNorms that keep a mean do without it, as
+            many as the `budget` allows: see `calibrate`. The original function of the edited
+            parameters stays exact. Everything else is exact always.
         fold_affine: also move scales and shifts, as of LayerNorms, into the linear layers that
             alone read what they scale (shifts only where these have biases), and those of keys
             into the queries that they are multiplied with (theory, section 11). The scales become
@@ -132,8 +144,10 @@ def fold(
             why others stay.
         reduce_means: also center what feeds a LayerNorm that keeps its mean, as far as no output
             notices that: the last layer of a branch in post-LN, say. It saves nothing, and changes
-            no result; as a rule less of a mean remains, which `measure` tells. A LayerNorm that
-            keeps its mean computes it as before.
+            no result; as a rule less of a mean remains, which `measure` tells. Of one function,
+            the mean of a shift that is added for every token alike goes, too: a bias of the branch
+            gets that, with the other sign (if `params` have values). A LayerNorm that keeps its
+            mean computes it as before.
         defer_scale: let matrix products read what a norm only scales, and scale their results
             instead, ``(x * r) W = (x W) * r``, where that pays: in practice behind norms whose own
             scale and shift `fold_affine` has taken up. Results are scaled in the accumulator's
@@ -160,6 +174,19 @@ def fold(
         weights: with several functions, how often each of them runs, by name; by default alike.
             The report counts them. The plan does not depend on them: an edit costs no function
             anything, and what is paid for, each function pays for itself.
+        calibrate: with ``approximate={"mean"}``, two or more batches of data, each of them a tuple
+            of inputs, or a single input, of one structure, shape and dtype. What feeds LayerNorms
+            that keep a mean is centered and fitted to them (`regress`), so that little of a mean is
+            left. Then means are left out, cheapest damage first, as long as the error of the
+            outputs is within the budget. Every fifth batch, and at least the last one, is held out
+            of the fit, and all errors are measured on those. Not needed with a `plan`, nor with an
+            infinite budget: parameters are then centered, all means left out that can be, and
+            nothing is fitted or measured, as before training from scratch.
+        budget: the largest error of the outputs, relative: ``|y - y'| / |y|`` over all numbers of
+            an output, and of several outputs the largest. None is what a cast of the weights to
+            bfloat16 does, measured on the same data; with 0, no mean is left out.
+        logits: a function that picks logits (classes along the last axis) from what `apply_fn`
+            returns, of which the report then says KL divergence and agreement of the argmax, too.
         **keywords: keyword arguments of `apply_fn`, as far as they are no options: arrays are
             inputs like all others, what else there is (``train=False``) is bound in this trace.
 
@@ -183,14 +210,20 @@ def fold(
         untie,
     )
     check_donate(donate)
-    _check_follow(plan, center)
+    _check_follow(plan, center, options)
     if plan is not None and options.excludes is not None:
         raise FoldError("exclude: a plan is followed as it is; leave one of both out")
-    wanted = _Wanted(options, bool(donate), plan, bool(center), exclude, weights)
+    calibration = check_calibration(options.drop_means, calibrate, budget, logits)
+    wanted = _Wanted(options, bool(donate), plan, bool(center), exclude, weights, calibration)
     apply_fn, model = apply_of(apply_fn), taken_apart(apply_fn, params, example_inputs)
     _check_untie(options, model, plan)
     if model is not None:
-        return model.folded(_fold(model.functions, model.params, model.inputs, keywords, wanted))
+        inputs = model.inputs
+        if calibration is not None and model.methods is None:
+            of_calls = calibration.of_calls((model.state,), lambda outputs: outputs[0])
+            wanted = wanted._replace(calibration=of_calls)
+            inputs = inputs[1:] and inputs  # without inputs, those of a batch
+        return model.folded(_fold(model.functions, model.params, inputs, keywords, wanted))
     return _fold(apply_fn, params, example_inputs, keywords, wanted)
 
 
@@ -203,6 +236,7 @@ class _Wanted(NamedTuple):
     center: bool
     exclude: Any
     weights: Any
+    calibration: Calibration | None
 
 
 def _fold(
@@ -212,17 +246,26 @@ def _fold(
     keywords: Mapping[str, Any],
     wanted: _Wanted,
 ) -> Folded | FoldedFunctions:
-    options, donate, plan, center, exclude, weights = wanted
+    options, donate, plan, center, exclude, weights, calibration = wanted
     _check_given(apply_fn, params, example_inputs)
     found = check_leaves(params, "params", abstract=plan is not None and not center)
     check_excluded(exclude, (path for path, _ in found))
     params = params if plan is None else _followed(plan, params, center)
     if isinstance(apply_fn, Mapping):
         inputs = _inputs_of_each(apply_fn, example_inputs, keywords, "example_inputs")
+        _check_no_means(options)
         return fold_together(apply_fn, params, inputs, donate, options, weights, plan, center)
     _check_no_weights(weights)
+    if calibration is not None and calibration.batches:
+        example_inputs = example_inputs or calibration.batches[0]
     example_inputs = _inputs_of_one(example_inputs, keywords)
-    folded = Folded(apply_fn, params, donate, options, plan, plan is None or center)
+    told: Approximation | None = None
+    if calibration is not None and plan is None:
+        batches = [with_keywords(batch, keywords) for batch in calibration.batches]
+        calibration = calibration._replace(batches=tuple(batches))
+        plan, told = approximated(apply_fn, params, example_inputs, options, calibration)
+        center = True
+    folded = Folded(apply_fn, params, donate, options, plan, plan is None or center, told)
     if example_inputs:
         folded._analyse(example_inputs)
     return folded
@@ -262,10 +305,12 @@ def analyze(
         reduce_means,
         untie,
     )
-    traced, placement = _analysis(apply_fn, params, inputs, keywords, options, weights, exclude)
+    traced, placement, plan = _analysis(
+        apply_fn, params, inputs, keywords, options, weights, exclude
+    )
     rewritten, deferred = rewritten_program(traced, placement, options)
     programs = (lambda: (traced.closed, rewritten)) if traced.reusable else None
-    return make_report(placement, make_plan(placement), deferred, programs)
+    return make_report(placement, plan, deferred, programs)
 
 
 def plan_fold(
@@ -296,8 +341,7 @@ def plan_fold(
         reduce_means=reduce_means,
         untie=untie,
     )
-    _, placement = _analysis(apply_fn, params, inputs, keywords, options, weights, exclude)
-    return make_plan(placement)
+    return _analysis(apply_fn, params, inputs, keywords, options, weights, exclude)[2]
 
 
 def _analysis(
@@ -308,7 +352,8 @@ def _analysis(
     options: Options,
     weights: Any,
     exclude: Any,
-) -> tuple[Traced, Placement]:
+) -> tuple[Traced, Placement, FoldPlan]:
+    _check_no_means(options)
     apply_fn, model = apply_of(apply_fn), taken_apart(apply_fn, params, inputs)
     _check_untie(options, model, None)
     if model is not None:
@@ -324,10 +369,18 @@ def _analysis(
         check_leaves(inputs, "inputs", abstract=True)
         traced = trace(apply_fn, params, inputs)
     check_excluded(exclude, traced.leaves)
-    return analysed(traced, options)
+    traced, placement = analysed(traced, options)
+    if are_functions(apply_fn):
+        return traced, placement, make_plan(placement)
+    return traced, placement, planned(placement, options, params)
 
 
 def _check_untie(options: Options, model: Any, plan: FoldPlan | None) -> None:
+    if options.untie and options.drop_means:
+        raise FoldError(
+            'untie: not together with approximate={"mean"}; leave one of both out, or untie the '
+            "leaf in the model"
+        )
     if model is not None and (options.untie or (plan is not None and plan.untied)):
         raise FoldError(
             "untie: a model that holds its parameters has no place for a copy; fold a function of "
@@ -369,11 +422,24 @@ def _check_no_weights(weights: Any) -> None:
         raise FoldError("weights: there is one function only; leave it out, or pass a mapping")
 
 
-def _check_follow(plan: Any, center: Any) -> None:
+def _check_no_means(options: Options) -> None:
+    if options.drop_means:
+        raise FoldError(
+            'approximate: "mean" is for fold of one function, as it is measured on data; fold the '
+            "functions one by one, or leave it out"
+        )
+
+
+def _check_follow(plan: Any, center: Any, options: Options) -> None:
     if plan is not None and not isinstance(plan, FoldPlan):
         raise FoldError(
             f"plan: a {type(plan).__name__} is no FoldPlan; pass folded.plan, or what "
             "FoldPlan.from_json reads"
+        )
+    if plan is not None and plan.dropped and not options.drop_means:
+        raise FoldError(
+            f"plan: leaves out the means of {counted(len(plan.dropped), 'LayerNorm')}, which is an "
+            'approximation; pass approximate={"mean"}, too, to follow it, or plan.exact'
         )
     if not isinstance(center, (bool, np.bool_)):
         raise FoldError(f"center: {center!r} is not a bool; pass True or False")

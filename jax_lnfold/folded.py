@@ -11,9 +11,11 @@ import jax
 import numpy as np
 
 from ._compat import ClosedJaxpr, is_tracer, jaxpr_as_fun
+from .dropping import without_means
 from .errors import FoldError, NotAnalysedError
 from .options import Options
 from .output_differences import float_outputs, largest, largest_difference
+from .placement.constant_means import without_constants
 from .placement.place import Placement
 from .placement.planning import follow, make_plan, place_again, placement_of
 from .placement.untying import place_untied
@@ -21,6 +23,7 @@ from .plan.plan import FoldPlan
 from .program.calls import with_keywords
 from .program.tracing import Traced, signature, trace, trace_untied
 from .program_cache import ApplyFn, FreshLock, Programs
+from .report.approximation import Approximation
 from .report.build import make_report
 from .report.report import Report
 from .rewrite.defer import Deferral, defer_scales
@@ -40,9 +43,10 @@ class Folded:
         options: Options,
         plan: FoldPlan | None = None,
         edits: bool = True,
+        told: Approximation | None = None,
     ) -> None:
-        """Use `fold` instead."""
-        self._followed, self._edits = plan, edits
+        """Use `fold` instead; `told` is what was measured when the plan was made."""
+        self._followed, self._edits, self._told = plan, edits, told
         self._apply_fn = ApplyFn(apply_fn)
         self._given: Any = params  # until the analysis has run
         self._first_call = FreshLock()
@@ -147,7 +151,8 @@ class Folded:
         check_leaves(inputs, "inputs")
         traced = tracing(plan)(self._apply_fn.function, params, inputs)
         graph = traced.graph(self._options.see_through_dropout)
-        return traced, place_again(plan, graph, self._options.explicit_cost)
+        placement = place_again(plan, graph, self._options.explicit_cost)
+        return traced, without_means(placement, plan)
 
     def _require_inputs(self, inputs: tuple[Any, ...]) -> None:
         """Analyse on the first call, in one thread while others wait."""
@@ -170,16 +175,17 @@ class Folded:
         traced = tracing(self._followed)(self._apply_fn.function, params, inputs)
         if self._followed is None:
             traced, placement = analysed(traced, self._options)
-            plan = make_plan(placement)
+            plan = planned(placement, self._options, params)
             params = plan.extend(params)
         else:
             plan = self._followed.fitted(params, whole=True, abstract=not self._edits)
             graph = traced.graph(self._options.see_through_dropout)
             placement = follow(plan, graph, self._options.explicit_cost)
+            placement = without_means(placement, plan)
         rewritten, deferred = rewritten_program(traced, placement, self._options)
         program = jaxpr_as_fun(rewritten), traced.out_tree
         programs = (lambda: (traced.closed, rewritten)) if traced.reusable else None
-        report = make_report(placement, plan, deferred, programs)
+        report = make_report(placement, plan, deferred, programs, self._told)
         key = signature(params, inputs)
         abstract = any(map(is_abstract, jax.tree.leaves((self._given, inputs))))
         measured = report.dropouts > 0 and not abstract
@@ -227,6 +233,16 @@ def analysed(traced: Traced, options: Options) -> tuple[Traced, Placement]:
     return traced, placement_of(traced, options)
 
 
+def planned(placement: Placement, options: Options, params: Any) -> FoldPlan:
+    """The placement's edits; with `reduce_means`, constants go as far as `params` have values."""
+    plan = make_plan(placement)
+    leaves = jax.tree.leaves(params)
+    if not options.reduce_means or plan.untied or not all(map(_is_at_hand, leaves)):
+        return plan
+    values = dict(zip(placement.graph.leaves.values(), leaves, strict=True))
+    return without_constants(plan, placement, values)
+
+
 def edited(plan: FoldPlan, params: Any, donate: bool) -> Any:
     """The tree that a fold returns: edited, with memory of its own for every copy."""
     return without_sharing(plan.center(plan.extend(params), donate=donate))
@@ -255,6 +271,11 @@ def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
 def is_abstract(x: Any) -> bool:
     """Whether a leaf has no numbers here: a shape, or what is being traced."""
     return isinstance(x, jax.ShapeDtypeStruct) or is_tracer(x)
+
+
+def _is_at_hand(x: Any) -> bool:
+    """Whether this process has all numbers of a leaf."""
+    return not is_abstract(x) and getattr(x, "is_fully_addressable", True)
 
 
 def _run(program: ClosedJaxpr, params: Any, inputs: tuple[Any, ...]) -> list[jax.Array]:

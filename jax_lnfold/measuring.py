@@ -5,28 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
-
-from ._compat import consts_of, is_tracer
+from .batches import check_batches, inputs_of
 from .errors import FoldError
 from .folded import Folded, placed_again
 from .folded_functions import FoldedFunctions
-from .measurement.shares import Sums, merged
 from .measurement.watched import Watched
-from .models.folded_model import MISSING, FoldedModel, taken_apart
+from .models.folded_model import FoldedModel, taken_apart
 from .models.linen_modules import apply_of
+from .observing import observed
 from .options import check_options
-from .placement.place import Placement
 from .placement.planning import placement_of
 from .program.calls import with_keywords
-from .program.tracing import Traced, signature, trace
-from .report.names import names_of
-from .report.statistics import Statistics, norm_statistics
-from .trees import check_devices, check_leaves, leaf_paths
-
-Totals = dict[int, Sums]
+from .program.tracing import trace
+from .report.statistics import Statistics
+from .trees import MISSING
 
 
 def measure(fn: Any, params: Any = MISSING, *batches: Any, **keywords: Any) -> Statistics:
@@ -76,19 +68,7 @@ def measure(fn: Any, params: Any = MISSING, *batches: Any, **keywords: Any) -> S
     sides = [(Watched(traced.closed, placement, False), params)]
     if folded is not None:
         sides.append((Watched(traced.closed, placement, True), folded.plan.center(params)))
-    totals = _run(traced, sides, inputs) if placement.norms else [{}]
-    return _statistics(placement, totals, len(inputs))
-
-
-def _statistics(placement: Placement, totals: Sequence[Totals], n_batches: int) -> Statistics:
-    before, after = totals[0], totals[-1] if len(totals) > 1 else {}
-    return Statistics(
-        tuple(
-            norm_statistics(name.text, name.title, before.get(i), after.get(i))
-            for i, name in enumerate(names_of(placement))
-        ),
-        n_batches,
-    )
+    return observed(traced, placement, sides, inputs)
 
 
 def _function(fn: Any, params: Any, batches: Sequence[Any]) -> tuple[Any, Any, list[Any]]:
@@ -112,88 +92,3 @@ def _function(fn: Any, params: Any, batches: Sequence[Any]) -> tuple[Any, Any, l
             "such as model.apply, or what fold returned"
         )
     return function, params, [inputs_of(batch) for batch in batches]
-
-
-def inputs_of(batch: Any) -> tuple[Any, ...]:
-    """The inputs of a batch; named tuples are an input like any other tree."""
-    return batch if type(batch) is tuple else (batch,)
-
-
-def check_batches(params: Any, inputs: Sequence[tuple[Any, ...]], name: str = "measure") -> None:
-    """There is at least one batch, and all are like the first one."""
-    if params is MISSING:
-        raise FoldError(f"params: missing; pass {name}(fn, params, *batches)")
-    if not inputs:
-        raise FoldError(
-            f"batches: there is none, so nothing can be measured; pass {name}(fn, params, *batches)"
-        )
-    check_leaves(params, "params")
-    first = signature((), inputs[0])
-    for number, batch in enumerate(inputs):
-        batch_name = f"batches[{number}]"
-        check_leaves(batch, batch_name)
-        if any(map(is_tracer, jax.tree.leaves((params, batch)))):
-            raise FoldError(
-                f"{batch_name}: being traced; call {name} outside of jit, grad and vmap"
-            )
-        if signature((), batch) != first:
-            raise FoldError(
-                f"{batch_name}: {_difference(batch, inputs[0])}; pass batches of one structure and "
-                "shape, and leave out a last one that is smaller"
-            )
-        check_devices(params, batch)
-
-
-def _difference(batch: tuple[Any, ...], first: tuple[Any, ...]) -> str:
-    """In what a batch differs from the first one."""
-    pairs = zip(leaf_paths(batch), leaf_paths(first), strict=False)
-    for (path, x), (wanted, y) in pairs:
-        if path != wanted:
-            break
-        own, other = (f"{np.shape(a)} {jax.typeof(a).dtype}" for a in (x, y))
-        if own != other:
-            return f"input {path!r} is {own}, and {other} in the first batch"
-    return "its inputs have another structure or type than those of the first batch"
-
-
-def _run(
-    traced: Traced, sides: Sequence[tuple[Watched, Any]], inputs: Sequence[tuple[Any, ...]]
-) -> list[Totals]:
-    """The sums of all batches, for each program with its parameters."""
-    watched = [program for program, _ in sides]
-
-    def run(consts: Any, each: list[Any], given: list[Any]) -> list[Totals]:
-        return [w(consts, [*own, *given]) for w, own in zip(watched, each, strict=True)]
-
-    # No outputs of the function are asked for: what only they need is not computed.
-    parameters = [jax.tree.leaves(params) for _, params in sides]
-    program = jax.jit(run, out_shardings=_everywhere((parameters, inputs[0])))
-    totals: list[Totals] | None = None
-    for batch in inputs:
-        sums = program(consts_of(traced.closed), parameters, jax.tree.leaves(batch))
-        new = jax.tree.map(_wide, jax.device_get(sums))
-        totals = new if totals is None else jax.tree.map(_added, totals, new, is_leaf=_is_sums)
-    assert totals is not None
-    return totals
-
-
-def _everywhere(tree: Any) -> Any:
-    """Whole on all devices of the mesh that arrays are spread over: each process reads its own."""
-    for x in jax.tree.leaves(tree):
-        sharding = getattr(x, "sharding", None)
-        if isinstance(sharding, NamedSharding) and sharding.num_devices > 1:
-            return NamedSharding(sharding.mesh, PartitionSpec())
-    return None
-
-
-def _wide(x: np.ndarray) -> np.ndarray:
-    return x.astype(np.int64 if np.issubdtype(x.dtype, np.integer) else np.float64)
-
-
-def _added(one: Sums, other: Sums) -> Sums:
-    with np.errstate(invalid="ignore"):  # of NaN, which stay
-        return merged(Sums(*map(np.stack, zip(one, other, strict=True))), np)
-
-
-def _is_sums(x: Any) -> bool:
-    return isinstance(x, Sums)

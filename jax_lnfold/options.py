@@ -14,7 +14,7 @@ import numpy as np
 
 from .errors import FoldError
 
-APPROXIMATIONS = frozenset({"dropout"})
+APPROXIMATIONS = frozenset({"dropout", "mean"})
 """What may be approximated on request."""
 
 
@@ -31,7 +31,8 @@ class Options:
     `deferred_cost` is None if nothing is deferred, `excludes` if no key path is excluded. With
     `only_leaves` the program stays as it is: LayerNorms fold if edited parameters alone allow it.
     With `reduce_means` parameters are centered for LayerNorms that keep their mean, too.
-    With `untie`, lookups may read copies of leaves.
+    With `untie`, lookups may read copies of leaves. With `drop_means`, LayerNorms may do without a
+    mean that is not zero, if a plan says which.
     """
 
     explicit_cost: float
@@ -42,6 +43,7 @@ class Options:
     only_leaves: bool = False
     reduce_means: bool = False
     untie: bool = False
+    drop_means: bool = False
 
 
 def check_options(
@@ -73,6 +75,7 @@ def check_options(
         _excluding(exclude),
         reduce_means=bool(reduce_means),
         untie=bool(untie),
+        drop_means="mean" in approximations,
     )
 
 
@@ -128,8 +131,8 @@ def _approximations(approximate: Any) -> list[Any]:
     names = list(approximate) if is_set else [None]
     if not all(isinstance(name, str) and name in APPROXIMATIONS for name in names):
         raise FoldError(
-            f'approximate: {approximate!r} is no set of names among {{"dropout"}}; pass '
-            'approximate={"dropout"}, or leave it out'
+            f'approximate: {approximate!r} is no set of names among {{"dropout", "mean"}}; pass '
+            'approximate={"dropout"}, say, or leave it out'
         )
     return names
 

@@ -12,6 +12,8 @@ from ._compat import is_tracer
 from .errors import TreeError
 from .printable import printable
 
+MISSING: Any = object()
+"""What stands for parameters that were not passed."""
 FLOATS = ("bfloat16", "float16", "float32", "float64")
 """Dtypes of leaves that can be edited; eight bits and fewer hold no digits to spare."""
 

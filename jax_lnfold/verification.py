@@ -11,7 +11,8 @@ import jax
 
 from .errors import FoldError
 from .folded import Folded
-from .output_differences import float_outputs, largest, largest_difference
+from .output_differences import float_outputs, largest, largest_difference, squares
+from .printable import counted
 from .program.calls import call, with_keywords
 from .program.tracing import trace
 from .training import drift_of
@@ -29,7 +30,10 @@ class Verification:
     float64 does not reach, as ``name`` or ``2 x name``: what they round, the reference rounds, too.
     `drift` says how far the parameters of the folded program are off what the plan centers, in
     units of what rounding explains (float; at most 1 of `folded.params`). Above 1, `folded_error`
-    measures that the parameters are not those of a fold, and not what folding costs.
+    measures that the parameters are not those of a fold, and not what folding costs. `left_out`
+    counts LayerNorms, by name, of which the plan leaves out a mean that is not zero; `deviation` is
+    the relative error of the folded program's outputs against the original's on these inputs, as
+    the budget of `fold` has it.
     """
 
     original_error: float
@@ -38,11 +42,16 @@ class Verification:
     scale: float
     not_widened: tuple[str, ...] = ()
     drift: float = 0.0
+    left_out: int = 0
+    deviation: float = 0.0
 
     def __str__(self) -> str:
         """The figures in one line."""
         kept = f"; not in float64: {', '.join(self.not_widened)}" if self.not_widened else ""
         off = f"; parameters not centered, by {self.drift:.3g} roundings" if self.drift > 1 else ""
+        if self.left_out:
+            means = f"the mean left out of {counted(self.left_out, 'LayerNorm')}"
+            off += f"; {means}, relative error of the outputs {self.deviation:.2g}"
         return (
             f"largest error against float64: original {self.original_error:.3g}, folded "
             f"{self.folded_error:.3g}; largest difference {self.difference:.3g} "
@@ -119,4 +128,6 @@ def verify(
         scale=largest(reference),
         not_widened=not_widened,
         drift=drift_of(plan, edited),
+        left_out=len(plan.dropped),
+        deviation=squares(original, result).error,
     )

@@ -87,7 +87,15 @@ class Watched:
             found |= inside
             for var, x in zip(eqn.outvars, results, strict=True):
                 env[var] = self._made(path, var, x, found)
-        return [read(a) for a in jaxpr.outvars], found
+        results = [
+            read(a) if isinstance(a, Literal) else self._returned(path, a, env[a])
+            for a in jaxpr.outvars
+        ]
+        return results, found
+
+    def _returned(self, path: CallPath, var: Var, x: Any) -> Any:
+        """What a jaxpr returns of a value."""
+        return x
 
     def _made(self, path: CallPath, var: Var, x: Any, found: Found) -> Any:
         """A value where it is made, centered for all that read it, and looked at."""
@@ -97,7 +105,7 @@ class Watched:
         for along in self.explicit.get(value, ()):
             own = self.graph.on_one_device(value, along)
             assert own is not None
-            x = _centered(x, own)
+            x = centered(x, own)
         for i, along, mesh_axes in self.norms.get(value, ()):
             if i not in found:  # else a call returns what it is given
                 found[i] = self._look(jnp.asarray(x), along, mesh_axes)
@@ -212,7 +220,7 @@ def _over_rows(sums: Mapping[int, Sums]) -> Found:
     return {i: merged(each, jnp) for i, each in sums.items()}
 
 
-def _centered(x: Any, along: AxisSet) -> Any:
+def centered(x: Any, along: AxisSet) -> Any:
     """The explicit centering of a folded program."""
     if along.trivial:
         return jnp.zeros_like(x)

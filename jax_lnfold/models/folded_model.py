@@ -13,11 +13,9 @@ from ..folded import Folded
 from ..folded_functions import FoldedFunctions
 from ..plan.plan import FoldPlan
 from ..report.report import Report
+from ..trees import MISSING
 from .folded_classes import folded_class
 from .kind import Method, ModelKind, State, kind_of, methods_of
-
-MISSING: Any = object()
-"""What stands for parameters that were not passed."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from ..program.garbage import collector_paused
 from ..program.graph import Graph
 from .layer_scale import find_merges
 from .min_cut import MinCut
-from .proof import prove, resting_on_approximations
+from .proof import derived_from, prove, resting_on_approximations
 from .reasons import Reason, explain
 from .zero_mean import UNIT, ZeroMeanGraph
 
@@ -33,7 +33,8 @@ class Placement:
     Leaves and values are numbers of the graph that the `search` is about. `left` maps positions in
     `norms` to reasons, `inserted` says why what feeds a value of `explicit` was not centered
     instead, `zero` lists what is zero-mean at run time once the centerings are made. The positions
-    in `approximate` are of folded norms that rest on a dropout taken for the identity. Edits that
+    in `approximate` are of folded norms that rest on a dropout taken for the identity, those in
+    `dropped` of norms that are not folded, but lose their mean on request. Edits that
     serve no LayerNorm are in `found`, by the section of a plan; `affine_left` says of scales, by
     key path, why no linear layer behind them takes them up; `tied` says of leaves why they are not
     untied by a copy. If leaves are excluded, `unrestricted` is the placement without that.
@@ -54,11 +55,19 @@ class Placement:
     affine_left: dict[str, str] = field(default_factory=dict)
     unrestricted: Placement | None = None
     tied: dict[str, str] = field(default_factory=dict)
+    dropped: frozenset[int] = frozenset()
 
     @property
     def facts(self) -> Facts:
         """What was found out about the program."""
         return self.search.facts
+
+    @property
+    def proofs(self) -> set[Claim]:
+        """All that the folded norms rest on."""
+        folded = (n for n, done in zip(self.norms, self.folded, strict=True) if done)
+        roots = ((norm.x, norm.along) for norm in folded)
+        return derived_from(self.search, {*self.zero}, self.explicit, roots)
 
     @property
     def graph(self) -> Graph:

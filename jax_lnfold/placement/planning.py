@@ -118,7 +118,7 @@ def place_again(plan: FoldPlan, graph: Graph, explicit_cost: float) -> Placement
     for name, edits in found.items():
         for edit in edits:
             FINDERS[name].check(edit, value, graph)
-    return replace(placement, found={**found, "means": plan.means})
+    return replace(placement, found={**found, "means": plan.means, "dropped": plan.dropped})
 
 
 def _merges_again(plan: FoldPlan, value: Mapping[str, int], graph: Graph) -> dict[int, ScaleEdit]:

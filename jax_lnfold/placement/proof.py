@@ -57,3 +57,20 @@ def resting_on_approximations(
 
     known: dict[Claim, Blocker | None] = {}
     return frozenset(i for i, root in roots.items() if solve(root, expand, known) is not None)
+
+
+def derived_from(
+    search: ZeroMeanGraph,
+    zero: Container[Claim],
+    explicit: Mapping[int, tuple[AxisSet, ...]],
+    roots: Iterable[Claim],
+) -> set[Claim]:
+    """All that the roots rest on: edited leaves, what has no mean by itself, and all between."""
+    todo, seen = [*roots], set[Claim]()
+    while todo:
+        claim = search.resolve(todo.pop())
+        if claim not in seen:
+            seen.add(claim)
+            needs = _rests_on(search, claim, zero, explicit)
+            todo += () if isinstance(needs, Blocker) else needs
+    return seen

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args, get_type_hints
 
 import jax
@@ -21,6 +21,7 @@ from ..trees import FLOATS, check_leaves, committed_to, is_editable
 from ..untied import copied_in, extended
 from .edits.affine import AffineEdit
 from .edits.center import CenterEdit
+from .edits.drop import DropEdit
 from .edits.edit import Edit, LeafEdit, fills_of
 from .edits.means import MeanEdit
 from .edits.queries import QueryEdit
@@ -36,7 +37,8 @@ class FoldPlan:
     """How to edit a parameter tree so that the folded program computes the original function.
 
     `leaves` describes the tree that the plan fits; `affine` is applied before `scales`, and these
-    before `edits` and `means`, of which a leaf has one kind. If leaves are `untied`, the tree is an
+    before `edits` and `means`, of which a leaf has one kind. `dropped` edits no leaf, but makes the
+    folded program an approximation: see `exact`. If leaves are `untied`, the tree is an
     `Untied` one, see `extend`. Where `from_json` would not read it back, it cannot be made:
     `PlanFormatError`.
     """
@@ -48,6 +50,7 @@ class FoldPlan:
     untied: tuple[UntieEdit, ...] = ()
     queries: tuple[QueryEdit, ...] = ()
     means: tuple[MeanEdit, ...] = ()
+    dropped: tuple[DropEdit, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the parts against each other."""
@@ -76,6 +79,11 @@ class FoldPlan:
         """How many leaves are edited, and how: a clause for every kind in use that edits leaves."""
         clauses = (KINDS[name].told(edits) for name, edits in self.sections.items() if edits)
         return [clause for clause in clauses if clause]
+
+    @property
+    def exact(self) -> FoldPlan:
+        """The same edits, with no mean left out that is not zero."""
+        return replace(self, dropped=())
 
     @property
     def copies(self) -> tuple[str, ...]:
@@ -291,7 +299,8 @@ class FoldPlan:
           only; then a number of ``means`` is added to all of each group. These are finite, and one
           for each position of the ``"free"`` axes, in row-major order.
         - ``version``: 2; 3 if there is an ``affine``; 4 if in one of these ``one`` is 0; 5 if
-          leaves are ``untied``; 6 if there are ``queries``; 7 if there are ``means``.
+          leaves are ``untied``; 6 if there are ``queries``; 7 if there are ``means``; 8 if means
+          are ``dropped``.
         """
         version = self.version
         sections = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from math import prod
 
 import jax.numpy as jnp
@@ -14,11 +15,13 @@ from ..program.graph import OTHER_MEANING, ROWS, Graph, Op
 from ..program.primitives import EXCHANGES, MOVES, NOT_CARRYING
 from ..rewrite.defer import Deferral
 from ..rules import RULES
+from .approximation import Approximation
 from .events import find_events
-from .names import names_of
+from .names import Name, names_of
 from .norms import insertions_of, norms_of
 from .outcome import Programs, ScaleLeft, TiedLeaf, UntiedLeaf
 from .report import Report
+from .statistics import Statistics
 
 
 def make_report(
@@ -26,14 +29,15 @@ def make_report(
     plan: FoldPlan,
     deferred: tuple[Deferral, ...],
     programs: Programs | None,
+    told: Approximation | None = None,
 ) -> Report:
-    """Put a placement into words."""
+    """Put a placement into words, with what was measured of an approximation."""
     graph, facts, names = placement.graph, placement.facts, names_of(placement)
     unknown = (facts.unknown[i] for i in sorted(facts.unknown))
     free = placement.unrestricted
     hiding = (op.location() for op in graph.ops if _may_hide_norms(graph, op))
     return Report(
-        norms=norms_of(placement, names),
+        norms=norms_of(placement, names, told.damages if told else {}),
         insertions=insertions_of(placement, names),
         plan=plan,
         affine_left=tuple(ScaleLeft(path, why) for path, why in placement.affine_left.items()),
@@ -51,7 +55,16 @@ def make_report(
         unrestricted=(sum(free.folded), len(insertions_of(free, names_of(free)))) if free else None,
         untied=_untied(graph, plan),
         tied=tuple(TiedLeaf(path, why) for path, why in placement.tied.items()),
+        statistics=_statistics(told, names),
+        approximation=told,
     )
+
+
+def _statistics(told: Approximation | None, names: Sequence[Name]) -> Statistics | None:
+    """The shares that were measured, if they are of these LayerNorms."""
+    found = told.statistics if told else None
+    alike = found is not None and [n.title for n in found.norms] == [n.title for n in names]
+    return found if alike else None
 
 
 def _rounded(graph: Graph, plan: FoldPlan) -> tuple[str, ...]:

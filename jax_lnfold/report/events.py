@@ -17,8 +17,9 @@ from ..program.graph import CallPath, Graph, Location
 from .names import Name
 
 WRITTEN, EDITED, INSERTED = "written", "edited", "inserted"
-FOLDED, LEFT, BLOCKED, NOTICED = "folded", "left", "blocked", "noticed"
-KINDS = (BLOCKED, WRITTEN, EDITED, INSERTED, FOLDED, LEFT, NOTICED)
+FOLDED, APPROXIMATED, LEFT = "folded", "approximated", "left"
+BLOCKED, NOTICED = "blocked", "noticed"
+KINDS = (BLOCKED, WRITTEN, EDITED, INSERTED, FOLDED, APPROXIMATED, LEFT, NOTICED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +27,10 @@ class Event:
     """One thing that happens to a stream.
 
     Parameters write into it (`edited` if they were centered, else `written`), a centering is
-    `inserted`, a LayerNorm reads it (`folded` or `left`), an operation keeps it from being
-    zero-mean (`blocked`) or would notice if it were (`noticed`). `stream` is a number, `name` a
-    module path, an operation, or the key path above the parameters; `detail` is shown behind it,
-    `why` on demand. It happens `runs` times in one call, in the loop at `loop`.
+    `inserted`, a LayerNorm reads it (`folded`, `approximated` or `left`), an operation keeps it
+    from being zero-mean (`blocked`) or would notice if it were (`noticed`). `stream` is a number,
+    `name` a module path, an operation, or the key path above the parameters; `detail` is shown
+    behind it, `why` on demand. It happens `runs` times in one call, in the loop at `loop`.
     """
 
     kind: str
@@ -94,8 +95,8 @@ def _norms(placement: Placement, names: Sequence[Name], top: str) -> Iterator[_F
         index = norm.sums[0].index if norm.sums else made[0].index if made else -1
         path = norm.sums[0].path if norm.sums else graph.home[norm.x]
         shape = "x".join(map(str, graph.shape(norm.x)))
-        left = placement.left.get(i)
-        kind = LEFT if left else FOLDED
+        left, approximate = placement.left.get(i), placement.approximate | placement.dropped
+        kind = APPROXIMATED if i in approximate else LEFT if left else FOLDED
         why = str(left or "")
         claim = search.resolve((norm.x, norm.along))
         detail = " ".join(word for word in (shape, name.beside) if word)

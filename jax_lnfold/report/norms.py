@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..analysis.layer_norms import LayerNorm
@@ -27,7 +27,9 @@ class Norm:
     the mean spans besides. `count` is how often it runs in one call. `reason` is empty when
     `folded`, and otherwise names the operation in the way with its module path and source line;
     `blocker` is that operation. `two_pass` if its variance takes a second pass over the input.
-    `approximate` if it is folded although dropout before it leaves it a mean.
+    `approximate` if it is folded although it has a mean: that dropout before it leaves, or if it is
+    `dropped`, that no edit removes. `damage` is then the relative error of the outputs which this
+    alone makes, None if that was not measured; also of LayerNorms that are left after all.
     """
 
     path: str
@@ -45,6 +47,8 @@ class Norm:
     key_path: str = ""
     part: str = ""
     line: str = ""
+    dropped: bool = False
+    damage: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,32 +71,39 @@ class Insertion:
         return words + (f" To do without, {self.advice}." if self.advice else "")
 
 
-def norms_of(placement: Placement, names: Sequence[Name]) -> tuple[Norm, ...]:
-    """All of them, in program order."""
-    return tuple(_norm(placement, i, names) for i in range(len(names)))
+def norms_of(
+    placement: Placement, names: Sequence[Name], damages: Mapping[str, float]
+) -> tuple[Norm, ...]:
+    """All of them, in program order; damages are by name."""
+    return tuple(_norm(placement, i, names, damages) for i in range(len(names)))
 
 
-def _norm(placement: Placement, i: int, names: Sequence[Name]) -> Norm:
+def _norm(
+    placement: Placement, i: int, names: Sequence[Name], damages: Mapping[str, float]
+) -> Norm:
     """What became of the LayerNorm at position `i`."""
-    name = names[i]
-    graph, norm, reason = placement.graph, placement.norms[i], placement.left.get(i)
+    name, dropped = names[i], i in placement.dropped
+    graph, norm = placement.graph, placement.norms[i]
+    reason = None if dropped else placement.left.get(i)
     rank = _local_rank(graph, norm.x)
     return Norm(
         path=name.text,
         axes=tuple(d for d in norm.along.axes if d < rank),
         shape=graph.shape(norm.x)[:rank],
         count=norm.count,
-        folded=placement.folded[i],
+        folded=placement.folded[i] or dropped,
         reason=str(reason or ""),
         mesh_axes=_mesh_axes(graph, norm),
         two_pass=norm.two_pass,
         blocker=_blocker(reason),
         advice=advice(placement, reason, names) if reason else "",
-        approximate=i in placement.approximate,
+        approximate=i in placement.approximate or dropped,
         title=name.title,
         key_path=name.key_path,
         part=name.part,
         line=name.line,
+        dropped=dropped,
+        damage=None if placement.folded[i] else damages.get(name.text),
     )
 
 

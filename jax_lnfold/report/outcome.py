@@ -13,6 +13,7 @@ from ..plan.edits.scale import ScaleEdit
 from ..plan.plan import FoldPlan
 from ..program.graph import Location
 from ..rewrite.defer import Deferral
+from .approximation import Approximation
 from .events import Event
 from .norms import Insertion, Norm
 from .statistics import Statistics
@@ -64,7 +65,8 @@ class Outcome:
     stay. If parameters were excluded, `unrestricted` is how many LayerNorms would fold, and how
     many explicit centerings would be inserted, if none were. `untied` are the leaves of which
     lookups read a copy, and the bytes of each copy; with `untie`, `tied` are those in the way that
-    stay. `statistics` are those of `with_statistics`.
+    stay. `statistics` are those of `with_statistics`. `approximation` is what was measured if
+    LayerNorms do without a mean that is not zero.
     """
 
     norms: tuple[Norm, ...]
@@ -85,6 +87,7 @@ class Outcome:
     unseen: dict[Location, int] = field(default_factory=dict)
     unrestricted: tuple[int, int] | None = None
     statistics: Statistics | None = field(default=None, compare=False)
+    approximation: Approximation | None = None
     untied: tuple[UntiedLeaf, ...] = ()
     tied: tuple[TiedLeaf, ...] = ()
 
@@ -112,6 +115,11 @@ class Outcome:
     def n_folded(self) -> int:
         """LayerNorms that run as RMSNorms in the folded program."""
         return sum(norm.folded for norm in self.norms)
+
+    @property
+    def n_dropped(self) -> int:
+        """LayerNorms among them that do without a mean which is not zero."""
+        return sum(norm.dropped for norm in self.norms)
 
     @property
     def n_inserted(self) -> int:

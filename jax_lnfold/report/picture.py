@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 
 from ..printable import printable
-from .events import BLOCKED, EDITED, FOLDED, INSERTED, LEFT, NOTICED, WRITTEN, Event
+from .events import APPROXIMATED, BLOCKED, EDITED, FOLDED, INSERTED, LEFT, NOTICED, WRITTEN, Event
 from .picture_rows import Box, Layout, PictureRow, lay_out
 
 LEGEND = {
@@ -18,6 +18,7 @@ LEGEND = {
     WRITTEN: ("#8a8f98", "parameters that write into the stream, as they were"),
     INSERTED: ("#2f6fdb", "explicit centering"),
     FOLDED: ("#2e9e5b", "LayerNorm folded: reads a stream without a mean"),
+    APPROXIMATED: ("#8e4ec6", "LayerNorm folded approximately: its mean is left out, but not zero"),
     LEFT: ("#d9822b", "LayerNorm left as it is"),
     BLOCKED: ("#d1373f", "keeps the stream from being zero-mean"),
     NOTICED: ("#d1373f", "would notice a centering"),
@@ -26,7 +27,8 @@ LEGEND = {
 
 _ROW, _LANE, _CHAR, _MARGIN, _INDENT, _ARROW = 36, 22, 7.3, 14, 7, 24
 _LONGEST = 56  # characters
-_READS = (FOLDED, LEFT, NOTICED)
+_NORMS = (FOLDED, APPROXIMATED, LEFT)
+_READS, _FULL = (*_NORMS, NOTICED), (EDITED, FOLDED, APPROXIMATED)
 
 
 def to_svg(events: Sequence[Event], title: str) -> str:
@@ -79,7 +81,7 @@ def _texts(row: PictureRow) -> tuple[str, str]:
     if event.kind in (EDITED, WRITTEN):
         name, detail = name or detail, detail if name else ""
         detail = f"{detail} centered".strip() if event.kind == EDITED else detail
-    if event.kind in (FOLDED, LEFT):
+    if event.kind in _NORMS:
         detail = f"{detail} {event.kind}"
     return _shortened(name), _shortened(detail)
 
@@ -115,11 +117,11 @@ def _mark(row: PictureRow, x: float, y: float, end: float) -> str:
 
 def _symbol(kind: str, x: float, y: float) -> str:
     """Full diamonds and squares for what was changed, empty ones for the rest, crosses, a minus."""
-    color, full = LEGEND[kind][0], kind in (EDITED, FOLDED)
+    color, full = LEGEND[kind][0], kind in _FULL
     fill = f'fill="{color}" stroke="{color}"' if full else f'class="e" stroke="{color}"'
     if kind in (EDITED, WRITTEN):
         return f'<path d="M{x - 7},{y} l7,-7 l7,7 l-7,7 z" {fill} stroke-width="2"/>'
-    if kind in (FOLDED, LEFT):
+    if kind in _NORMS:
         return (
             f'<rect x="{x - 6}" y="{y - 6}" width="12" height="12" rx="2" {fill} stroke-width="2"/>'
         )
@@ -161,7 +163,7 @@ def _dot(layout: Layout) -> Iterator[str]:
         event = row.events[0]
         label = _quoted("\n".join(filter(None, _texts(row))))
         color, meaning = LEGEND[event.kind]
-        style = "filled" if event.kind in (EDITED, FOLDED) else "solid"
+        style = "filled" if event.kind in _FULL else "solid"
         shape = "rounded," if event.kind in (EDITED, WRITTEN) else ""
         tooltip = _quoted(printable(event.why) or meaning)
         yield f' n{i} [label={label}, style="{shape}{style}", color="{color}", tooltip={tooltip}];'

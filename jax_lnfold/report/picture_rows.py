@@ -6,9 +6,11 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
-from .events import FOLDED, LEFT, Event
+from .events import APPROXIMATED, FOLDED, LEFT, Event
 from .repeats import Repeat, fold_repeats
 from .table import merged, template
+
+_NORMS = (FOLDED, APPROXIMATED, LEFT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ def lay_out(events: Sequence[Event]) -> Layout:
     rows: list[list[int]] = []
     boxes: list[Box] = []
     alone = [[i] for i in range(len(events))]
-    for item in fold_repeats(alone, key, lambda i: events[i].kind in (FOLDED, LEFT)):
+    for item in fold_repeats(alone, key, lambda i: events[i].kind in _NORMS):
         _arrange(item, rows, boxes)
     loops = groupby(range(len(rows)), lambda r: (events[rows[r][0]].loop, events[rows[r][0]].runs))
     for (loop, runs), group in loops:

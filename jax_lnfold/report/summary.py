@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 from ..plan.edits.center import CenterEdit
 from ..printable import counted
+from .approximation import Approximation
 from .cost import si
 from .outcome import Outcome, ScaleLeft
 from .table import Row, grouped, merged, template
@@ -26,6 +28,8 @@ def rows(outcome: Outcome) -> list[Row]:
             place=(norm.blocker.file, norm.blocker.line) if norm.blocker else None,
             runs=norm.count,
             shares=statistics.shares if statistics else (),
+            dropped=norm.dropped,
+            damages=() if norm.damage is None else (norm.damage,),
         )
         for norm, statistics in zip(outcome.norms, measured, strict=True)
     )
@@ -35,7 +39,8 @@ def headline(outcome: Outcome) -> str:
     """How many LayerNorms are folded."""
     if not outcome.norms:
         return "No LayerNorm found"
-    return f"{outcome.n_folded} of {counted(len(outcome.norms), 'LayerNorm')} folded"
+    some = f", {outcome.n_dropped} of them approximately" if outcome.n_dropped else ""
+    return f"{outcome.n_folded} of {counted(len(outcome.norms), 'LayerNorm')} folded{some}"
 
 
 def summary(outcome: Outcome) -> list[str]:
@@ -81,6 +86,13 @@ def _approximation(outcome: Outcome) -> Iterable[str]:
             f"Approximate: {counted(outcome.dropouts, 'dropout')} taken for the identity; "
             f"deviation {measured}. Without dropout the same parameters are exact."
         )
+
+
+def _means_left_out(outcome: Outcome) -> Iterable[str]:
+    told = outcome.approximation
+    if told is None and outcome.n_dropped:
+        told = Approximation(math.inf)
+    return told.lines(outcome.n_dropped) if told else ()
 
 
 def _rounded(outcome: Outcome) -> Iterable[str]:
@@ -151,6 +163,7 @@ SECTIONS: tuple[Section, ...] = (
     _deferred,
     _scales_left,
     _approximation,
+    _means_left_out,
     _rounded,
     _opaque,
     _unseen,

@@ -16,10 +16,13 @@ from rich.text import Text
 from ..printable import printable
 
 NARROWEST, WIDEST = 60, 200
+COLORS = {"folded": "green", "approximate": "magenta", "left": "yellow"}
 _NUMBER = re.compile(r"\d+")
 TITLES = ("LayerNorm", "input", "axes", "variance", "outcome")
 SHARE = "share of mean"
 """The title of a column that is there if it was measured."""
+DAMAGE = "error without its mean"
+"""The title of another one: of the outputs, relative, of LayerNorms that keep a mean."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +31,8 @@ class Row:
 
     `count` is how many there are, `runs` how often each runs in one call, `place` is the source
     line of what blocks it, and `words` are the reason and what could be changed, maybe empty.
-    `shares` are the shares of the mean that were measured before and after, as far as they were.
+    `shares` are the shares of the mean that were measured before and after, as far as they were,
+    `damages` what leaving out a mean was measured to do. `dropped` if it is left out.
     """
 
     path: str
@@ -42,6 +46,18 @@ class Row:
     count: int = 1
     approximate: bool = False
     shares: tuple[tuple[float, ...], ...] = ()
+    dropped: bool = False
+    damages: tuple[float, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """``folded``, ``approximate`` or ``left``, for colours."""
+        return "approximate" if self.approximate else "folded" if self.folded else "left"
+
+    @property
+    def damage(self) -> str:
+        """The smallest and the largest damage, or the only one."""
+        return _span(self.damages) if self.damages else ""
 
     @property
     def share(self) -> str:
@@ -51,6 +67,8 @@ class Row:
     @property
     def outcome(self) -> str:
         """``folded`` or ``left``, with what else there is to say of it."""
+        if self.dropped:
+            return "mean left out"
         return "folded approximately" if self.approximate else "folded" if self.folded else "left"
 
     @property
@@ -65,7 +83,7 @@ def grouped(rows: Iterable[Row]) -> list[Row]:
     alike: dict[Row, list[Row]] = {}
     for row in rows:
         words = (template(row.words[0]), template(row.words[1]))
-        key = replace(row, path=template(row.path), words=words, shares=())
+        key = replace(row, path=template(row.path), words=words, shares=(), damages=())
         alike.setdefault(key, []).append(row)
     return [_together(group) for group in alike.values()]
 
@@ -74,7 +92,14 @@ def _together(group: Sequence[Row]) -> Row:
     reason, advice = (merged(texts) for texts in zip(*(row.words for row in group), strict=True))
     path = merged([row.path for row in group])
     shares = tuple(sum(sides, ()) for sides in zip(*(row.shares for row in group), strict=True))
-    return replace(group[0], path=path, words=(reason, advice), count=len(group), shares=shares)
+    return replace(
+        group[0],
+        path=path,
+        words=(reason, advice),
+        count=len(group),
+        shares=shares,
+        damages=sum((row.damages for row in group), ()),
+    )
 
 
 def _span(numbers: tuple[float, ...]) -> str:
@@ -106,6 +131,16 @@ def _range(numbers: list[str]) -> str:
     return f"{{{values[0]}-{values[-1]}}}" if gapless else f"{{{','.join(map(str, values))}}}"
 
 
+def measured(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """The columns of what was measured, by title, with a cell for each row."""
+    found = dict[str, list[str]]()
+    if any(row.shares for row in rows):
+        found[SHARE] = [row.share for row in rows]
+    if any(row.damages for row in rows):
+        found[DAMAGE] = [row.damage for row in rows]
+    return found
+
+
 def notes(rows: Iterable[Row]) -> dict[tuple[str, str], int]:
     """Reasons for what is left, numbered from 1; the same reason has the same number."""
     words = dict.fromkeys(row.words for row in rows if not row.folded)
@@ -116,14 +151,13 @@ def to_rich(rows: Sequence[Row], lines: Iterable[str]) -> Group:
     """The table, the reasons and some lines below it, for a rich console."""
     numbers = notes(rows)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    measured = any(row.shares for row in rows)
-    for title in (*TITLES, *[SHARE] * measured):
+    more = measured(rows)
+    for title in (*TITLES, *more):
         table.add_column(title, overflow="fold")
-    for row in rows:
-        left = Text(f"left ({numbers.get(row.words)})", "yellow")
-        outcome = Text(row.outcome, "green") if row.folded else left
+    for row, *others in zip(rows, *more.values(), strict=True):
+        words = row.outcome if row.folded else f"left ({numbers[row.words]})"
         cells = map(_text, (row.name, row.shape, row.axes, row.variance))
-        table.add_row(*cells, outcome, *[_text(row.share)] * measured)
+        table.add_row(*cells, Text(words, COLORS[row.kind]), *map(_text, others))
     reasons = Table.grid(padding=(0, 1))
     for (reason, advice), number in numbers.items():
         text = _text(_sentence(reason)) + _text(f" {_sentence(advice)}" if advice else "", "cyan")
@@ -150,18 +184,15 @@ def to_html(rows: Sequence[Row], lines: Iterable[str]) -> str:
     The outcome stands next to the name: a narrow screen shows these two.
     """
     numbers = notes(rows)
-    measured = any(row.shares for row in rows)
-    titles = (TITLES[0], TITLES[-1], *[SHARE] * measured, *TITLES[1:-1])
+    more = measured(rows)
+    titles = (TITLES[0], TITLES[-1], *more, *TITLES[1:-1])
     head = "".join(f"<th>{title}</th>" for title in titles)
     body = ""
-    for row in rows:
-        others = (*[row.share] * measured, row.shape, row.axes, row.variance)
-        name, *cells = map(_html, (row.name, *others))
-        kind, outcome = "folded", row.outcome
-        if not row.folded:
-            kind, outcome = "left", f"left ({numbers[row.words]})"
+    for row, *others in zip(rows, *more.values(), strict=True):
+        name, *cells = map(_html, (row.name, *others, row.shape, row.axes, row.variance))
+        outcome = row.outcome if row.folded else f"left ({numbers[row.words]})"
         plain = "".join(f"<td>{cell}</td>" for cell in cells)
-        body += f'<tr><td>{name}</td><td class="{kind}">{outcome}</td>{plain}</tr>'
+        body += f'<tr><td>{name}</td><td class="{row.kind}">{outcome}</td>{plain}</tr>'
     table = f"<table><tr>{head}</tr>{body}</table>" if body else ""
     items = (f"<li>{_html(_sentence(r))} <em>{_html(_sentence(a))}</em></li>" for r, a in numbers)
     reasons = f"<ol>{''.join(items)}</ol>" if numbers else ""
@@ -185,7 +216,8 @@ STYLE = """
  transparent); white-space: nowrap; color: inherit; background: none}
 .lnfold.lnfold.lnfold td:first-child {white-space: normal; min-width: 9em}
 .lnfold td:first-child, .lnfold li, .lnfold p {overflow-wrap: anywhere}
-.lnfold.lnfold.lnfold td:is(.folded, .left) {padding-left: 0.6em}
+.lnfold.lnfold.lnfold td:is(.folded, .approximate, .left) {padding-left: 0.6em}
 .lnfold .folded {border-left: 0.3em solid #2e9e5b}
+.lnfold .approximate {border-left: 0.3em solid #8e4ec6}
 .lnfold .left {border-left: 0.3em solid #d9822b}
 """

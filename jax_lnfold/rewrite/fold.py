@@ -59,8 +59,8 @@ class _Rewriter:
         self.centered: set[int] = set()
         self.zero_sums = {
             op.index
-            for norm, folded in zip(placement.norms, placement.folded, strict=True)
-            if folded
+            for i, norm in enumerate(placement.norms)
+            if placement.folded[i] or i in placement.dropped
             for op in norm.sums
         }
         value = {path: v for v, path in self.graph.leaves.items()}

@@ -5,8 +5,10 @@ Programs run equation by equation, since most are run a few times only.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ import numpy as np
 
 import jax_lnfold
 from jax_lnfold.analysis.claims import Claim
+from jax_lnfold.folded import placed_again
 from jax_lnfold.placement.place import Placement, place
 from jax_lnfold.program.tracing import Traced, trace
 from tests.helpers.contracts import assert_drop_in, assert_identical, relative_difference, snapshot
@@ -194,6 +197,87 @@ def check_tolerance(traced: Traced, placement: Placement, network: Network, para
         difference = relative_difference(got, want)
         assert difference < network.digits, f"{describe(chosen)} noticed: {difference:.1e}"
     return len(floats)
+
+
+# Means left out.
+
+
+def check_left_out(network: Network) -> Counter[str]:
+    """All means left out: by LayerNorms for themselves, and where no exact fold rests on one."""
+    params, inputs = network.params, network.inputs
+    folded = jax_lnfold.fold(
+        network.apply, params, *inputs, approximate={"mean"}, budget=math.inf, fold_affine=False
+    )
+    check_own(network, trace(network.apply, params, inputs), without_copies(folded.params))
+    traced, placement = placed_again(folded, folded.params, inputs)
+    dropped = [placement.norms[i] for i in placement.dropped]
+    exact = [n for n, done in zip(placement.norms, placement.folded, strict=True) if done]
+    sums = {v for norm in dropped for op in norm.sums for v in op.outputs}
+    roots = {v for norm in dropped for v in (*norm.root.outputs, *norm.quotients)}
+    before: dict[int, list[Any]] = {}
+
+    def made(value: int, x: Any) -> Any:
+        for along in (*placement.explicit.get(value, ()), *placement.constants.get(value, ())):
+            x = centered(np.asarray(x), along)
+        return x
+
+    def note(value: int, x: Any) -> Any:
+        if value in roots:
+            before.setdefault(value, []).append(x)
+        return made(value, x)
+
+    def leave_out(value: int, x: Any) -> Any:
+        for norm in exact:
+            if norm.x == value and np.isfinite(np.asarray(x)).all():
+                x = made(value, x)
+                assert is_zero_mean(np.asarray(x), norm.along, min(network.digits, 1e-5))
+        return jnp.zeros_like(x) if value in sums else made(value, x)
+
+    def but_for_itself(value: int, x: Any) -> Any:
+        return before[value].pop(0) if value in roots else leave_out(value, x)
+
+    run_with = partial(Interpreter, placement.graph)
+    given = traced.closed, folded.params, inputs
+    want = run_with(note).run(*given)
+    with_all = run_with(but_for_itself).run(*given)
+    assert relative_difference(with_all, want) < network.digits, "something else reads a mean"
+    got = run(trace(folded.apply, folded.params, inputs), folded.params, inputs)
+    without = run_with(leave_out).run(*given)
+    assert relative_difference(got, without) < network.digits, "not the program without means"
+    changed = relative_difference(got, want) > network.digits
+    return Counter(programs=1, left_out=len(dropped), exact=len(exact), changed=changed)
+
+
+def check_own(network: Network, traced: Traced, edited: Any) -> None:
+    """The original program computes the same of edited parameters."""
+    want, got = (run(traced, p, network.inputs) for p in (network.params, edited))
+    difference = relative_difference(got, want)
+    if not difference < network.digits:
+        assert difference < 100 * sensitivity(traced, network, want, relative_difference)
+
+
+def check_no_budget(network: Network) -> Counter[str]:
+    """Without a budget it is the program that there is without an approximation."""
+    params, inputs = network.params, network.inputs
+    others = inputs._replace(x=inputs.x[::-1])
+    try:
+        folded = jax_lnfold.fold(
+            network.apply,
+            params,
+            *inputs,
+            approximate={"mean"},
+            budget=0,
+            calibrate=[(*others,), (*inputs,)],
+        )
+    except jax_lnfold.FoldError as error:
+        if "NaN" not in str(error):
+            raise
+        return Counter(nan=1)
+    plain = jax_lnfold.fold(network.apply, params, *inputs)
+    programs = [jax.make_jaxpr(f.apply)(params, *inputs) for f in (folded, plain)]
+    assert str(programs[0]) == str(programs[1])
+    damages = folded.report.approximation.damages
+    return Counter(programs=1, measured=len(damages), edited=folded.plan != plain.plan)
 
 
 def describe(claims: list[Claim]) -> str:

@@ -49,7 +49,7 @@ def post_ln(params: Any, x: jax.Array) -> jax.Array:
 
 
 def edited(plan: FoldPlan) -> set[str]:
-    return {edit.key_path for edit in plan.edits}
+    return {edit.key_path for edit in (*plan.edits, *plan.means)}
 
 
 PARAMS, X = [block(), block()], draw(3, 4, D)
@@ -71,18 +71,76 @@ def test_the_last_layers_of_branches_are_centered() -> None:
 
 
 def test_nothing_remains_of_the_second_mean_if_the_scale_is_uniform() -> None:
-    """Then all there is to the stream's mean is that of the shift."""
+    """Then all there is to the stream's mean is that of the shift, which the bias takes out."""
     params = [block(), block()]
-    params[0] |= {"g": jnp.full(D, 1.25), "s": params[0]["s"] - params[0]["s"].mean()}
+    params[0] |= {"g": jnp.full(D, 1.25)}
     folded = fold_checked(post_ln, params, X, reduce_means=True)
     second = measure(folded, params, X).norms[1]
     assert second.after.maximum < 1e-28 < 1e-5 < second.before.share
 
 
+def test_biases_take_out_the_means_of_shifts() -> None:
+    """By as much as the shift has, with the sign that it is added with; the rest stays zero."""
+    (mean,) = jax_lnfold.plan_fold(post_ln, PARAMS, X, reduce_means=True).means
+    assert mean.key_path == "1/bias"
+    np.testing.assert_allclose(mean.means, -PARAMS[0]["s"].mean(), rtol=1e-12)
+
+    def negated(params: Any, x: jax.Array) -> jax.Array:
+        first, second = params
+        y = norm(first, x)
+        return norm(second, (y + second["in"][0, 0]) - branch(second, y) - second["s"])
+
+    folded = fold_checked(negated, PARAMS, X, reduce_means=True)
+    p = PARAMS[1]
+    (mean,) = folded.plan.means
+    total = PARAMS[0]["s"].mean() - p["s"].mean()
+    np.testing.assert_allclose(mean.means, total, rtol=1e-12)
+    at_zero = jax_lnfold.fold(negated, PARAMS, X, plan=centered_only(negated), center=True)
+    both = [measure(f, PARAMS, X).norms[1].after.share for f in (folded, at_zero)]
+    assert both[0] < both[1]
+
+
+def centered_only(fn: Any) -> FoldPlan:
+    """From shapes alone nobody knows the mean of a shift."""
+    shapes = jax.eval_shape(lambda tree: tree, (PARAMS, X))
+    plan = jax_lnfold.plan_fold(fn, *shapes, reduce_means=True)
+    assert not plan.means
+    return plan
+
+
+def shared_bias(params: Any, x: jax.Array) -> jax.Array:
+    """Two LayerNorms behind different shifts: one mean is not right for both."""
+    first, second = params
+    x = norm(first, x + branch(second, x))
+    return norm(second, x + branch(second, x))
+
+
+def masked_shift(params: Any, x: jax.Array) -> jax.Array:
+    """The shift is not there for every token."""
+    first, second = params
+    kept = jnp.abs(x[..., :1]) < 0.5
+    y = norm({**first, "s": 0.0}, x) + jnp.where(kept, first["s"], 0.0)
+    return norm(second, y + branch(second, y))
+
+
+def edited_shift(params: Any, x: jax.Array) -> jax.Array:
+    """The shift is a bias of the same branch, and centered itself."""
+    first, second = params
+    y = norm({**first, "s": 0.0}, x)
+    return norm(second, y + branch(second, y) + first["s"])
+
+
+@pytest.mark.parametrize("fn", [shared_bias, masked_shift, edited_shift])
+def test_what_is_no_constant_stays(fn: Any) -> None:
+    folded = fold_checked(fn, PARAMS, X, reduce_means=True)
+    assert "1/bias" in edited(folded.plan)
+    assert folded.plan.means == ()
+
+
 def test_plans_are_followed_elsewhere() -> None:
     """The file is as ever; another function that notices is refused."""
     plan = jax_lnfold.plan_fold(post_ln, PARAMS, X, reduce_means=True)
-    assert plan.version == 2
+    assert plan.version == 7
     assert FoldPlan.from_json(plan.to_json()) == plan
     followed = jax_lnfold.fold(post_ln, PARAMS, X[0], plan=plan, center=True)
     check_contracts(post_ln, PARAMS, followed, X)

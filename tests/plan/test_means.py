@@ -278,6 +278,12 @@ PARAMS = {
 X = jnp.asarray(RNG.normal(size=(3, 4, D)))
 
 
+def centered_plan(fn: Any, params: Any, *inputs: Any, **options: Any) -> FoldPlan:
+    """From shapes, so that all means are zero."""
+    shapes = jax.eval_shape(lambda tree: tree, (params, *inputs))
+    return jax_lnfold.plan_fold(fn, *shapes, **options)
+
+
 def with_means(plan: FoldPlan, size: float = 1.0) -> FoldPlan:
     """Random means in place of zeros."""
     means = tuple(
@@ -287,7 +293,7 @@ def with_means(plan: FoldPlan, size: float = 1.0) -> FoldPlan:
 
 
 def test_any_means_are_unnoticed() -> None:
-    plan = with_means(jax_lnfold.plan_fold(post_ln, PARAMS, X, reduce_means=True))
+    plan = with_means(centered_plan(post_ln, PARAMS, X, reduce_means=True))
     assert {edit.key_path for edit in plan.means} == {"out", "bias"}
     folded = jax_lnfold.fold(post_ln, PARAMS, X, plan=plan, center=True)
     for x in (X, X[0]):
@@ -298,7 +304,7 @@ def test_any_means_are_unnoticed() -> None:
 
 def test_no_norm_rests_on_a_leaf_with_means() -> None:
     """Centered, it folds; with means, as many of them as you like, it must keep its own."""
-    plan = jax_lnfold.plan_fold(pre_ln, PARAMS, X)
+    plan = centered_plan(pre_ln, PARAMS, X)
     assert jax_lnfold.fold(pre_ln, PARAMS, X, plan=plan, center=True).report.n_folded == 1
     edits = {edit.key_path: edit for edit in with_means(plan).means}
     assert {*edits} == {"out", "bias"}
@@ -326,7 +332,7 @@ def read_besides(p: Any, x: jax.Array) -> jax.Array:
 
 @pytest.mark.parametrize("fn", [returned, gated, read_besides])
 def test_other_functions_that_notice(fn: Any) -> None:
-    plan = with_means(jax_lnfold.plan_fold(post_ln, PARAMS, X, reduce_means=True))
+    plan = with_means(centered_plan(post_ln, PARAMS, X, reduce_means=True))
     with pytest.raises(PlanMismatchError, match="would be noticed"):
         jax_lnfold.fold(fn, PARAMS, X, plan=plan, center=True)
 
@@ -335,7 +341,7 @@ def test_another_trace_that_notices() -> None:
     def fn(p: Any, x: jax.Array) -> jax.Array:
         return post_ln(p, x) if x.ndim == 3 else gated(p, x)
 
-    plan = with_means(jax_lnfold.plan_fold(fn, PARAMS, X, reduce_means=True))
+    plan = with_means(centered_plan(fn, PARAMS, X, reduce_means=True))
     folded = jax_lnfold.fold(fn, PARAMS, X, plan=plan, center=True)
     with pytest.raises(PlanMismatchError, match="would be noticed"):
         folded(X[0])
@@ -345,7 +351,7 @@ def test_another_trace_that_notices() -> None:
 def test_bert(size: float) -> None:
     """All that may be centered gets means; the rounding alone grows with them."""
     model = BY_NAME["bert"].build()
-    plan = jax_lnfold.plan_fold(model.apply_fn, model.params, *model.inputs, reduce_means=True)
+    plan = centered_plan(model.apply_fn, model.params, *model.inputs, reduce_means=True)
     given = with_means(plan, size)
     assert len(given.means) == len(plan.edits) > 4
     folded = jax_lnfold.fold(model.apply_fn, model.params, *model.inputs, plan=given, center=True)
@@ -359,7 +365,7 @@ def test_bert(size: float) -> None:
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_training_keeps_the_means(dtype: str) -> None:
     """Updates have no mean in groups that have one; afterwards there is nothing to edit."""
-    plan = with_means(jax_lnfold.plan_fold(post_ln, PARAMS, X, reduce_means=True), 0.5)
+    plan = with_means(centered_plan(post_ln, PARAMS, X, reduce_means=True), 0.5)
     params = plan.center(jax.tree.map(lambda x: x.astype(dtype), PARAMS))
     tx = optax.chain(optax.adam(1e-2), center_updates(plan))
     state, x = tx.init(params), X.astype(dtype)
@@ -384,7 +390,7 @@ def test_training_keeps_the_means(dtype: str) -> None:
 
 
 def test_training_refuses_other_means() -> None:
-    plan = with_means(jax_lnfold.plan_fold(post_ln, PARAMS, X, reduce_means=True))
+    plan = with_means(centered_plan(post_ln, PARAMS, X, reduce_means=True))
     centered = jax_lnfold.fold(post_ln, PARAMS, X, reduce_means=True).params
     with pytest.raises(TreeError, match="is not centered as the plan centers it"):
         center_updates(plan).init(centered)
@@ -393,7 +399,7 @@ def test_training_refuses_other_means() -> None:
 
 def test_gradients_lose_their_means() -> None:
     """Those of the means that are chosen do not come into it."""
-    plan = with_means(jax_lnfold.plan_fold(post_ln, PARAMS, X, reduce_means=True))
+    plan = with_means(centered_plan(post_ln, PARAMS, X, reduce_means=True))
     tx = jax_lnfold.center_gradients(plan)
     updates, _ = tx.update(PARAMS, tx.init(PARAMS))
     np.testing.assert_allclose(updates["out"].mean(-1), 0, atol=1e-15)

@@ -27,11 +27,15 @@ from tests.helpers.network_checks import (
     check_contracts,
     check_facts,
     check_gradients,
+    check_left_out,
+    check_no_budget,
     check_precision,
 )
 from tests.models.networks import Network, random_network
 
-CHECKS = ("contracts", "facts", "gradients", "float32", "bfloat16")
+ALONE = {"facts": check_facts, "left_out": check_left_out, "no_budget": check_no_budget}
+"""Checks that choose their options themselves."""
+CHECKS = ("contracts", "gradients", "float32", "bfloat16", *ALONE)
 SHOWN = (0.01, 0.5, 0.9, 0.99, 1.0)
 
 
@@ -59,8 +63,8 @@ def check(name: str, network: Network, modes: Sequence[str], found: Found) -> No
         found.counts += {"contracts": check_contracts, "gradients": check_gradients}[name](
             network, modes
         )
-    elif name == "facts":
-        found.counts += check_facts(network)
+    elif name in ALONE:
+        found.counts += ALONE[name](network)
     else:
         counts, ratios = check_precision(network, jnp.dtype(name), modes)
         found.counts += counts
@@ -68,7 +72,7 @@ def check(name: str, network: Network, modes: Sequence[str], found: Found) -> No
 
 
 def network_for(name: str, number: int) -> Network:
-    return random_network(number, smooth=name not in ("contracts", "facts"))
+    return random_network(number, smooth=name not in ("contracts", *ALONE))
 
 
 def check_many(
@@ -122,6 +126,20 @@ def test_facts(count: int) -> None:
     found = check_many(["facts"], range(0, 3 * count, 3))
     assert not found.failures
     assert min(found.counts["facts"], found.counts["tolerances"]) > 100
+
+
+@pytest.mark.parametrize("count", [24, pytest.param(300, marks=pytest.mark.slow)])
+def test_means_left_out(count: int) -> None:
+    found = check_many(["left_out"], range(0, 3 * count, 3))
+    assert not found.failures
+    assert min(found.counts[name] for name in ("left_out", "exact", "changed")) > 5
+
+
+@pytest.mark.parametrize("count", [4, pytest.param(60, marks=pytest.mark.slow)])
+def test_without_a_budget_means_stay(count: int) -> None:
+    found = check_many(["no_budget"], range(10_000, 10_000 + count))
+    assert not found.failures
+    assert min(found.counts["measured"], found.counts["edited"]) > 0
 
 
 def test_gradients() -> None:

@@ -70,7 +70,8 @@ def shares(fn: Any, params: Any, plan: FoldPlan, *batches: Any) -> np.ndarray:
 
 
 def centered(found: FoldPlan, fn: Any, params: Any, *inputs: Any) -> FoldPlan:
-    plan = jax_lnfold.plan_fold(fn, params, *inputs, reduce_means=True)
+    shapes = jax.eval_shape(lambda tree: tree, (params, *inputs))  # all means are zero
+    plan = jax_lnfold.plan_fold(fn, *shapes, reduce_means=True)
     assert {e.key_path for e in plan.edits} == {e.key_path for e in (*found.edits, *found.means)}
     return plan
 
@@ -284,14 +285,14 @@ def test_what_cannot_be_looked_at_stays_centered(fn: Any) -> None:
 
 
 def test_too_many_means(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jax_lnfold.regression.MOST_MEANS", HIDDEN)
+    monkeypatch.setattr("jax_lnfold.fitting.MOST_MEANS", HIDDEN)
     found = regress(post_ln, PARAMS, X)
     assert found.plan.means == ()
     assert "has 8 means" in str(found)
 
 
 def test_some_of_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jax_lnfold.regression.MOST_NUMBERS", 8 * 2 * 100)
+    monkeypatch.setattr("jax_lnfold.fitting.MOST_NUMBERS", 8 * 2 * 100)
     found = regress(post_ln, PARAMS, X)
     assert [n.tokens + n.held_out for n in found.norms] == [80, 80]
     assert (
