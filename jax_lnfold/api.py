@@ -17,6 +17,7 @@ from .folded_functions import (
     fold_together,
     trace_together,
 )
+from .kernels.check import check_declared
 from .models.folded_model import MISSING, FoldedModel, taken_apart
 from .models.kind import EquinoxModel, LinenModule, NnxModel
 from .models.linen_modules import apply_of
@@ -324,7 +325,9 @@ def _analysis(
         check_leaves(inputs, "inputs", abstract=True)
         traced = trace(apply_fn, params, inputs)
     check_excluded(exclude, traced.leaves)
-    return analysed(traced, options)
+    traced, placement = analysed(traced, options)
+    check_declared(placement.graph)
+    return traced, placement
 
 
 def _check_untie(options: Options, model: Any, plan: FoldPlan | None) -> None:

@@ -23,7 +23,7 @@ FLOORS = [
     {"analysis"},
     {"placement"},
     {"measurement", "rewrite"},
-    {"report"},
+    {"kernels", "report"},
     {"program_cache"},
     {"folded"},
     {"folded_functions"},

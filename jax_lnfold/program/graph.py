@@ -20,6 +20,7 @@ from .._compat import (
 )
 from ..axes.axis_set import AxisSet
 from ..printable import printable
+from .declared import DeclaredCall, declared_call
 from .devices import MeshAxes
 from .frames import UNKNOWN, Line, source_line
 from .primitives import COMMUTATIVE, MOVES, MUL, PURE
@@ -94,7 +95,9 @@ class Op:
 
     def location(self) -> Location:
         """What a person may look for."""
-        name = (self.calls[0] if self.stands_in else self.eqn).primitive.name
+        eqn = self.calls[0] if self.stands_in else self.eqn
+        call = declared_call(eqn)
+        name = call.name if call else eqn.primitive.name
         return Location(name, self.module, *source_line((self.eqn, *self.calls), self.caller()))
 
 
@@ -142,6 +145,7 @@ class Graph:
         self.trips: dict[CallPath, int] = {(): 1}  # how often a jaxpr runs in one call
         self.mesh_axes: dict[CallPath, MeshAxes] = {}  # mesh axes of the `shard_map` around a jaxpr
         self.stand_ins: dict[CallPath, ClosedJaxpr] = {}  # programs analysed for an equation
+        self.declared: dict[CallPath, DeclaredCall] = {}  # equations that are said to be norms
         self.sealed: set[CallPath] = set()  # jaxprs that no centering can be put into
         self.noise: set[int] = set()  # computed from random bits and numbers only
         self.masks: set[int] = set()  # noise that keeps or drops
