@@ -50,7 +50,7 @@ __all__ = [
     "has_effects",
     "is_explicit",
     "is_known",
-    "is_own_primitive_of_jax",
+    "is_of_jax",
     "is_plain_aval",
     "is_plain_call",
     "is_stranger",
@@ -68,6 +68,7 @@ __all__ = [
     "trace_like",
     "trace_settings",
     "varying_axes",
+    "what_is_called",
     "with_bodies",
     "with_call_jaxpr",
 ]
@@ -283,6 +284,24 @@ def is_known(eqn: JaxprEqn) -> bool:
     return not is_stranger(eqn) and (name in _PRIMITIVES or name in WALKED or name in _UNLISTED)
 
 
+def is_of_jax(primitive: Primitive) -> bool:
+    """Whether a primitive goes by the name of one of jax's own."""
+    return primitive.name in _PRIMITIVES or primitive.name in WALKED | _UNLISTED
+
+
+def what_is_called(eqn: JaxprEqn) -> Hashable:
+    """The primitive, or ``("ffi", target)`` and ``("pallas", source)`` of calls of kernels.
+
+    The source is the file and the line of the function that is the kernel.
+    """
+    name, p = eqn.primitive.name, eqn.params
+    if name == "ffi_call" and "target_name" in p:
+        return "ffi", p["target_name"]
+    if name == "pallas_call" and isinstance(p.get("jaxpr"), Jaxpr):
+        return "pallas", (p["jaxpr"].debug_info.func_src_info or "").rpartition(" at ")[2]
+    return eqn.primitive
+
+
 def array_dtype(aval: Any) -> Any:
     """The dtype of an array's type, None for other types: tokens, references."""
     return aval.dtype if isinstance(aval, ShapedArray) else None
@@ -456,7 +475,7 @@ def outside_of_meshes() -> Any:
     return use_abstract_mesh(AbstractMesh((), ()))
 
 
-Batch = Callable[[Sequence[Any], Sequence[Any], dict[str, Any]], tuple[Sequence[Any], Sequence[int]]]
+Batch = Callable[[Sequence[Any], Sequence[Any], dict[str, Any]], tuple[list[Any], list[int]]]
 
 
 def call_primitive(name: str, program: str, batch: Batch) -> Primitive:

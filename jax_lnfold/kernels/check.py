@@ -1,4 +1,4 @@
-"""The numerical test of declarations: is it a LayerNorm, and is its twin the same without a mean?"""
+"""Tests declarations on numbers: it is a LayerNorm, and its twin is the same without a mean."""
 
 from __future__ import annotations
 

@@ -69,10 +69,11 @@ def layer_norm(
             which must be the same numbers wherever x has a zero mean along `axis`.
         axis: the axis or axes of x that the mean is over, as the function sees x: axes that `vmap`
             adds do not count.
-        scale, shift: which arguments multiply the normalised values and are added to them, by
-            position or name, of the sizes of x along `axis` or so that they broadcast against x.
-            If all arrays are declared, and the result has the shape of x, `fold_affine` works
-            through the call, and the report finds the place in the tree.
+        scale: which argument multiplies the normalised values, by position or name; an array of the
+            sizes of x along `axis`, or one that broadcasts against x.
+        shift: which argument is added to them, likewise. If all arrays are declared, and the result
+            has the shape of x, `fold_affine` works through the call, and the report finds the place
+            in the tree.
         reference: a function of the same arguments in plain `jax.numpy` that computes the same, for
             what is more than a LayerNorm: a sum with a residual that is returned, too, a linear
             layer behind it, a scale to which one is added. Everything that a fold may know of the

@@ -39,12 +39,12 @@ def per_device(
     by default the equation.
     """
     name, run = eqn.primitive.name, run or partial(eqn.primitive.bind, **eqn.params)
+    if eqn.params.get("axis_index_groups") is not None:
+        return None
     shapes = [with_mesh_axes(a.aval, mesh_axes) for a in eqn.invars]
     direct = _DIRECT.get(name)
     if name in ELEMENTWISE and direct is None and len({len(s.shape) for s in shapes}) == 1:
         direct = _elementwise
-    if eqn.params.get("axis_index_groups") is not None:
-        return None
 
     def operands(given: Iterable[jax.Array]) -> list[Any]:
         arrays = iter(given)
@@ -67,10 +67,9 @@ def per_device(
         closed = jax.make_jaxpr(all_lanes if direct else batched)(*arrays)
     except Exception:  # a batching rule of any package may fail in any way; opaque is always sound
         return None
-    made = [with_mesh_axes(v.aval, ()).shape for v in open_jaxpr(closed).outvars]
-    return (
-        closed if made == [with_mesh_axes(v.aval, mesh_axes).shape for v in eqn.outvars] else None
-    )
+    made = [tuple(v.aval.shape) for v in open_jaxpr(closed).outvars]
+    wanted = [tuple(with_mesh_axes(v.aval, mesh_axes).shape) for v in eqn.outvars]
+    return closed if made == wanted else None
 
 
 def spread(aval: Any, spec: Sequence[Any], mesh_axes: MeshAxes) -> ClosedJaxpr:

@@ -40,7 +40,7 @@ from .devices import MeshAxes, collect, per_device, spread, with_mesh_axes
 from .dropout import dropped_operand, note_noise
 from .frames import UNKNOWN, Line, calling_line
 from .garbage import collector_paused
-from .graph import DROPOUT, OTHER_MEANING, QUANTIZE, CallPath, Graph, Op, OutputPath
+from .graph import DROPOUT, OTHER_MEANING, QUANTIZE, ROLES, CallPath, Graph, Op, OutputPath
 from .marks import marks_in, without_marks
 
 
@@ -219,9 +219,7 @@ class _Walker:
             self._settle_unread(results, start, within.path, frame.path)
         return results
 
-    def _meant(
-        self, stand_in: ClosedJaxpr, eqn: JaxprEqn, index: int, frame: _Frame
-    ) -> list[int]:
+    def _meant(self, stand_in: ClosedJaxpr, eqn: JaxprEqn, index: int, frame: _Frame) -> list[int]:
         """Walk into what an equation means."""
         graph, start, site = self.graph, len(self.graph.ops), (*frame.path, index)
         given = [self._read(a, frame) for a in eqn.invars if not isinstance(a, Literal)]
@@ -369,7 +367,7 @@ def _stand_in_for(eqn: JaxprEqn, frame: _Frame) -> ClosedJaxpr | None:
 
 def _has_other_meaning(eqn: JaxprEqn, frame: _Frame) -> bool:
     """Whether no rule for its primitive may be asked about it, nor what is inside of it."""
-    if is_stranger(eqn):
+    if is_stranger(eqn) or eqn.primitive.name in ROLES:
         return True
     if not frame.mesh_axes:
         return False

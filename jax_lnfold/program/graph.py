@@ -111,6 +111,8 @@ ROWS = frozenset({"loop_slice", "device_row"})
 """Roles of what takes one row: a loop each in its turn, the end of a `shard_map` any of them."""
 JOINS = frozenset({"loop_carry", "loop_result", "branch_result"})
 """Roles whose output is one of the inputs: the first and the next value of a carry, branches."""
+ROLES = ROWS | JOINS | {OTHER_MEANING, DROPOUT, QUANTIZE, "loop_stack", "observe"}
+"""All roles, by which no primitive goes."""
 
 
 class Graph:
@@ -183,6 +185,11 @@ class Graph:
     def mesh_axes_of(self, value: int) -> MeshAxes:
         """The mesh axes that the shape of a value ends in: those of the `shard_map` around it."""
         return self.mesh_axes[self.home[value]]
+
+    def declared_at(self, op: Op) -> CallPath | None:
+        """The call, declared to be a norm, that an operation is a part of the meaning of."""
+        paths = (op.path[:n] for n in range(len(op.path), 0, -1)) if self.declared else ()
+        return next((path for path in paths if path in self.declared), None)
 
     def on_one_device(self, value: int, along: AxisSet) -> AxisSet | None:
         """The set on the shard that one device holds, None if the mean spans devices."""

@@ -27,7 +27,8 @@ class Norm:
     the mean spans besides. `count` is how often it runs in one call. `reason` is empty when
     `folded`, and otherwise names the operation in the way with its module path and source line;
     `blocker` is that operation. `two_pass` if its variance takes a second pass over the input.
-    `approximate` if it is folded although dropout before it leaves it a mean.
+    `approximate` if it is folded although dropout before it leaves it a mean. `kernel` is the name
+    of the function that computes it, if that was declared to be a LayerNorm.
     """
 
     path: str
@@ -45,6 +46,7 @@ class Norm:
     key_path: str = ""
     part: str = ""
     line: str = ""
+    kernel: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ def _norm(placement: Placement, i: int, names: Sequence[Name]) -> Norm:
         folded=placement.folded[i],
         reason=str(reason or ""),
         mesh_axes=_mesh_axes(graph, norm),
-        two_pass=norm.two_pass,
+        two_pass=norm.two_pass and not name.kernel,
         blocker=_blocker(reason),
         advice=advice(placement, reason, names) if reason else "",
         approximate=i in placement.approximate,
@@ -93,6 +95,7 @@ def _norm(placement: Placement, i: int, names: Sequence[Name]) -> Norm:
         key_path=name.key_path,
         part=name.part,
         line=name.line,
+        kernel=name.kernel,
     )
 
 

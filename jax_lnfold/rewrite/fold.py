@@ -56,16 +56,12 @@ def rewrite(closed: ClosedJaxpr, placement: Placement) -> ClosedJaxpr:
 
 def twins(placement: Placement) -> set[CallPath]:
     """Where a call that is declared to be a LayerNorm is made its RMS twin: all its norms fold."""
-    graph = placement.graph
-    inside = {
-        site: [
-            folded
-            for norm, folded in zip(placement.norms, placement.folded, strict=True)
-            if norm.root is not None and norm.root.path[: len(site)] == site
-        ]
-        for site in graph.declared
-    }
-    return {site for site, folded in inside.items() if folded and all(folded)}
+    folds: dict[CallPath, list[bool]] = {}
+    for norm, folded in zip(placement.norms, placement.folded, strict=True):
+        site = norm.root and placement.graph.declared_at(norm.root)
+        if site is not None:
+            folds.setdefault(site, []).append(folded)
+    return {site for site, folded in folds.items() if all(folded)}
 
 
 class _Rewriter:
