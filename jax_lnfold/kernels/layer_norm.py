@@ -326,12 +326,17 @@ def _bound(fn: Callable[..., Any], args: Any, keywords: Any) -> dict[str, Any]:
 
 
 def _argument(option: str, fn: Callable[..., Any], given: Any) -> str | None:
-    """The name of an argument."""
+    """The name of an argument, as `_bound` names it."""
     if given is None:
         return None
-    names = [*inspect.signature(fn).parameters]
-    if isinstance(given, int) and not isinstance(given, bool) and 0 < given < len(names):
-        return names[given]
+    parameters = inspect.signature(fn).parameters.values()
+    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    more = [p.name for p in parameters if p.kind is p.VAR_POSITIONAL]
+    if isinstance(given, int) and not isinstance(given, bool) and given > 0:
+        if given < len(names):
+            return names[given]
+        if more:
+            return f"{more[0]}[{given - len(names)}]"
     if isinstance(given, str) and given in names[1:]:
         return given
     raise FoldError(

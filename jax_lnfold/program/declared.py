@@ -41,6 +41,10 @@ class DeclaredCall:
     owner: Any
     key: Any
 
+    def __repr__(self) -> str:
+        """Its name, as in a jaxpr that is printed."""
+        return self.name
+
 
 def _batched(
     operands: Sequence[Any], axes: Sequence[Any], params: dict[str, Any]
