@@ -39,8 +39,6 @@ def per_device(
     by default the equation.
     """
     name, run = eqn.primitive.name, run or partial(eqn.primitive.bind, **eqn.params)
-    if eqn.params.get("axis_index_groups") is not None:
-        return None
     shapes = [with_mesh_axes(a.aval, mesh_axes) for a in eqn.invars]
     direct = _DIRECT.get(name)
     if name in ELEMENTWISE and direct is None and len({len(s.shape) for s in shapes}) == 1:

@@ -362,6 +362,8 @@ def _stand_in_for(eqn: JaxprEqn, frame: _Frame) -> ClosedJaxpr | None:
         return None
     if control_flow(eqn) is not None or manual(eqn) is not None or call_jaxpr(eqn) is not None:
         return None
+    if eqn.params.get("axis_index_groups") is not None:
+        return None
     return per_device(eqn, frame.mesh_axes)
 
 

@@ -86,7 +86,7 @@ class KernelNorm(nn.Module):
         return norm(x, scale, bias)
 
 
-# --- Pallas ----------------------------------------------------------------------------------------
+# --- Pallas --------------------------------------------------------------------------------------
 
 
 def row_kernel(x_ref: Any, g_ref: Any, b_ref: Any, y_ref: Any, *, mean: bool) -> None:

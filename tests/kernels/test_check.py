@@ -1,4 +1,4 @@
-"""Declarations that are wrong are refused with the numbers that show it, by the test and by `fold`."""
+"""Declarations that are wrong are refused with the numbers, by the test itself and by `fold`."""
 
 from __future__ import annotations
 
@@ -136,7 +136,9 @@ def test_wrong_declarations_are_refused_with_the_numbers(name: str) -> None:
     with pytest.raises(FoldError, match=words) as refused:
         check_layer_norm(make(), X, G, G)
     if "tolerance" in str(refused.value):
-        found = re.search(r"values differ by (\S+?),? .*the tolerance is (\S+);", str(refused.value))
+        found = re.search(
+            r"values differ by (\S+?),? .*the tolerance is (\S+);", str(refused.value)
+        )
         assert found is not None
 
 
@@ -172,10 +174,8 @@ def test_the_test_can_be_switched_off() -> None:
     def elsewhere(x: Any, g: Any, b: Any) -> Any:
         return jax.ffi.ffi_call("no_such_kernel", jax.ShapeDtypeStruct(x.shape, x.dtype))(x, g, b)
 
-    with pytest.raises(FoldError, match="cannot be tested here .* declare it with check=False"):
-        jax_lnfold.fold(
-            partial(model, norm=layer_norm(elsewhere, rms=elsewhere)), PARAMS, INPUT
-        )
+    with pytest.raises(FoldError, match=r"cannot be tested here .* declare it with check=False"):
+        jax_lnfold.fold(partial(model, norm=layer_norm(elsewhere, rms=elsewhere)), PARAMS, INPUT)
     trusted = layer_norm(elsewhere, rms=elsewhere, check=False)
     assert jax_lnfold.analyze(partial(model, norm=trusted), PARAMS, INPUT).n_folded == 1
 

@@ -1,4 +1,4 @@
-"""Declared LayerNorms: the same function outside of a fold, and in one what the plain spelling is."""
+"""Declared LayerNorms: as they were outside of a fold, and in one what the plain spelling is."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def twins(fn: Callable[..., Any], *args: Any) -> int:
     return str(jax.make_jaxpr(fn)(*args)).count("twin=None")
 
 
-# --- the same function ------------------------------------------------------------------------------
+# --- the same function ---------------------------------------------------------------------------
 
 
 def loss(fn: Any) -> Any:
@@ -103,7 +103,7 @@ def test_what_has_effects_is_called_as_it_is() -> None:
     assert count_equations(CALL, declared, X) == 0
 
 
-# --- in a fold --------------------------------------------------------------------------------------
+# --- in a fold -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["vit", "gpt2", "gpt_untied", "swin", "dit"])
@@ -198,9 +198,7 @@ def test_gradients_are_those_of_the_constrained_model() -> None:
     def gradient(fn: Any, p: Any) -> Any:
         return jax.grad(lambda p: jnp.sum(jnp.cos(fn(p, INPUT))))(p)
 
-    got, want = (
-        folded.plan.center(gradient(fn, folded.params)) for fn in (folded.apply, stream)
-    )
+    got, want = (folded.plan.center(gradient(fn, folded.params)) for fn in (folded.apply, stream))
     assert relative_difference(got, want) < 1e-12
     assert twins(jax.grad(lambda p: folded.apply(p, INPUT).sum()), folded.params) == 0
 
@@ -227,7 +225,7 @@ def test_reports_say_its_name_and_place() -> None:
 
 
 def test_a_mean_that_stays_keeps_the_function() -> None:
-    """The stream is returned: then the norm behind it takes the mean, and the program is as it was."""
+    """The stream is returned: so the norm behind it takes the mean, as it did."""
 
     def returned(p: Any, x: Array) -> tuple[Array, Array]:
         h = jnp.tanh(x @ p["embed"])
@@ -276,11 +274,14 @@ def test_gpt_with_a_cache() -> None:
     assert counts(folded.report) == (5, 5, 0)
     want = got = empty
     for at in range(4):
-        (a, want), (b, got) = decode(p, want, token, jnp.int64(at)), folded(got, token, jnp.int64(at))
+        (a, want), (b, got) = (
+            decode(p, want, token, jnp.int64(at)),
+            folded(got, token, jnp.int64(at)),
+        )
         assert relative_difference(b, a) < 1e-12
 
 
-# --- fused ------------------------------------------------------------------------------------------
+# --- fused ---------------------------------------------------------------------------------------
 
 
 def fused(p: Any, x: Array, add: Any, read: Any) -> Array:
@@ -351,7 +352,7 @@ def test_pallas_under_shard_map() -> None:
     assert counts(folded.report) == (3, 3, 0)
 
 
-# --- errors -----------------------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------
 
 ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
     "rms": (lambda: jax_lnfold.layer_norm(ln, rms=3), "rms: a int is not callable"),
