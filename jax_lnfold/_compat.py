@@ -505,8 +505,8 @@ def call_primitive(name: str, program: str, batch: Batch) -> Primitive:
                 operands[i] = x
             return run(*operands, **params)
 
-        pick = [[xs[i] for i in moving] for xs in (primals, tangents)]
-        results, changes = jax.jvp(of_moving, *pick)
+        given, slopes = ([xs[i] for i in moving] for xs in (primals, tangents))
+        results, changes = jax.jvp(of_moving, given, slopes)
         return results, [_tangent(y, change) for y, change in zip(results, changes, strict=True)]
 
     primitive.def_impl(run)

@@ -101,7 +101,7 @@ def _check(call: DeclaredCall, given: Mapping[int, Any]) -> LayerNormCheck:
         what = "notices a shift of x along"
     twin = run(call.twin, zero)
     tolerance = call.tolerance or _tolerance(call)
-    values, gradients = _differences(*shift, {})
+    values, gradients = _differences(shift[0], shift[1], {})
     _refuse(call, f"{call.name} {what} {_words(sets)}", values, gradients, tolerance)
     same, same_gradients = _differences(program, twin, sets)
     _refuse(

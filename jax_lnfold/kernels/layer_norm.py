@@ -268,7 +268,7 @@ class Declared:
             raise FoldError(f"{self.name}: its first argument must be an array of real numbers")
         if not all(-x.ndim <= d < x.ndim for d in self.axes):
             raise FoldError(f"axis: {self.axes} are no axes of x, which has {x.ndim}")
-        wide, n = x.astype(widened(x.dtype)), prod(x.shape[d] for d in self.axes)
+        wide, n = jnp.asarray(x, widened(x.dtype)), prod(x.shape[d] for d in self.axes)
         c = wide - jnp.sum(wide, self.axes, keepdims=True) / n
         return c / jnp.sqrt(jnp.sum(jnp.square(c), self.axes, keepdims=True) / n)
 

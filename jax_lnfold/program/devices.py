@@ -65,7 +65,7 @@ def per_device(
         closed = jax.make_jaxpr(all_lanes if direct else batched)(*arrays)
     except Exception:  # a batching rule of any package may fail in any way; opaque is always sound
         return None
-    made = [tuple(v.aval.shape) for v in open_jaxpr(closed).outvars]
+    made = [tuple(with_mesh_axes(v.aval, ()).shape) for v in open_jaxpr(closed).outvars]
     wanted = [tuple(with_mesh_axes(v.aval, mesh_axes).shape) for v in eqn.outvars]
     return closed if made == wanted else None
 

@@ -80,8 +80,9 @@ def check_rule(
         rng = np.random.default_rng(seed)
         drawn = [rng.normal(size=x) if isinstance(x, tuple) else x for x in operands]
         trial = last_trial(fn, drawn, rule)
-        for out, v in enumerate(trial.op.eqn.outvars):
-            for along in (random_set(rng, v.aval.shape) for _ in range(sets)):
+        for out in range(len(trial.op.outputs)):
+            shape = trial.context.out_shape(out)
+            for along in (random_set(rng, shape) for _ in range(sets)):
                 counts[0] += trial.pull(out, along)
                 trial.uniform(out, along)
         for i, x in enumerate(trial.operands):
@@ -133,7 +134,7 @@ class Trial:
     @property
     def tolerance(self) -> float:
         """What passes for rounding."""
-        made = [v.aval.dtype for v in self.op.eqn.outvars]
+        made = [self.context.graph.avals[v].dtype for v in self.op.outputs]
         low = {np.dtype(np.float32), np.dtype(np.complex64)}
         return 1e-5 if low & {*(x.dtype for x in self.operands), *made} else 1e-10
 
@@ -205,7 +206,8 @@ class Trial:
         x, before = self.operands[operand], self.evaluate(self.operands)[0]
         kept = self.rule.axes(self.context, operand)
         for axis, after in kept.items():
-            _require(isinstance(after, int), "axes: an axis of a result is a number")
+            if not isinstance(after, int):
+                raise _wrong(f"axes: {after!r} is no axis of a result", kept)
             _require(x.shape[axis] == before.shape[after], f"axes: {axis} is not {after}: sizes")
             factor = np.random.default_rng(0).integers(1, 4, x.shape[axis])
             scaled = [*self.operands]

@@ -354,9 +354,10 @@ def test_pallas_under_shard_map() -> None:
 
 # --- errors --------------------------------------------------------------------------------------
 
+declare: Any = jax_lnfold.layer_norm
 ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
-    "rms": (lambda: jax_lnfold.layer_norm(ln, rms=3), "rms: a int is not callable"),
-    "fn": (lambda: jax_lnfold.layer_norm("ln", rms=rms), "fn: a str is not callable"),
+    "rms": (lambda: declare(ln, rms=3), "rms: a int is not callable"),
+    "fn": (lambda: declare("ln", rms=rms), "fn: a str is not callable"),
     "axis": (lambda: jax_lnfold.layer_norm(ln, rms=rms, axis=()), "axis: \\(\\) is no axis"),
     "scale": (lambda: jax_lnfold.layer_norm(ln, rms=rms, scale=0), "scale: 0 is no argument"),
     "name of a scale": (

@@ -194,15 +194,17 @@ def test_names_that_the_library_uses_are_nobody_elses() -> None:
             register(made, linear("d->d"))
 
 
+given: Any = register
+target: Any = rules.ffi_target
 ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
-    "a name": (lambda: register("matmul", linear("a->a")), "'matmul' is no primitive, and a name"),
+    "a name": (lambda: given("matmul", linear("a->a")), "'matmul' is no primitive, and a name"),
     "of jax": (
         lambda: register(jax.lax.sin_p, linear("a->a")),
         "'sin' is a name that this library knows, of jax's own",
     ),
-    "no rule": (lambda: register(primitive_of("p", doubled), 3), "rule: a int is no Rule"),
+    "no rule": (lambda: given(primitive_of("p", doubled), 3), "rule: a int is no Rule"),
     "kernel": (lambda: rules.pallas_kernel("copy"), "kernel: 'copy' is no function"),
-    "target": (lambda: rules.ffi_target(3), "name: 3 is no text"),
+    "target": (lambda: target(3), "name: 3 is no text"),
     "spec": (lambda: linear("ab"), "spec: 'ab' is not of the form"),
     "letter twice": (lambda: linear("aa->a"), "is not of the form"),
     "operands": (lambda: linear("ab->ab", [1]), "operands: \\[1\\] are no positions among 1"),

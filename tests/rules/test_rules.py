@@ -67,7 +67,7 @@ def test_rule_against_numbers(name: str, given: Example) -> None:
         ones = find(name, program, int(rng.integers(0, len(program.operands) + 1)))
         assert ones, "the program does not contain the primitive"
         for facts, one in ones:
-            shapes = [tuple(v.aval.shape) for v in one.op.eqn.outvars]
+            shapes = [one.context.out_shape(i) for i in range(len(one.op.outputs))]
             for out, shape in enumerate(shapes):
                 for along in (random_set(rng, shape) for _ in range(SETS)):
                     answers["pull"] += one.pull(out, along)
