@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from .._compat import ClosedJaxpr, jaxpr_as_fun
 from ..analysis.facts import Facts
 from ..axes.axis_set import AxisSet
-from ..centering import group_means
+from ..centering import group_means, widened
 from ..errors import FoldError
 from ..placement.place import place_within
 from ..program.declared import DeclaredCall
@@ -24,6 +24,8 @@ from .layer_norm import Declared, arrays_of, layer_norm
 
 LARGE, LARGE_IN_FLOAT16 = 2.0**16, 2.0**6
 """The spread at which an epsilon that a formula leaves out makes no difference."""
+BLOCK = 2**20 - 3
+"""So many random numbers are drawn; larger arrays repeat them."""
 Sets = dict[int, tuple[AxisSet, ...]]
 """What of the operands has to be zero-mean so that the norm is given no mean."""
 Results = tuple[list[np.ndarray], dict[int, np.ndarray]]
@@ -73,7 +75,10 @@ def check_layer_norm(fn: Any, *example: Any, **declaration: Any) -> LayerNormChe
         raise FoldError(f"{next(iter(declaration))}: {fn.name} is declared already")
     declared = fn if isinstance(fn, Declared) else layer_norm(fn, **declaration)
     given = arrays_of(example, {})
-    return _check(declared.call_for(given), dict(enumerate(given.operands)))
+    call = declared.call_for(given)
+    found = _check(call, dict(enumerate(given.operands)))
+    declared.passed.add(call.key)
+    return found
 
 
 def check_declared(graph: Graph) -> None:
@@ -83,35 +88,47 @@ def check_declared(graph: Graph) -> None:
         FoldError: as `check_layer_norm` does.
     """
     for call in graph.declared.values():
-        if call.owner.check and call.key not in call.owner.passed:
+        tested = call.owner.passed
+        if not call.owner.check or call.key in tested:
+            continue
+        if all(isinstance(n, int) for aval in call.program.in_avals for n in aval.shape):
             _check(call, {})
-            call.owner.passed.add(call.key)
+            tested.add(call.key)
+        elif not tested:
+            raise FoldError(
+                f"layer_norm: {call.name} cannot be tested with symbolic sizes; fold with numbers "
+                "first, or pass it to check_layer_norm"
+            )
 
 
 def _check(call: DeclaredCall, given: Mapping[int, Any]) -> LayerNormCheck:
     sets = _centerings(call)
-    zero, shifted = _operands(call, sets, given)
-    run = _Runner(call, zero)
-    program = run(call.program, zero)
+    zero, moved = _operands(call, sets, given)
+    run, tolerance = _Runner(call, zero), call.tolerance or _tolerance(call)
+    program, along = run(call.program, zero), _words(sets)
+    shift = []
+    if call.scale_free:
+        what = f"{call.name} notices a shift of x along {along}"
+        shift.append(_compared(call, what, program, run(call.program, moved), {}, tolerance))
     if call.measurable:
-        shift = [run(closed, shifted) for closed in (call.program, call.reference)]
-        what = "differs from what it is declared to be where x is shifted along"
-    else:
-        shift = [program, run(call.program, shifted)]
-        what = "notices a shift of x along"
-    twin = run(call.twin, zero)
-    tolerance = call.tolerance or _tolerance(call)
-    values, gradients = _differences(shift[0], shift[1], {})
-    _refuse(call, f"{call.name} {what} {_words(sets)}", values, gradients, tolerance)
-    same, same_gradients = _differences(program, twin, sets)
-    _refuse(
-        call,
-        f"rms differs from {call.name} where x is zero-mean along {_words(sets)}",
-        same,
-        same_gradients,
-        tolerance,
-    )
-    return LayerNormCheck(values, same, gradients, same_gradients, tolerance)
+        there = _enlarged(call, sets, moved) if call.scale_free else moved
+        what = f"{call.name} differs from what it is declared to be where x is shifted along"
+        pair = run(call.program, there), run(call.reference, there)
+        shift.append(_compared(call, f"{what} {along}", *pair, {}, tolerance))
+    what = f"rms differs from {call.name} where x is zero-mean along {along}"
+    twin, twin_gradient = _compared(call, what, program, run(call.twin, zero), sets, tolerance)
+    slopes = [slope for _, slope in shift if slope is not None]
+    largest = max(value for value, _ in shift)
+    return LayerNormCheck(largest, twin, max(slopes, default=None), twin_gradient, tolerance)
+
+
+def _compared(
+    call: DeclaredCall, what: str, one: Results, other: Results, sets: Sets, tolerance: float
+) -> tuple[float, float | None]:
+    """The differences of values and gradients, if they pass."""
+    values, gradients = _differences(one, other, sets)
+    _refuse(call, what, values, gradients, tolerance)
+    return values, gradients
 
 
 def _refuse(
@@ -153,26 +170,34 @@ def _operands(
 ) -> tuple[list[Any], list[Any]]:
     """Random operands for which the norm is given no mean, and the same shifted."""
     rng, zero, shifted = np.random.default_rng(0), [], []
-    narrow = any(a.dtype == np.float16 for a in call.program.in_avals)
-    large = LARGE_IN_FLOAT16 if narrow else LARGE
-    large = large if call.measurable and call.scale_free else 1.0
     for i, aval in enumerate(call.program.in_avals):
         if not jnp.issubdtype(aval.dtype, jnp.floating):
-            x = given.get(i, None)
-            is_given = isinstance(x, jax.Array | np.ndarray | np.generic)
-            known = np.asarray(x) if is_given else np.ones(aval.shape, aval.dtype)
-            zero.append(known)
-            shifted.append(known)
-            continue
-        x = rng.normal(size=aval.shape) if i in sets else rng.uniform(0.5, 1.5, aval.shape)
-        moved = rng.normal(size=aval.shape)
-        for along in sets.get(i, ()):
-            x, moved = x - group_means(x, along, np), group_means(moved, along, np)
-        moved = 2 * moved / (np.sqrt(np.mean(np.square(moved))) or 1)
-        other = large * (x + moved) if i in sets else x
+            known = given.get(i, None)
+            is_given = isinstance(known, jax.Array | np.ndarray | np.generic)
+            x = np.asarray(known) if is_given else np.ones(aval.shape, aval.dtype)
+            moved = x
+        elif i not in sets:
+            moved = x = _filled(rng.uniform(0.5, 1.5, BLOCK), aval)
+        else:
+            x, shift = (_filled(rng.normal(size=BLOCK), aval) for _ in range(2))
+            for along in sets[i]:
+                x, shift = x - group_means(x, along, np), group_means(shift, along, np)
+            moved = x + 2 * shift / (np.sqrt(np.mean(np.square(shift))) or 1)
         zero.append(np.asarray(x, aval.dtype))
-        shifted.append(np.asarray(other, aval.dtype))
+        shifted.append(np.asarray(moved, aval.dtype))
     return zero, shifted
+
+
+def _filled(numbers: np.ndarray, aval: Any) -> np.ndarray:
+    """An array of these numbers, again and again if it is larger."""
+    return np.resize(numbers.astype(widened(aval.dtype)), aval.shape)
+
+
+def _enlarged(call: DeclaredCall, sets: Sets, operands: Sequence[Any]) -> list[Any]:
+    """With such a spread that no epsilon matters."""
+    narrow = any(a.dtype == np.float16 for a in call.program.in_avals)
+    large = LARGE_IN_FLOAT16 if narrow else LARGE
+    return [x * x.dtype.type(large) if i in sets else x for i, x in enumerate(operands)]
 
 
 class _Runner:
@@ -194,7 +219,9 @@ class _Runner:
             # What is compiled runs at once, even where an outer trace would take it down.
             compiled = jax.jit(lambda *xs: run(closed, xs)).lower(*operands).compile()
             results, gradients = compiled(*operands)
-            wide = [[np.asarray(y, np.float64) for y in part] for part in (results, gradients)]
+            wide = [
+                [np.asarray(y, widened(y.dtype)) for y in part] for part in (results, gradients)
+            ]
         except Exception as error:  # kernels fail in many ways where they do not belong
             raise FoldError(
                 f"layer_norm: {self.call.name} cannot be tested here "
@@ -237,14 +264,19 @@ def _real(results: Sequence[Any]) -> list[Any]:
 
 def _differences(one: Results, other: Results, sets: Sets) -> tuple[float, float | None]:
     """The largest ones of results, and of gradients, of which means along `sets` do not count."""
-    values = max((_relative(a, b) for a, b in zip(one[0], other[0], strict=True)), default=0.0)
+    values = _largest(_relative(a, b) for a, b in zip(one[0], other[0], strict=True))
     if not one[1]:
         return values, None
     slopes = (
         _relative(*(_without_means(each[1][i], sets.get(i, ())) for each in (one, other)))
         for i in one[1]
     )
-    return values, max(slopes, default=0.0)
+    return values, _largest(slopes)
+
+
+def _largest(differences: Iterable[float]) -> float:
+    """NaN if one of them is."""
+    return float(np.max([*differences], initial=0.0))
 
 
 def _without_means(x: Any, sets: Sequence[AxisSet]) -> Any:

@@ -80,8 +80,8 @@ def layer_norm(
             call is then read off this function, and `axis`, `scale` and `shift` are not needed.
         name: what reports call it; the function's own name by default.
         check: whether `fold` tests the declaration as `check_layer_norm` does, with the shapes that
-            it meets, before it relies on it. Pass False for kernels that do not run on the machine
-            that folds, and test them where they run.
+            it meets, before it relies on it; that takes the memory of a few such arrays. Pass False
+            for kernels that do not run on the machine that folds, and test them where they run.
         tolerance: the largest difference, relative to the largest number, that passes for rounding
             in that test; by default twice the 2/3rd power of the rounding unit (4.9e-5 in float32).
 
@@ -168,10 +168,16 @@ class Declared:
         if not any(map(is_tracer, given.operands)):
             return self.fn(*args, **keywords)
         program, shapes = jax.make_jaxpr(given.flat(self.fn), return_shape=True)(*given.operands)
-        if open_jaxpr(program).effects:
+        if open_jaxpr(program).effects or self._is_of_one(args, keywords):
             return self.fn(*args, **keywords)
         made = self._call(given, program, shapes)
         return jax.tree.unflatten(jax.tree.structure(shapes), made)
+
+    def _is_of_one(self, args: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
+        """Whether the mean is over single numbers: nobody knows what to make of that."""
+        x: Any = next(iter(_bound(self.fn, args, keywords).values()), None)
+        sizes = [x.shape[d] for d in self.axes if -x.ndim <= d < x.ndim] if is_array(x) else [0]
+        return self.reference is None and bool(sizes) and all(n == 1 for n in sizes)
 
     def call_for(self, given: Arrays) -> DeclaredCall:
         """The call with arguments of these types, outside of any trace."""
@@ -284,8 +290,12 @@ class Declared:
 def arrays_of(args: tuple[Any, ...], keywords: dict[str, Any]) -> Arrays:
     """The arrays among the arguments of a call."""
     leaves, tree = jax.tree.flatten((args, keywords))
-    kinds = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
-    return Arrays(leaves, tree, [i for i, x in enumerate(leaves) if isinstance(x, kinds)])
+    return Arrays(leaves, tree, [i for i, x in enumerate(leaves) if is_array(x)])
+
+
+def is_array(x: Any) -> bool:
+    """Whether it is an operand: numbers of Python are bound."""
+    return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
 def _closed_over(

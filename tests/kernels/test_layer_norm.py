@@ -390,3 +390,10 @@ def test_errors(name: str) -> None:
     run, words = ERRORS[name]
     with pytest.raises(jax_lnfold.FoldError, match=words):
         run()
+
+
+def test_a_mean_of_single_numbers_is_nobodys() -> None:
+    folded = fold_checked(lambda p, x: norm(x @ p["w"], p["g"], p["b"]), {
+        "w": draw(4, 1), "g": draw(1), "b": draw(1)
+    }, draw(3, 4))  # fmt: skip
+    assert not folded.report.norms
