@@ -12,6 +12,7 @@ import numpy as np
 
 from .._compat import ClosedJaxpr, jaxpr_as_fun
 from ..analysis.facts import Facts
+from ..analysis.layer_norms import find_norms
 from ..axes.axis_set import AxisSet
 from ..centering import group_means, widened
 from ..errors import FoldError
@@ -150,6 +151,11 @@ def _centerings(call: DeclaredCall) -> Sets:
     """What a fold would center if every operand could be edited: so the norm's input is found."""
     operands = call.reference.in_avals
     names = [str(i) for i in range(len(operands))]
+    norms = find_norms(Facts(flatten(call.reference, names))).found
+    if len(norms) > 1:  # one that folds and one that does not would have no twin
+        raise FoldError(
+            f"reference: {call.name} has {len(norms)} LayerNorms; declare kernels that have one"
+        )
     for k in range(len(call.reference.out_avals)):
 
         def one(*given: Any, k: int = k) -> Any:

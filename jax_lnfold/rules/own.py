@@ -17,6 +17,7 @@ from ..axes.axis_set import AxisSet
 from ..axes.labels import FREE, Entry
 from ..errors import FoldError
 from ..program.graph import ROLES
+from ..program.primitives import EXCHANGES, NOT_CARRYING, UNSEEN
 from .registry import (
     OWN_RULES,
     AxesRule,
@@ -32,6 +33,8 @@ from .registry import (
     no_pull,
     no_push,
 )
+
+_OF_JAX = EXCHANGES | NOT_CARRYING.keys() | UNSEEN.keys()
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,7 @@ def register(
         key: Any = (primitive.kind, primitive.name)
     elif isinstance(primitive, Primitive):
         key = primitive
-        if is_of_jax(primitive) or primitive.name in ROLES:
+        if is_of_jax(primitive) or primitive.name in ROLES | _OF_JAX:
             raise FoldError(
                 f"primitive: {primitive.name!r} is a name that this library knows, of jax's own or "
                 "of what it takes apart; only primitives with names of their own can have a rule"

@@ -127,6 +127,14 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: layer_norm(ln, rms=rms, reference=lambda x, g, b: ln.fun(x, g, 2 * b)),
         "differs from what it is declared to be",
     ),
+    "a reference with two": (
+        lambda: layer_norm(
+            lambda x, g, b: ln(ln(x, g, b), b, g),
+            rms=lambda x, g, b: ln(rms(x, g, b), b, g),
+            reference=lambda x, g, b: with_affine(with_affine(x, g, b), b, g),
+        ),
+        "reference: .* has 2 LayerNorms; declare kernels that have one",
+    ),
     "a reference without a LayerNorm": (
         lambda: layer_norm(ln, rms=rms, reference=partial(with_affine, mean=False)),
         "reference: .* has no LayerNorm of its operands in it",

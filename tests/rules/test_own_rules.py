@@ -202,6 +202,13 @@ ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: register(jax.lax.sin_p, linear("a->a")),
         "'sin' is a name that this library knows, of jax's own",
     ),
+    "of jax, without a public name": (
+        lambda: register(
+            jax.make_jaxpr(pallas_product)(draw(2, 2), draw(2, 2)).eqns[-1].primitive,
+            linear("nk,km->nm"),
+        ),
+        "'pallas_call' is a name that this library knows",
+    ),
     "no rule": (lambda: given(primitive_of("p", doubled), 3), "rule: a int is no Rule"),
     "kernel": (lambda: rules.pallas_kernel("copy"), "kernel: 'copy' is no function"),
     "target": (lambda: target(3), "name: 3 is no text"),
