@@ -58,8 +58,8 @@ def layer_norm(
         ... def my_norm(x, g, b):
         ...     c = x - x.mean(-1, keepdims=True)
         ...     return g * c / jnp.sqrt((c * c).mean(-1, keepdims=True)) + b
-        >>> my_norm(jnp.arange(4.0), jnp.ones(4), jnp.zeros(4)).round(2).tolist()
-        [-1.340000033378601, -0.44999998807907104, 0.44999998807907104, 1.340000033378601]
+        >>> print(my_norm(jnp.arange(4.0), jnp.ones(4), jnp.zeros(4)).round(2))
+        [-1.34 -0.45  0.45  1.34]
 
     Args:
         fn: the function; without it the result is a decorator. Its first argument x is an array of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import re
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,19 @@ from typing import Any
 import jax
 import pytest
 
+from jax_lnfold.kernels import check, layer_norm
+
 GUIDE = Path(__file__).parents[2] / "docs" / "guide" / "kernels.md"
 TEXT = GUIDE.read_text("utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
 SHOWN = re.findall(r"^```text\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("module", [check, layer_norm])
+def test_examples_of_docstrings(module: Any) -> None:
+    found = doctest.testmod(module)
+    assert found.attempted
+    assert not found.failed
 
 
 def test_the_guide_is_true(capsys: pytest.CaptureFixture[str]) -> None:
