@@ -1,5 +1,6 @@
 """Makes LayerNorms as cheap as RMSNorms, exactly, without touching the model's code."""
 
+from . import rules
 from .api import analyze, fold, plan_fold
 from .errors import (
     FoldError,
@@ -12,6 +13,8 @@ from .errors import (
 from .fitting import RegressedNorm, Regression
 from .folded import Folded
 from .folded_functions import FoldedFunctions
+from .kernels.check import LayerNormCheck, check_layer_norm
+from .kernels.layer_norm import layer_norm
 from .measuring import measure
 from .models.folded_model import FoldedModel
 from .models.rms_model import RMSModel, with_rms_norms
@@ -32,6 +35,7 @@ __all__ = [
     "Folded",
     "FoldedFunctions",
     "FoldedModel",
+    "LayerNormCheck",
     "MeanShare",
     "NormStatistics",
     "NotAnalysedError",
@@ -49,10 +53,13 @@ __all__ = [
     "analyze",
     "center_gradients",
     "center_updates",
+    "check_layer_norm",
     "fold",
+    "layer_norm",
     "measure",
     "plan_fold",
     "regress",
+    "rules",
     "verify",
     "with_rms_norms",
 ]

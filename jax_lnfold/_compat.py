@@ -24,7 +24,8 @@ from jax.extend.core import (
     jaxpr_as_fun,
     primitives,
 )
-from jax.sharding import AxisType, PartitionSpec, use_abstract_mesh
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec, use_abstract_mesh
 
 __all__ = [
     "CUSTOM_RULES",
@@ -36,10 +37,12 @@ __all__ = [
     "JaxprEqn",
     "Literal",
     "Manual",
+    "Primitive",
     "Var",
     "array_dtype",
     "at_clear_caches",
     "call_jaxpr",
+    "call_primitive",
     "close",
     "consts_of",
     "control_flow",
@@ -47,12 +50,16 @@ __all__ = [
     "has_effects",
     "is_explicit",
     "is_known",
+    "is_of_jax",
+    "is_plain_aval",
     "is_plain_call",
     "is_stranger",
     "is_tracer",
     "jaxpr_as_fun",
     "manual",
+    "opaque_primitive",
     "open_jaxpr",
+    "outside_of_meshes",
     "over_shards",
     "over_shards_and_more",
     "params_of_more",
@@ -61,6 +68,7 @@ __all__ = [
     "trace_like",
     "trace_settings",
     "varying_axes",
+    "what_is_called",
     "with_bodies",
     "with_call_jaxpr",
 ]
@@ -276,6 +284,24 @@ def is_known(eqn: JaxprEqn) -> bool:
     return not is_stranger(eqn) and (name in _PRIMITIVES or name in WALKED or name in _UNLISTED)
 
 
+def is_of_jax(primitive: Primitive) -> bool:
+    """Whether a primitive goes by the name of one of jax's own."""
+    return primitive.name in _PRIMITIVES or primitive.name in WALKED | _UNLISTED
+
+
+def what_is_called(eqn: JaxprEqn) -> Hashable:
+    """The primitive, or ``("ffi", target)`` and ``("pallas", source)`` of calls of kernels.
+
+    The source is the file and the line of the function that is the kernel.
+    """
+    name, p = eqn.primitive.name, eqn.params
+    if name == "ffi_call" and "target_name" in p:
+        return "ffi", p["target_name"]
+    if name == "pallas_call" and isinstance(p.get("jaxpr"), Jaxpr):
+        return "pallas", (p["jaxpr"].debug_info.func_src_info or "").rpartition(" at ")[2]
+    return eqn.primitive
+
+
 def array_dtype(aval: Any) -> Any:
     """The dtype of an array's type, None for other types: tokens, references."""
     return aval.dtype if isinstance(aval, ShapedArray) else None
@@ -437,3 +463,78 @@ def trace_like(fn: Callable[..., jax.Array], *avals: Any) -> Jaxpr:
     with use_abstract_mesh(outside):
         (eqn,) = open_jaxpr(jax.make_jaxpr(mapped)(spread)).eqns
     return open_jaxpr(eqn.params["jaxpr"])
+
+
+def is_plain_aval(aval: Any) -> bool:
+    """Whether the type of an array says no more than shape and dtype."""
+    return not varying_axes(aval) and not is_explicit(aval) and aval.sharding.mesh.empty
+
+
+def outside_of_meshes() -> Any:
+    """A context without the mesh of the `shard_map`, or the explicit one, that is traced around."""
+    return use_abstract_mesh(AbstractMesh((), ()))
+
+
+Batch = Callable[[Sequence[Any], Sequence[Any], dict[str, Any]], tuple[list[Any], list[int]]]
+
+
+def call_primitive(name: str, program: str, batch: Batch) -> Primitive:
+    """A primitive that computes what a jaxpr does, its parameter `program`, in one equation.
+
+    It compiles to what that compiles to, and its derivatives are those of the equations in there.
+    `batch(operands, axes, params)` computes it for the samples along axes (None for operands that
+    are shared), and says which axes of the results they are.
+    """
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+
+    def run(*operands: Any, **params: Any) -> list[Any]:
+        return list(jaxpr_as_fun(params[program])(*operands))
+
+    def types(*avals: Any, **params: Any) -> list[Any]:
+        closed = params[program]
+        same = list(avals) == list(closed.in_avals)
+        return list((closed if same else jax.make_jaxpr(jaxpr_as_fun(closed))(*avals)).out_avals)
+
+    def derivative(primals: Any, tangents: Any, **params: Any) -> tuple[list[Any], list[Any]]:
+        moving = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero]
+
+        def of_moving(*given: Any) -> list[Any]:
+            operands = [*primals]
+            for i, x in zip(moving, given, strict=True):
+                operands[i] = x
+            return run(*operands, **params)
+
+        given, slopes = ([xs[i] for i in moving] for xs in (primals, tangents))
+        results, changes = jax.jvp(of_moving, given, slopes)
+        return results, [_tangent(y, change) for y, change in zip(results, changes, strict=True)]
+
+    primitive.def_impl(run)
+    primitive.def_abstract_eval(types)
+    mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=True))
+    ad.primitive_jvps[primitive] = derivative
+    batching.primitive_batchers[primitive] = lambda xs, axes, **params: batch(xs, axes, params)
+    return primitive
+
+
+def _tangent(y: Any, change: Any) -> Any:
+    """Numbers without a derivative have no tangent."""
+    return ad.Zero(jax.typeof(change)) if change.dtype == jax.dtypes.float0 else change
+
+
+def opaque_primitive(name: str) -> Primitive:
+    """A primitive of which nothing is known but the shapes and dtypes of its `results`.
+
+    It stands in programs that are analysed, and is never computed.
+    """
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+
+    def batched(xs: Any, axes: Any, results: Any) -> tuple[Any, list[int]]:
+        (size, *_) = (x.shape[d] for x, d in zip(xs, axes, strict=True) if d is not None)
+        more = tuple(((size, *shape), dtype) for shape, dtype in results)
+        return primitive.bind(*xs, results=more), [0] * len(more)
+
+    primitive.def_abstract_eval(lambda *_, results: [ShapedArray(*y) for y in results])
+    batching.primitive_batchers[primitive] = batched
+    return primitive

@@ -19,6 +19,7 @@ from .folded_functions import (
     fold_together,
     trace_together,
 )
+from .kernels.check import check_declared
 from .models.folded_model import FoldedModel, taken_apart
 from .models.kind import EquinoxModel, LinenModule, NnxModel
 from .models.linen_modules import apply_of
@@ -370,6 +371,7 @@ def _analysis(
         traced = trace(apply_fn, params, inputs)
     check_excluded(exclude, traced.leaves)
     traced, placement = analysed(traced, options)
+    check_declared(placement.graph)
     if are_functions(apply_fn):
         return traced, placement, make_plan(placement)
     return traced, placement, planned(placement, options, params)

@@ -13,6 +13,7 @@ import numpy as np
 from ._compat import ClosedJaxpr, is_tracer, jaxpr_as_fun
 from .dropping import without_means
 from .errors import FoldError, NotAnalysedError
+from .kernels.check import check_declared
 from .options import Options
 from .output_differences import float_outputs, largest, largest_difference
 from .placement.constant_means import without_constants
@@ -182,6 +183,7 @@ class Folded:
             graph = traced.graph(self._options.see_through_dropout)
             placement = follow(plan, graph, self._options.explicit_cost)
             placement = without_means(placement, plan)
+        check_declared(placement.graph)
         rewritten, deferred = rewritten_program(traced, placement, self._options)
         program = jaxpr_as_fun(rewritten), traced.out_tree
         programs = (lambda: (traced.closed, rewritten)) if traced.reusable else None

@@ -23,7 +23,7 @@ FLOORS = [
     {"analysis", "calibration"},
     {"placement"},
     {"measurement", "rewrite"},
-    {"report"},
+    {"kernels", "report"},
     {"dropping", "fitting", "observing", "program_cache"},
     {"folded"},
     {"approximation", "folded_functions"},

@@ -16,7 +16,7 @@ from ..axes.axis_set import AxisSet
 from ..axes.labels import FREE
 from ..program.graph import DROPOUT, Graph, Op
 from ..program.primitives import NOT_CARRYING
-from ..rules import RULES, Context, Opaque, rule_for
+from ..rules import Context, Opaque, has_rule, rule_of
 from .claims import Blocker, Claim, solve
 from .shift_tracker import RETURNED, Tracker
 
@@ -103,7 +103,7 @@ class Facts:
     def context(self, op: Op) -> Context:
         """The view that a rule gets of an operation."""
         self.visits += 1
-        if op.name not in RULES and op.name not in NOT_CARRYING:
+        if not has_rule(op) and op.name not in NOT_CARRYING:
             self.unknown[op.index] = op
         if op.name == DROPOUT:
             self.dropouts.add(op.index)
@@ -120,7 +120,7 @@ class Facts:
         if made is None:
             return Blocker(None, "an input may vary along the mean")
         op, position = made
-        rule, ctx = rule_for(op.name), self.context(op)
+        rule, ctx = rule_of(op), self.context(op)
         assumed: list[Claim] = []
 
         def assume(operand: int, other: AxisSet) -> bool:

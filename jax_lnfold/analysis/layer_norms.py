@@ -21,7 +21,7 @@ from ..axes.broadcast import project
 from ..axes.labels import ALL
 from ..program.graph import Graph, Op
 from ..program.primitives import MOVES, MUL, SCALINGS
-from ..rules import Context, Opaque, rule_for
+from ..rules import Context, Opaque, rule_of
 from .claims import Claim
 from .facts import Facts
 from .shift_tracker import Cancelled, Tracker
@@ -226,7 +226,7 @@ def _before(graph: Graph, value: int, along: AxisSet) -> Claim | None:
                 return value, along
         elif op.name in MOVES:
             moved = True
-            pulled = rule_for(op.name).pull(Context(graph, op, lambda *_: False), 0, along)
+            pulled = rule_of(op).pull(Context(graph, op, lambda *_: False), 0, along)
             if isinstance(pulled, Opaque):
                 return None
             ((_, along),) = pulled.needs

@@ -21,7 +21,7 @@ from ..axes.axis_set import AxisSet
 from ..axes.labels import ALL, FREE
 from ..program.graph import JOINS, Graph, Op
 from ..program.primitives import IDENTITIES, IDENTITIES_OF_EACH, MOVES, MUL, SCALINGS, STOP
-from ..rules import Context, Opaque, no_push, rule_for
+from ..rules import Context, Opaque, no_push, rule_of
 from .shift_algebra import Refused, Sum, Tracked, X, stopped
 from .shift_rules import Arithmetic
 
@@ -206,7 +206,7 @@ class Tracker:
 
     def _hand_on(self, op: Op, operands: list[Tracked | None], hit: list[int]) -> str | None:
         """Ask the rule; None when the shifted outputs were handed on, else why not."""
-        ctx, rule = self._context(op), rule_for(op.name)
+        ctx, rule = self._context(op), rule_of(op)
         handed = []
         for i in hit:
             along = self._shifted(op.inputs[i], operands[i])

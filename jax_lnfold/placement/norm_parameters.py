@@ -16,7 +16,7 @@ from ..axes.axis_set import AxisSet
 from ..axes.labels import FREE, Entry
 from ..program.graph import Graph, Op
 from ..program.primitives import ELEMENTWISE, IDENTITIES, IDENTITIES_OF_EACH, MOVES, MUL, SCALINGS
-from ..rules import Context, Opaque, axis_map, rule_for
+from ..rules import Context, Opaque, axis_map, rule_of
 from .absorbing import carried
 
 _SUMS = frozenset({"add", "sub"})
@@ -197,7 +197,7 @@ def _after(graph: Graph, op: Op, along: AxisSet) -> AxisSet | None:
     """The set on the result of a move; None if it is none there."""
     shape = graph.shape(op.outputs[0])
     if op.name == "reshape":
-        pushed = rule_for(op.name).push(Context(graph, op, lambda *_: False), 0, along)
+        pushed = rule_of(op).push(Context(graph, op, lambda *_: False), 0, along)
         return None if isinstance(pushed, Opaque) else pushed[0][1]
     entries: list[Entry] = [FREE] * len(shape)
     for before, after in axis_map(graph, op).items():
@@ -208,7 +208,7 @@ def _after(graph: Graph, op: Op, along: AxisSet) -> AxisSet | None:
 
 def _before(graph: Graph, op: Op, along: AxisSet) -> AxisSet | None:
     """The set on the operand of a move; None if it is none there."""
-    pulled = rule_for(op.name).pull(Context(graph, op, lambda *_: False), 0, along)
+    pulled = rule_of(op).pull(Context(graph, op, lambda *_: False), 0, along)
     return None if isinstance(pulled, Opaque) else pulled.needs[0][1]
 
 

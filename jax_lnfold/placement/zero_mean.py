@@ -20,7 +20,7 @@ from ..analysis.facts import Facts
 from ..analysis.layer_norms import Norms
 from ..axes.axis_set import AxisSet
 from ..axes.labels import Labels
-from ..rules import Opaque, rule_for
+from ..rules import Opaque, rule_of
 from ..trees import is_editable
 
 UNIT = 1000
@@ -135,7 +135,7 @@ class ZeroMeanGraph:
             node.obstacle = Blocker(None, "it is an input of the function")
             return node
         op, position = made
-        pulled = rule_for(op.name).pull(self.facts.context(op), position, along)
+        pulled = rule_of(op).pull(self.facts.context(op), position, along)
         if isinstance(pulled, Opaque):
             node.obstacle = Blocker(op, pulled.why)
         else:

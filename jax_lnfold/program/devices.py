@@ -30,25 +30,26 @@ def with_mesh_axes(aval: Any, mesh_axes: MeshAxes) -> Any:
     return jax.ShapeDtypeStruct((*aval.shape, *(n for _, n in mesh_axes)), aval.dtype)
 
 
-def per_device(eqn: JaxprEqn, mesh_axes: MeshAxes) -> ClosedJaxpr | None:
+def per_device(
+    eqn: JaxprEqn, mesh_axes: MeshAxes, run: Callable[..., Any] | None = None
+) -> ClosedJaxpr | None:
     """The program that `eqn` is for all devices, None where it cannot be batched.
 
-    It takes the operands that are no literals, with their mesh axes.
+    It takes the operands that are no literals, with their mesh axes. `run` is what one device does,
+    by default the equation.
     """
-    name, bind = eqn.primitive.name, eqn.primitive.bind
+    name, run = eqn.primitive.name, run or partial(eqn.primitive.bind, **eqn.params)
     shapes = [with_mesh_axes(a.aval, mesh_axes) for a in eqn.invars]
     direct = _DIRECT.get(name)
     if name in ELEMENTWISE and direct is None and len({len(s.shape) for s in shapes}) == 1:
         direct = _elementwise
-    if eqn.params.get("axis_index_groups") is not None:
-        return None
 
     def operands(given: Iterable[jax.Array]) -> list[Any]:
         arrays = iter(given)
         return [a.val if isinstance(a, Literal) else next(arrays) for a in eqn.invars]
 
     def one_lane(*given: jax.Array) -> Any:
-        return bind(*operands(given), **eqn.params)
+        return run(*operands(given))
 
     def all_lanes(*given: jax.Array) -> Any:
         assert direct is not None
@@ -64,10 +65,9 @@ def per_device(eqn: JaxprEqn, mesh_axes: MeshAxes) -> ClosedJaxpr | None:
         closed = jax.make_jaxpr(all_lanes if direct else batched)(*arrays)
     except Exception:  # a batching rule of any package may fail in any way; opaque is always sound
         return None
-    made = [with_mesh_axes(v.aval, ()).shape for v in open_jaxpr(closed).outvars]
-    return (
-        closed if made == [with_mesh_axes(v.aval, mesh_axes).shape for v in eqn.outvars] else None
-    )
+    made = [tuple(with_mesh_axes(v.aval, ()).shape) for v in open_jaxpr(closed).outvars]
+    wanted = [tuple(with_mesh_axes(v.aval, mesh_axes).shape) for v in eqn.outvars]
+    return closed if made == wanted else None
 
 
 def spread(aval: Any, spec: Sequence[Any], mesh_axes: MeshAxes) -> ClosedJaxpr:

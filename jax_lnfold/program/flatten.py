@@ -30,15 +30,17 @@ from .._compat import (
     control_flow,
     has_effects,
     is_stranger,
+    jaxpr_as_fun,
     manual,
     open_jaxpr,
 )
 from ..trees import is_editable
+from .declared import declared_call, meaning
 from .devices import MeshAxes, collect, per_device, spread, with_mesh_axes
 from .dropout import dropped_operand, note_noise
 from .frames import UNKNOWN, Line, calling_line
 from .garbage import collector_paused
-from .graph import DROPOUT, OTHER_MEANING, QUANTIZE, CallPath, Graph, Op, OutputPath
+from .graph import DROPOUT, OTHER_MEANING, QUANTIZE, ROLES, CallPath, Graph, Op, OutputPath
 from .marks import marks_in, without_marks
 
 
@@ -132,11 +134,8 @@ class _Walker:
         names = "" if frame.path in self.graph.stand_ins else str(eqn.source_info.name_stack)
         module = "/".join(p for p in (frame.module, without_marks(names)) if p)
         here = replace(frame, module=module, marks=(*frame.marks, *marks_in(names)))
-        if (meaning := _for_all_devices(eqn, frame)) is not None:
-            given = [self._read(a, frame) for a in eqn.invars if not isinstance(a, Literal)]
-            results = self._stand_in(meaning, given, here.inside(eqn, index))
-            self._settle(results, (*frame.path, index), frame.path)
-            return results
+        if (stand_in := _stand_in_for(eqn, frame)) is not None:
+            return self._meant(stand_in, eqn, index, here)
         operands = [self._read(a, frame) for a in eqn.invars]
         if _has_other_meaning(eqn, frame):
             return self._operation(eqn, index, operands, here, OTHER_MEANING)
@@ -218,6 +217,18 @@ class _Walker:
         results = self.walk(open_jaxpr(inner), consts_of(inner), operands, within)
         if within.path in graph.sealed:
             self._settle_unread(results, start, within.path, frame.path)
+        return results
+
+    def _meant(self, stand_in: ClosedJaxpr, eqn: JaxprEqn, index: int, frame: _Frame) -> list[int]:
+        """Walk into what an equation means."""
+        graph, start, site = self.graph, len(self.graph.ops), (*frame.path, index)
+        given = [self._read(a, frame) for a in eqn.invars if not isinstance(a, Literal)]
+        results = self._stand_in(stand_in, given, frame.inside(eqn, index))
+        if (call := declared_call(eqn)) is None:
+            self._settle(results, site, frame.path)
+        else:  # what its own norm reads, say, would not be the centered one
+            graph.declared[site] = call
+            self._settle_unread(results, start, site, frame.path)
         return results
 
     def _stand_in(self, closed: ClosedJaxpr, operands: Sequence[int], frame: _Frame) -> list[int]:
@@ -343,18 +354,22 @@ class _Walker:
         return [self.graph.new_value(aval, frame.path, False, False) for aval in avals]
 
 
-def _for_all_devices(eqn: JaxprEqn, frame: _Frame) -> ClosedJaxpr | None:
-    """The program that a single operation inside of a `shard_map` is for all devices, if known."""
+def _stand_in_for(eqn: JaxprEqn, frame: _Frame) -> ClosedJaxpr | None:
+    """What a declared call means, or a single operation inside of a `shard_map` for all devices."""
+    if (declared := meaning(eqn)) is not None:
+        return per_device(eqn, frame.mesh_axes, jaxpr_as_fun(declared))
     if not frame.mesh_axes or is_stranger(eqn) or has_effects(eqn):
         return None
     if control_flow(eqn) is not None or manual(eqn) is not None or call_jaxpr(eqn) is not None:
+        return None
+    if eqn.params.get("axis_index_groups") is not None:
         return None
     return per_device(eqn, frame.mesh_axes)
 
 
 def _has_other_meaning(eqn: JaxprEqn, frame: _Frame) -> bool:
     """Whether no rule for its primitive may be asked about it, nor what is inside of it."""
-    if is_stranger(eqn):
+    if is_stranger(eqn) or eqn.primitive.name in ROLES:
         return True
     if not frame.mesh_axes:
         return False

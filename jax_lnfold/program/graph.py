@@ -20,6 +20,7 @@ from .._compat import (
 )
 from ..axes.axis_set import AxisSet
 from ..printable import printable
+from .declared import DeclaredCall, declared_call
 from .devices import MeshAxes
 from .frames import UNKNOWN, Line, source_line
 from .primitives import COMMUTATIVE, MOVES, MUL, PURE
@@ -94,7 +95,9 @@ class Op:
 
     def location(self) -> Location:
         """What a person may look for."""
-        name = (self.calls[0] if self.stands_in else self.eqn).primitive.name
+        eqn = self.calls[0] if self.stands_in else self.eqn
+        call = declared_call(eqn)
+        name = call.name if call else eqn.primitive.name
         return Location(name, self.module, *source_line((self.eqn, *self.calls), self.caller()))
 
 
@@ -108,6 +111,8 @@ ROWS = frozenset({"loop_slice", "device_row"})
 """Roles of what takes one row: a loop each in its turn, the end of a `shard_map` any of them."""
 JOINS = frozenset({"loop_carry", "loop_result", "branch_result"})
 """Roles whose output is one of the inputs: the first and the next value of a carry, branches."""
+ROLES = ROWS | JOINS | {OTHER_MEANING, DROPOUT, QUANTIZE, "loop_stack", "observe"}
+"""All roles, by which no primitive goes."""
 
 
 class Graph:
@@ -142,6 +147,7 @@ class Graph:
         self.trips: dict[CallPath, int] = {(): 1}  # how often a jaxpr runs in one call
         self.mesh_axes: dict[CallPath, MeshAxes] = {}  # mesh axes of the `shard_map` around a jaxpr
         self.stand_ins: dict[CallPath, ClosedJaxpr] = {}  # programs analysed for an equation
+        self.declared: dict[CallPath, DeclaredCall] = {}  # equations that are said to be norms
         self.sealed: set[CallPath] = set()  # jaxprs that no centering can be put into
         self.noise: set[int] = set()  # computed from random bits and numbers only
         self.masks: set[int] = set()  # noise that keeps or drops
@@ -179,6 +185,11 @@ class Graph:
     def mesh_axes_of(self, value: int) -> MeshAxes:
         """The mesh axes that the shape of a value ends in: those of the `shard_map` around it."""
         return self.mesh_axes[self.home[value]]
+
+    def declared_at(self, op: Op) -> CallPath | None:
+        """The call, declared to be a norm, that an operation is a part of the meaning of."""
+        paths = (op.path[:n] for n in range(len(op.path), 0, -1)) if self.declared else ()
+        return next((path for path in paths if path in self.declared), None)
 
     def on_one_device(self, value: int, along: AxisSet) -> AxisSet | None:
         """The set on the shard that one device holds, None if the mean spans devices."""

@@ -73,6 +73,9 @@ NOT_CARRYING = _with_reasons(
         "scales and rounds blocks of its operands": (
             "scaled_dot scaled_matmul scaled_matmul_wrapper"
         ),
+        "is what a declared LayerNorm does behind its norm, which nobody said": (
+            "after_declared_norm"
+        ),
         "watches, and computes nothing": (
             "after_all check inspect_sharding observe shape_assertion"
         ),

@@ -23,7 +23,7 @@ from ..program.primitives import (
     SCALINGS,
     STOP,
 )
-from ..rules import RULES, is_nonlinear
+from ..rules import has_rule, is_nonlinear
 from ..trees import is_editable
 from .names import Name
 
@@ -58,9 +58,9 @@ def advice(placement: Placement, reason: Reason, names: Sequence[Name]) -> str:
         return _KNOWN_BEFORE
     if op.name in SCALINGS:
         return _to_scale_evenly(placement, reason, op, names)
-    if is_nonlinear(op.name):
+    if is_nonlinear(op):
         return _after_nonlinearity(reason)
-    if op.name in RULES:
+    if has_rule(op):
         return ""
     if op.name in NOT_CARRYING:
         return f"{_LAST} it"
@@ -179,7 +179,7 @@ def _to_keep_quiet(graph: Graph, noticed: Blocker, leaf: int | None = None) -> s
         return ""
     if leaf is not None and (_reads(graph, op, leaf) or all(graph.data_free[v] for v in op.inputs)):
         return "give this operation a parameter of its own (untie it)"
-    if op.name in PRODUCTS or op.name not in RULES or is_nonlinear(op.name):
+    if op.name in PRODUCTS or not has_rule(op) or is_nonlinear(op):
         return "let this operation read the stream through a LayerNorm"
     return ""
 

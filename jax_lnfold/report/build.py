@@ -14,7 +14,7 @@ from ..plan.plan import FoldPlan
 from ..program.graph import OTHER_MEANING, ROWS, Graph, Op
 from ..program.primitives import EXCHANGES, MOVES, NOT_CARRYING
 from ..rewrite.defer import Deferral
-from ..rules import RULES
+from ..rules import has_rule
 from .approximation import Approximation
 from .events import find_events
 from .names import Name, names_of
@@ -78,7 +78,7 @@ def _may_hide_norms(graph: Graph, op: Op) -> bool:
     name = op.eqn.primitive.name
     if (
         op.role not in ("", OTHER_MEANING)
-        or name in RULES
+        or has_rule(op)
         or name in NOT_CARRYING
         or name in EXCHANGES
     ):

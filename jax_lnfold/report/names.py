@@ -27,6 +27,7 @@ class Name:
     `text` is its name, `beside` what stands next to that. If its `module` has a name, that is it:
     the scopes of Flax, Haiku and `jax.named_scope`. Else it is the `part` of the parameter tree
     that holds its scale or shift, whose key path is `key_path`, or `line`, ``file.py:line``.
+    `kernel` is what the function is called that was declared to be it.
     """
 
     text: str
@@ -35,6 +36,7 @@ class Name:
     part: str
     key_path: str
     line: str
+    kernel: str = ""
 
     @property
     def title(self) -> str:
@@ -46,6 +48,8 @@ def names_of(placement: Placement) -> tuple[Name, ...]:
     """The names of all LayerNorms; those of one name have the same module and parameters."""
     facts = Facts(placement.graph)  # its own: what is asked for names is no part of the analysis
     names = [_name(placement.graph, norm, parameter_of(facts, norm)) for norm in placement.norms]
+    kernels = [_kernel(placement.graph, norm) for norm in placement.norms]
+    names = [replace(n, kernel=kernel) for n, kernel in zip(names, kernels, strict=True)]
     names = _told_apart(names, [unboxed(name.key_path) for name in names])
     names = _told_apart(names, [name.line for name in names])
     seen: Counter[str] = Counter()
@@ -72,6 +76,11 @@ def _name(graph: Graph, norm: LayerNorm, leaf: int | None) -> Name:
     beside = line if part else key if own != key else ""
     text = "/".join(word for word in (function, own) if word) or TOP
     return Name(text, beside or (line if function else ""), "", part, key_path, line)
+
+
+def _kernel(graph: Graph, norm: LayerNorm) -> str:
+    site = norm.root and graph.declared_at(norm.root)
+    return graph.declared[site].name if site else ""
 
 
 def _told_apart(names: Sequence[Name], details: Sequence[str]) -> list[Name]:

@@ -29,7 +29,8 @@ class Norm:
     `blocker` is that operation. `two_pass` if its variance takes a second pass over the input.
     `approximate` if it is folded although it has a mean: that dropout before it leaves, or if it is
     `dropped`, that no edit removes. `damage` is then the relative error of the outputs which this
-    alone makes, None if that was not measured; also of LayerNorms that are left after all.
+    alone makes, None if that was not measured; also of LayerNorms that are left after all. `kernel`
+    is the name of the function that computes it, if that was declared to be a LayerNorm.
     """
 
     path: str
@@ -49,6 +50,7 @@ class Norm:
     line: str = ""
     dropped: bool = False
     damage: float | None = None
+    kernel: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,7 @@ def _norm(
         folded=placement.folded[i] or dropped,
         reason=str(reason or ""),
         mesh_axes=_mesh_axes(graph, norm),
-        two_pass=norm.two_pass,
+        two_pass=norm.two_pass and not name.kernel,
         blocker=_blocker(reason),
         advice=advice(placement, reason, names) if reason else "",
         approximate=i in placement.approximate or dropped,
@@ -104,6 +106,7 @@ def _norm(
         line=name.line,
         dropped=dropped,
         damage=None if placement.folded[i] else damages.get(name.text),
+        kernel=name.kernel,
     )
 
 

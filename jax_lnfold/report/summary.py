@@ -9,6 +9,7 @@ from ..plan.edits.center import CenterEdit
 from ..printable import counted
 from .approximation import Approximation
 from .cost import si
+from .norms import Norm
 from .outcome import Outcome, ScaleLeft
 from .table import Row, grouped, merged, template
 
@@ -21,7 +22,7 @@ def rows(outcome: Outcome) -> list[Row]:
             path=norm.title,
             shape="x".join(map(str, norm.shape)),
             axes=", ".join(map(str, (*norm.axes, *norm.mesh_axes))),
-            variance="two-pass" if norm.two_pass else "one-pass",
+            variance=_variance(norm),
             folded=norm.folded,
             approximate=norm.approximate,
             words=(norm.reason, norm.advice),
@@ -33,6 +34,13 @@ def rows(outcome: Outcome) -> list[Row]:
         )
         for norm, statistics in zip(outcome.norms, measured, strict=True)
     )
+
+
+def _variance(norm: Norm) -> str:
+    """How it is computed, as far as anybody looks into that."""
+    if norm.kernel:
+        return f"in {norm.kernel}"
+    return "two-pass" if norm.two_pass else "one-pass"
 
 
 def headline(outcome: Outcome) -> str:

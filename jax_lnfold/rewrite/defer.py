@@ -38,7 +38,7 @@ from ..centering import widened
 from ..program.flatten import flatten
 from ..program.graph import JOINS, CallPath, Op
 from ..program.primitives import DIV, MOVES, MUL, SCALINGS
-from ..rules import Opaque, rule_for
+from ..rules import Opaque, rule_of
 from ..trees import is_editable
 from .inline import inlined
 from .jaxprs import live, same
@@ -187,7 +187,7 @@ class _Deferrer:
         summed = product.params["dimension_numbers"][0][reader.position]
         along = AxisSet.over(graph.shape(operand), summed)
         for step in reversed(reader.steps):
-            pulled = rule_for(step.name).pull(self.facts.context(step), 0, along)
+            pulled = rule_of(step).pull(self.facts.context(step), 0, along)
             if isinstance(pulled, Opaque) or not pulled.exact:
                 return False
             ((_, along),) = pulled.needs

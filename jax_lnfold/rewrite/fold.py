@@ -36,6 +36,7 @@ from ..centering import group_means, widened
 from ..errors import Bug
 from ..placement.place import Placement
 from ..plan.leaf import center_array
+from ..program.declared import of_zero_mean
 from ..program.graph import CallPath
 from .algebra import Numbers, known_result, surviving_operand
 from .jaxprs import live, reading, same
@@ -53,6 +54,16 @@ def rewrite(closed: ClosedJaxpr, placement: Placement) -> ClosedJaxpr:
     return rewritten
 
 
+def twins(placement: Placement) -> set[CallPath]:
+    """Where a call that is declared to be a LayerNorm is made its RMS twin: all its norms fold."""
+    folds: dict[CallPath, list[bool]] = {}
+    for norm, folded in zip(placement.norms, placement.folded, strict=True):
+        site = norm.root and placement.graph.declared_at(norm.root)
+        if site is not None:
+            folds.setdefault(site, []).append(folded)
+    return {site for site, folded in folds.items() if all(folded)}
+
+
 class _Rewriter:
     def __init__(self, placement: Placement) -> None:
         self.placement, self.graph = placement, placement.graph
@@ -63,6 +74,7 @@ class _Rewriter:
             if placement.folded[i] or i in placement.dropped
             for op in norm.sums
         }
+        self.twins = twins(placement)
         value = {path: v for v, path in self.graph.leaves.items()}
         changes = (c for edits in placement.found.values() for e in edits for c in e.changes())
         fills = ((value[path], change.recipe.fill) for path, change in changes)
@@ -196,6 +208,7 @@ class _Body:
         elif (left := self._surviving(eqn, site, invars, numbers)) is not None:
             self.renamed[eqn.outvars[0]] = left
         else:
+            eqn = of_zero_mean(eqn) if site in self.rewriter.twins else eqn
             self.eqns.append(reading(eqn, invars))
 
     def _surviving(

@@ -27,7 +27,7 @@ from ..axes.axis_set import AxisSet
 from ..axes.labels import FREE, Labels, canonical
 from ..program.flatten import flatten
 from ..program.graph import DROPOUT
-from .registry import Context, Opaque, Pull, Push, rule_for
+from .registry import Context, Opaque, Pull, Push, rule_of
 
 Along = Iterable[int] | Mapping[int, Sequence[int]]
 """The axes of a mean, or one group label per position (-1: outside) for each of them."""
@@ -75,7 +75,7 @@ def pull(
 ) -> Words:
     """Which operands must be zero-mean, so that an output is zero-mean along a set."""
     ctx = equation(fn, *operands, primitive=primitive, uniform=uniform)
-    return _words(rule_for(ctx.op.name).pull(ctx, out, axis_set(ctx.out_shape(out), along)))
+    return _words(rule_of(ctx.op).pull(ctx, out, axis_set(ctx.out_shape(out), along)))
 
 
 def push(
@@ -88,7 +88,7 @@ def push(
 ) -> Words:
     """Along what the outputs are shifted uniformly, if an operand is along a set."""
     ctx = equation(fn, *operands, primitive=primitive, uniform=uniform)
-    return _words(rule_for(ctx.op.name).push(ctx, operand, axis_set(ctx.in_shape(operand), along)))
+    return _words(rule_of(ctx.op).push(ctx, operand, axis_set(ctx.in_shape(operand), along)))
 
 
 def uniform_if(
@@ -100,7 +100,7 @@ def uniform_if(
 ) -> Words:
     """Which operands must be uniform, so that an output is uniform along a set."""
     ctx = equation(fn, *operands, primitive=primitive)
-    rule = rule_for(ctx.op.name)
+    rule = rule_of(ctx.op)
     return _words((rule.uniform or rule.pull)(ctx, out, axis_set(ctx.out_shape(out), along)))
 
 
@@ -112,7 +112,7 @@ def axes(
 ) -> Words:
     """The axes of an operand that the first output keeps, and where they are."""
     ctx = equation(fn, *operands, primitive=primitive)
-    return Words(dict(rule_for(ctx.op.name).axes(ctx, operand)))
+    return Words(dict(rule_of(ctx.op).axes(ctx, operand)))
 
 
 def _words(answer: Pull | Push | Opaque) -> Words:

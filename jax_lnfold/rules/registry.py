@@ -19,12 +19,13 @@ example that is run as a test (`example` has its words) and names the parameters
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from .._compat import what_is_called
 from ..axes.axis_set import AxisSet
 from ..program.graph import CallPath, Graph, Op
 from ..program.primitives import why_without_rule
@@ -124,7 +125,7 @@ def no_push(ctx: Context, operand: int, along: AxisSet) -> Opaque:
 
 def _opaque(ctx: Context, why: str) -> Opaque:
     """The answer `why` of a primitive that is known; of others nothing is claimed."""
-    return Opaque(why if ctx.op.name in RULES else why_without_rule(ctx.op.name))
+    return Opaque(why if has_rule(ctx.op) else why_without_rule(ctx.op.name))
 
 
 def no_axes(ctx: Context, operand: int) -> AxisMap:
@@ -166,16 +167,26 @@ def register(names: str | Iterable[str], rule: Rule) -> None:
         RULES[name] = rule
 
 
-def is_nonlinear(name: str) -> bool:
-    """Whether a primitive is known, and its result is centered by no operand of it."""
-    return name in RULES and RULES[name].pull is no_pull
+OWN_RULES: dict[Hashable, Rule] = {}
+"""Rules that users gave, by the primitive object or what stands for a kernel, never by a name."""
 
 
-def rule_for(name: str) -> Rule:
-    """The rule of a primitive; the opaque rule where there is none."""
-    return RULES.get(name, NO_RULE)
+def rule_of(op: Op) -> Rule:
+    """The rule for an operation; the opaque rule where there is none."""
+    own = OWN_RULES.get(what_is_called(op.eqn)) if OWN_RULES and not op.role else None
+    return own or RULES.get(op.name, NO_RULE)
+
+
+def has_rule(op: Op) -> bool:
+    """Whether anything is known of an operation."""
+    return rule_of(op) is not NO_RULE
+
+
+def is_nonlinear(op: Op) -> bool:
+    """Whether an operation is known, and its result is centered by no operand of it."""
+    return has_rule(op) and rule_of(op).pull is no_pull
 
 
 def axis_map(graph: Graph, op: Op, operand: int = 0) -> AxisMap:
     """Which axes of an operand the output of `op` keeps, and where they are."""
-    return rule_for(op.name).axes(Context(graph, op, lambda value, along: False), operand)
+    return rule_of(op).axes(Context(graph, op, lambda value, along: False), operand)

@@ -14,7 +14,7 @@ from jax_lnfold.axes.axis_set import AxisSet
 from jax_lnfold.axes.labels import ALL, FREE, Labels, canonical, intersect, labels_of
 from jax_lnfold.centering import group_means
 from jax_lnfold.plan.leaf import center_array
-from tests.helpers.partitions import (
+from jax_lnfold.rules.partitions import (
     axis_labels,
     centered,
     group_ids,

@@ -20,9 +20,9 @@ from jax_lnfold.analysis.claims import Claim
 from jax_lnfold.folded import placed_again
 from jax_lnfold.placement.place import Placement, place
 from jax_lnfold.program.tracing import Traced, trace
+from jax_lnfold.rules.partitions import centered, is_uniform, is_zero_mean, uniform_shift
 from tests.helpers.contracts import assert_drop_in, assert_identical, relative_difference, snapshot
 from tests.helpers.interpreter import Interpreter
-from tests.helpers.partitions import centered, is_uniform, is_zero_mean, uniform_shift
 from tests.models.networks import Network
 
 MODES: dict[str, dict[str, Any]] = {

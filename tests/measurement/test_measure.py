@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 import jax_lnfold
 from jax_lnfold import FoldError, MeanShare, PlanMismatchError, Statistics, TreeError, measure
 from jax_lnfold.folded import placed_again
+from jax_lnfold.rules.partitions import centered
 from tests.helpers.interpreter import Interpreter
-from tests.helpers.partitions import centered
 from tests.models.zoo import BY_NAME
 
 RNG = np.random.default_rng(0)

@@ -20,7 +20,7 @@ from jax_lnfold.placement.layer_scale import find_merges
 from jax_lnfold.placement.place import Placement, place_within
 from jax_lnfold.program.graph import Graph
 from jax_lnfold.program.tracing import trace
-from jax_lnfold.rules import Opaque, rule_for
+from jax_lnfold.rules import Opaque, rule_of
 from tests.helpers.contracts import fold_checked
 from tests.models.networks import Network, random_network
 
@@ -72,7 +72,7 @@ class Choices:
         if made is None:
             return None
         op, position = made
-        pulled = rule_for(op.name).pull(self.facts.context(op), position, along)
+        pulled = rule_of(op).pull(self.facts.context(op), position, along)
         if isinstance(pulled, Opaque):
             return None
         return [(op.inputs[i], s) for i, s in pulled.needs]

@@ -24,7 +24,7 @@ READS = re.compile(r"Reads\s([^.]*)\.")
 MODULES = [arithmetic, response, shift_example] + [
     import_module(m.name) for m in walk_packages(rules.__path__, f"{rules.__name__}.")
 ]
-NAMES = {**vars(example), **vars(shift_example)}
+NAMES = {**vars(rules), **vars(example), **vars(shift_example)}
 EXAMPLES = {
     test.name: test
     for module in MODULES

@@ -1,4 +1,4 @@
-"""Axis sets spelled out position by position, written without looking at `jax_lnfold`."""
+"""Axis sets spelled out position by position: rules are tried against it, and share no code."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from jax_lnfold.axes.axis_set import AxisSet
-from jax_lnfold.axes.labels import ALL, FREE, Entry, canonical
+from ..axes.axis_set import AxisSet
+from ..axes.labels import ALL, FREE, Entry, canonical
 
 
 def axis_labels(entry: Entry, size: int) -> np.ndarray:
+    """One label per position of an axis."""
     if entry == FREE:
         return np.arange(size)
     return np.full(size, 0) if entry == ALL else np.array(entry, int).reshape(size)
@@ -35,6 +36,7 @@ def numbered(ids: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def same_partition(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether the groups are the same, whatever their numbers."""
     return a.shape == b.shape and np.array_equal(numbered(a)[0], numbered(b)[0])
 
 
@@ -48,6 +50,7 @@ def group_mean(x: np.ndarray, along: AxisSet) -> np.ndarray:
 
 
 def centered(x: np.ndarray, along: AxisSet) -> np.ndarray:
+    """Every group without its mean."""
     return (x - group_mean(x, along)).astype(x.dtype)
 
 
@@ -69,6 +72,7 @@ def uniform_shift(rng: np.random.Generator, along: AxisSet, dtype: Any = float) 
 
 
 def is_zero_mean(x: np.ndarray, along: AxisSet, tolerance: float) -> bool:
+    """Whether every group has a mean of zero, up to rounding."""
     scale = max(1.0, np.abs(x).max(initial=0))
     return bool(np.abs(group_mean(x, along)).max(initial=0) <= tolerance * scale)
 

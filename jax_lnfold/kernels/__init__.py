@@ -1,0 +1,1 @@
+"""Functions that are declared to be LayerNorms, and the tests of such declarations."""

@@ -1,0 +1,308 @@
+"""Tests declarations on numbers: it is a LayerNorm, and its twin is the same without a mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._compat import ClosedJaxpr, jaxpr_as_fun
+from ..analysis.facts import Facts
+from ..analysis.layer_norms import find_norms
+from ..axes.axis_set import AxisSet
+from ..centering import group_means, widened
+from ..errors import FoldError
+from ..placement.place import place_within
+from ..program.declared import DeclaredCall
+from ..program.flatten import flatten
+from ..program.graph import Graph
+from ..trees import first_line, is_editable
+from .layer_norm import Declared, arrays_of, layer_norm
+
+LARGE, LARGE_IN_FLOAT16 = 2.0**16, 2.0**6
+"""The spread at which an epsilon that a formula leaves out makes no difference."""
+BLOCK = 2**20 - 3
+"""So many random numbers are drawn; larger arrays repeat them."""
+Sets = dict[int, tuple[AxisSet, ...]]
+"""What of the operands has to be zero-mean so that the norm is given no mean."""
+Results = tuple[list[np.ndarray], dict[int, np.ndarray]]
+"""Values, and gradients by operand."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNormCheck:
+    """The largest differences that were found, each relative to the largest number compared.
+
+    `shift`: of the function and what it is declared to be when x is shifted, or where that is not
+    known, of its results before and after the shift. `twin`: of the function and its twin where x
+    is zero-mean. The same of gradients, None if the function has none. `tolerance` is what passed.
+    """
+
+    shift: float
+    twin: float
+    shift_gradient: float | None
+    twin_gradient: float | None
+    tolerance: float
+
+
+def check_layer_norm(fn: Any, *example: Any, **declaration: Any) -> LayerNormCheck:
+    """Test on random numbers that a function is a LayerNorm as it was declared.
+
+    Of floating-point arrays in the example only shapes and dtypes matter; others are used as they
+    are. x is drawn with a spread of 1, other operands between 0.5 and 1.5. Compared are values and
+    gradients: under a shift of x that is another number for each group of positions, and of the
+    function with its twin where x is zero-mean. `fold` does the same once for the shapes it meets.
+
+        >>> def no_mean(x):
+        ...     return x / jnp.sqrt((x * x).mean(-1, keepdims=True))
+        >>> check_layer_norm(lambda x: no_mean(x - x.mean(-1, keepdims=True)), jnp.ones((3, 8)),
+        ...                  rms=no_mean).twin < 1e-6
+        True
+
+    Args:
+        fn: what `layer_norm` returns, or a function, and then the keywords of `layer_norm`.
+        *example: the arguments of one call: arrays, `jax.ShapeDtypeStruct`, and all else.
+        **declaration: the keywords of `layer_norm`, if `fn` is not declared yet.
+
+    Raises:
+        FoldError: it is none, or its twin is another function; the message has the numbers. Or the
+            function, which must run here, cannot.
+    """
+    if isinstance(fn, Declared) and declaration:
+        raise FoldError(f"{next(iter(declaration))}: {fn.name} is declared already")
+    declared = fn if isinstance(fn, Declared) else layer_norm(fn, **declaration)
+    given = arrays_of(example, {})
+    call = declared.call_for(given)
+    found = _check(call, dict(enumerate(given.operands)))
+    declared.passed.add(call.key)
+    return found
+
+
+def check_declared(graph: Graph) -> None:
+    """Test every declaration that a program relies on, once for each combination of shapes.
+
+    Raises:
+        FoldError: as `check_layer_norm` does.
+    """
+    for call in graph.declared.values():
+        tested = call.owner.passed
+        if not call.owner.check or call.key in tested:
+            continue
+        if all(isinstance(n, int) for aval in call.program.in_avals for n in aval.shape):
+            _check(call, {})
+            tested.add(call.key)
+        elif not tested:
+            raise FoldError(
+                f"layer_norm: {call.name} cannot be tested with symbolic sizes; fold with numbers "
+                "first, or pass it to check_layer_norm"
+            )
+
+
+def _check(call: DeclaredCall, given: Mapping[int, Any]) -> LayerNormCheck:
+    sets = _centerings(call)
+    zero, moved = _operands(call, sets, given)
+    run, tolerance = _Runner(call, zero), call.tolerance or _tolerance(call)
+    program, along = run(call.program, zero), _words(sets)
+    shift = []
+    if call.scale_free:
+        what = f"{call.name} notices a shift of x along {along}"
+        shift.append(_compared(call, what, program, run(call.program, moved), {}, tolerance))
+    if call.measurable:
+        there = _enlarged(call, sets, moved) if call.scale_free else moved
+        what = f"{call.name} differs from what it is declared to be where x is shifted along"
+        pair = run(call.program, there), run(call.reference, there)
+        shift.append(_compared(call, f"{what} {along}", *pair, {}, tolerance))
+    what = f"rms differs from {call.name} where x is zero-mean along {along}"
+    twin, twin_gradient = _compared(call, what, program, run(call.twin, zero), sets, tolerance)
+    slopes = [slope for _, slope in shift if slope is not None]
+    largest = max(value for value, _ in shift)
+    return LayerNormCheck(largest, twin, max(slopes, default=None), twin_gradient, tolerance)
+
+
+def _compared(
+    call: DeclaredCall, what: str, one: Results, other: Results, sets: Sets, tolerance: float
+) -> tuple[float, float | None]:
+    """The differences of values and gradients, if they pass."""
+    values, gradients = _differences(one, other, sets)
+    _refuse(call, what, values, gradients, tolerance)
+    return values, gradients
+
+
+def _refuse(
+    call: DeclaredCall, what: str, values: float, gradients: float | None, tolerance: float
+) -> None:
+    """Raise a `FoldError` with the numbers if one is too large; NaN is, too."""
+    ok = values <= tolerance and (gradients is None or gradients <= tolerance)
+    if not ok:
+        slopes = "" if gradients is None else f", their gradients by {gradients:.2g},"
+        shapes = ", ".join(f"{a.dtype}{[*a.shape]}" for a in call.program.in_avals)
+        raise FoldError(
+            f"layer_norm: {what} (shapes {shapes}): values differ by {values:.2g}{slopes} relative "
+            f"to the largest, and the tolerance is {tolerance:.2g}; correct the declaration, or "
+            "pass it a tolerance if this is its rounding"
+        )
+
+
+def _centerings(call: DeclaredCall) -> Sets:
+    """What a fold would center if every operand could be edited: so the norm's input is found."""
+    operands = call.reference.in_avals
+    names = [str(i) for i in range(len(operands))]
+    norms = find_norms(Facts(flatten(call.reference, names))).found
+    if len(norms) > 1:  # one that folds and one that does not would have no twin
+        raise FoldError(
+            f"reference: {call.name} has {len(norms)} LayerNorms; declare kernels that have one"
+        )
+    for k in range(len(call.reference.out_avals)):
+
+        def one(*given: Any, k: int = k) -> Any:
+            return jaxpr_as_fun(call.reference)(*given)[k]
+
+        graph = flatten(jax.make_jaxpr(one)(*operands), names)
+        placement = place_within(Facts(graph), {}, explicit_cost=2.0)
+        if placement.norms and all(placement.folded) and not placement.explicit:
+            return {int(graph.leaves[v]): sets for v, sets in placement.leaf_sets.items()}
+    raise FoldError(
+        f"reference: {call.name} has no LayerNorm of its operands in it that could become an "
+        "RMSNorm; see analyze(lambda operands: reference(*operands), operands)"
+    )
+
+
+def _operands(
+    call: DeclaredCall, sets: Sets, given: Mapping[int, Any]
+) -> tuple[list[Any], list[Any]]:
+    """Random operands for which the norm is given no mean, and the same shifted."""
+    rng, zero, shifted = np.random.default_rng(0), [], []
+    for i, aval in enumerate(call.program.in_avals):
+        if not jnp.issubdtype(aval.dtype, jnp.floating):
+            known = given.get(i, None)
+            is_given = isinstance(known, jax.Array | np.ndarray | np.generic)
+            x = np.asarray(known) if is_given else np.ones(aval.shape, aval.dtype)
+            moved = x
+        elif i not in sets:
+            moved = x = _filled(rng.uniform(0.5, 1.5, BLOCK), aval)
+        else:
+            x, shift = (_filled(rng.normal(size=BLOCK), aval) for _ in range(2))
+            for along in sets[i]:
+                x, shift = x - group_means(x, along, np), group_means(shift, along, np)
+            moved = x + 2 * shift / (np.sqrt(np.mean(np.square(shift))) or 1)
+        zero.append(np.asarray(x, aval.dtype))
+        shifted.append(np.asarray(moved, aval.dtype))
+    return zero, shifted
+
+
+def _filled(numbers: np.ndarray, aval: Any) -> np.ndarray:
+    """An array of these numbers, again and again if it is larger."""
+    return np.resize(numbers.astype(widened(aval.dtype)), aval.shape)
+
+
+def _enlarged(call: DeclaredCall, sets: Sets, operands: Sequence[Any]) -> list[Any]:
+    """With such a spread that no epsilon matters."""
+    narrow = any(a.dtype == np.float16 for a in call.program.in_avals)
+    large = LARGE_IN_FLOAT16 if narrow else LARGE
+    return [x * x.dtype.type(large) if i in sets else x for i, x in enumerate(operands)]
+
+
+class _Runner:
+    """Runs programs of the same operands: results that are real numbers, and their gradients."""
+
+    def __init__(self, call: DeclaredCall, operands: Sequence[Any]) -> None:
+        self.call = call
+        self.moving = [i for i, x in enumerate(operands) if is_editable(x.dtype)]
+        self.has_gradients = self._differentiable(call.program, operands)
+        if self.has_gradients and not self._differentiable(call.twin, operands):
+            raise FoldError(
+                f"rms: cannot be differentiated, and {call.name} can; give it a derivative, too"
+            )
+
+    def __call__(self, closed: ClosedJaxpr, operands: Sequence[Any]) -> Results:
+        """The results, and the gradients of what the operands at `moving` are."""
+        run = self._with_gradients if self.has_gradients else self._values
+        try:
+            # What is compiled runs at once, even where an outer trace would take it down.
+            compiled = jax.jit(lambda *xs: run(closed, xs)).lower(*operands).compile()
+            results, gradients = compiled(*operands)
+            wide = [
+                [np.asarray(y, widened(y.dtype)) for y in part] for part in (results, gradients)
+            ]
+        except Exception as error:  # kernels fail in many ways where they do not belong
+            raise FoldError(
+                f"layer_norm: {self.call.name} cannot be tested here "
+                f"({type(error).__name__}: {first_line(error)}); declare it with check=False, and "
+                "pass it to check_layer_norm where it runs"
+            ) from error
+        return wide[0], dict(zip(self.moving, wide[1], strict=bool(wide[1])))
+
+    def _differentiable(self, closed: ClosedJaxpr, operands: Sequence[Any]) -> bool:
+        try:
+            jax.eval_shape(lambda *xs: self._with_gradients(closed, xs), *operands)
+        except Exception:  # so say kernels without a derivative
+            return False
+        return True
+
+    def _values(self, closed: ClosedJaxpr, operands: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        return _real(jaxpr_as_fun(closed)(*operands)), []
+
+    def _with_gradients(
+        self, closed: ClosedJaxpr, operands: Sequence[Any]
+    ) -> tuple[list[Any], list[Any]]:
+        def of_moving(*given: Any) -> list[Any]:
+            whole = [*operands]
+            for i, x in zip(self.moving, given, strict=True):
+                whole[i] = x
+            return _real(jaxpr_as_fun(closed)(*whole))
+
+        results, back = jax.vjp(of_moving, *(operands[i] for i in self.moving))
+        keys = jax.random.split(jax.random.key(0), len(results))
+        weights = [
+            jax.random.normal(key, y.shape, jnp.float32).astype(y.dtype)
+            for key, y in zip(keys, results, strict=True)
+        ]
+        return results, list(back(weights))
+
+
+def _real(results: Sequence[Any]) -> list[Any]:
+    return [y for y in results if jnp.issubdtype(y.dtype, jnp.floating)]
+
+
+def _differences(one: Results, other: Results, sets: Sets) -> tuple[float, float | None]:
+    """The largest ones of results, and of gradients, of which means along `sets` do not count."""
+    values = _largest(_relative(a, b) for a, b in zip(one[0], other[0], strict=True))
+    if not one[1]:
+        return values, None
+    slopes = (
+        _relative(*(_without_means(each[1][i], sets.get(i, ())) for each in (one, other)))
+        for i in one[1]
+    )
+    return values, _largest(slopes)
+
+
+def _largest(differences: Iterable[float]) -> float:
+    """NaN if one of them is."""
+    return float(np.max([*differences], initial=0.0))
+
+
+def _without_means(x: Any, sets: Sequence[AxisSet]) -> Any:
+    for along in sets:
+        x = x - group_means(x, along, np)
+    return x
+
+
+def _relative(a: Any, b: Any) -> float:
+    """NaN wherever one of both is."""
+    size = float(max(np.abs(a).max(initial=0), np.abs(b).max(initial=0)))
+    return float(np.abs(a - b).max(initial=0)) / size if size else 0.0
+
+
+def _tolerance(call: DeclaredCall) -> float:
+    dtypes = [a.dtype for a in (*call.program.in_avals, *call.program.out_avals)]
+    units = [float(jnp.finfo(d).eps) for d in dtypes if jnp.issubdtype(d, jnp.floating)]
+    return 2 * max(units) ** (2 / 3)
+
+
+def _words(sets: Sets) -> str:
+    found = dict.fromkeys(str(along) for each in sets.values() for along in each)
+    return " or ".join(found)
