@@ -1,19 +1,29 @@
-"""Run every test in double precision, so that contracts can be checked to 1e-12.
+"""How tests run: in double precision, so that contracts can be checked to 1e-12, on the CPU.
 
-Eight simulated devices stand in for a real mesh.
+Eight simulated devices stand in for a real mesh. Set ``JAX_PLATFORMS`` to run tests on others.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
+import platform
 from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 
 FLAGS = "--xla_force_host_platform_device_count=8"
 if version("jax").startswith("0.10."):  # later ones do not know it; halves the time to compile
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
-os.environ.setdefault("XLA_FLAGS", FLAGS)
+# Others come from whoever calls, as --xla_cpu_max_isa=AVX2; the last of two counts.
+os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests compile most programs more than once, and again in the next run.
+COMPILED = Path(__file__).parent / ".pytest_cache" / f"compiled-{platform.node()}"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -21,6 +31,22 @@ import pytest  # noqa: E402
 gc.set_threshold(100_000, 50, 100)  # the default takes a tenth of the time of all tests
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_disable_most_optimizations", True)  # most of the time is compilation
+
+MOST_MEMORY = 1_000  # MiB of a process, before it forgets the programs that it has compiled
+MEMORY = Path("/proc/self/statm")
+
+
+def pytest_runtest_teardown() -> None:
+    """Keep the thousands of programs that tests compile from filling the memory."""
+    if MEMORY.exists() and resident() > MOST_MEMORY:
+        jax.clear_caches()
+        ctypes.CDLL(None).malloc_trim(0)  # else what is free stays with the process
+
+
+def resident() -> float:
+    """The memory of this process in MiB, on Linux."""
+    pages = int(MEMORY.read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from .program_cache import ApplyFn, FreshLock, Programs
 from .report.build import make_report
 from .report.report import Report
 from .rewrite.defer import Deferral, defer_scales
-from .rewrite.fold import rewrite
+from .rewrite.rewriter import rewrite
 from .trees import check_devices, check_leaves
 from .untied import without_sharing
 

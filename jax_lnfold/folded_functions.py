@@ -15,7 +15,7 @@ from .program.joint import joined, whole_weights
 from .program.tracing import Traced
 from .report.build import make_report
 from .report.report import Report
-from .rewrite.fold import rewrite
+from .rewrite.rewriter import rewrite
 from .trees import check_leaves
 
 
