@@ -23,6 +23,7 @@ from .program.tracing import Traced, signature, trace, trace_untied
 from .program_cache import ApplyFn, FreshLock, Programs
 from .report.build import make_report
 from .report.report import Report
+from .report.summary import in_short
 from .rewrite.defer import Deferral, defer_scales
 from .rewrite.rewriter import rewrite
 from .trees import check_devices, check_leaves
@@ -75,6 +76,12 @@ class Folded:
         self._require_analysis("report")
         assert self._report is not None
         return self._report
+
+    def __repr__(self) -> str:
+        """What became of the LayerNorms, in one line."""
+        if self._report is None:
+            return "<Folded: not analysed before its first call>"
+        return f"<Folded: {in_short(self._report)}>"
 
     def without_params(self) -> Folded:
         """The same with the shapes of the parameters, for somebody who keeps these elsewhere."""

@@ -15,6 +15,7 @@ from .program.joint import joined, whole_weights
 from .program.tracing import Traced
 from .report.build import make_report
 from .report.report import Report
+from .report.summary import in_short
 from .rewrite.rewriter import rewrite
 from .trees import check_leaves
 
@@ -31,6 +32,10 @@ class FoldedFunctions(Mapping[str, Folded]):
         """Use `fold` instead."""
         self._functions = dict(functions)
         self.plan, self.report = plan, report
+
+    def __repr__(self) -> str:
+        """The names, and what became of the LayerNorms of all together, in one line."""
+        return f"<FoldedFunctions {', '.join(map(repr, self))}: {in_short(self.report)}>"
 
     @property
     def params(self) -> Any:

@@ -111,7 +111,7 @@ def _add_draw(add: AddParser, run: Run) -> None:
     words = "draw what a fold does to a model"
     parser = _command(add, run, words, _TARGET, "my_model:target -o fold.svg")
     _add_target(parser)
-    instead = "FILE.svg or FILE.dot instead of stdout"
+    instead = "FILE.svg, FILE.dot or (with jax_lnfold[png]) FILE.png instead of SVG on stdout"
     parser.add_argument("-o", "--output", metavar="FILE", type=_picture, help=instead)
 
 
@@ -182,6 +182,6 @@ def _target(text: str) -> str:
 
 
 def _picture(text: str) -> Path:
-    if Path(text).suffix not in (".svg", ".dot"):
-        raise argparse.ArgumentTypeError(f"{text!r} ends in neither .svg nor .dot")
+    if Path(text).suffix not in (".svg", ".dot", ".png"):
+        raise argparse.ArgumentTypeError(f"{text!r} ends in none of .svg, .dot and .png")
     return Path(text)

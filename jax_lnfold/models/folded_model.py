@@ -13,6 +13,7 @@ from ..folded import Folded
 from ..folded_functions import FoldedFunctions
 from ..plan.plan import FoldPlan
 from ..report.report import Report
+from ..report.summary import in_short
 from .folded_classes import folded_class
 from .kind import Method, ModelKind, State, kind_of, methods_of
 
@@ -20,7 +21,7 @@ MISSING: Any = object()
 """What stands for parameters that were not passed."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FoldedModel:
     """A folded model: the `model` itself, the `plan` and the `report`.
 
@@ -41,6 +42,10 @@ class FoldedModel:
         kind = kind_of(self.model)
         assert kind is not None
         return kind.split(self.model)[0]
+
+    def __repr__(self) -> str:
+        """The class of the model, and what became of its LayerNorms, in one line."""
+        return f"<FoldedModel {type(self.model).__name__}: {in_short(self.report)}>"
 
     def __call__(self, *inputs: Any, **keywords: Any) -> Any:
         """Short for ``folded.model(*inputs, **keywords)``."""

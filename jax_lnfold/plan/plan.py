@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from os import PathLike
 from typing import Any, get_args, get_type_hints
 
 import jax
@@ -16,7 +17,7 @@ import numpy as np
 
 from .._compat import is_tracer
 from ..errors import FoldError, PlanFormatError, TreeError
-from ..printable import printable
+from ..printable import printable, written
 from ..trees import FLOATS, check_leaves, committed_to, is_editable
 from ..untied import copied_in, extended
 from .edits.affine import AffineEdit
@@ -259,8 +260,10 @@ class FoldPlan:
         }
         return FoldPlan(tuple(LeafSpec(path, shape) for path, shape in shapes.items()), **sections)
 
-    def to_json(self) -> str:
+    def to_json(self, file: str | PathLike[str] | None = None) -> str:
         """The plan as JSON text, readable by `from_json` of the same `version`.
+
+        It is also written to the `file`, if a path is given.
 
         An object with these keys (others are notes of yours, which `from_json` ignores; a change
         of what they mean raises `version`):
@@ -300,15 +303,20 @@ class FoldPlan:
             if version >= KINDS[name].VERSIONS[0]
         }
         leaves = [asdict(leaf) for leaf in self.leaves]
-        return json.dumps({"leaves": leaves, **sections, "version": version}, indent=1)
+        text = json.dumps({"leaves": leaves, **sections, "version": version}, indent=1)
+        return written(text, file)
 
     @staticmethod
-    def from_json(text: str) -> FoldPlan:
-        """Read a plan written by `to_json`.
+    def from_json(text: str | bytes | PathLike[str]) -> FoldPlan:
+        """Read a plan written by `to_json`: the text, or the path of a file with it.
+
+        Example:
+            ``FoldPlan.from_json(pathlib.Path("plan.json"))``
 
         Raises:
             PlanFormatError: `text` is not such JSON, of another version, or its parts do not
                 fit together.
+            OSError: the file cannot be read.
         """
         return FoldPlan(**parse(text, KINDS))
 

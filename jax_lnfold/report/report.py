@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console, RenderableType
 
 from ..errors import FoldError, NotAnalysedError
+from ..printable import printable, written
 from ..trees import first_line
 from .cost import Cost, measure
 from .outcome import Outcome
+from .page import page, to_png
 from .picture import to_dot, to_svg
+from .plain import plain
 from .statistics import Statistics
-from .summary import headline, rows, summary
+from .summary import headline, in_short, rows, summary
 from .table import to_html, to_rich, to_text
 
 COSTED_WHEN_SHOWN = 100
@@ -26,6 +32,10 @@ COSTED_WHEN_SHOWN = 100
 
 Measured: 0.3 s and from 4 to 10 ms for each operation; other backends take longer.
 """
+
+
+File = str | PathLike[str] | None
+"""Where to write, if anywhere, what is returned."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -76,17 +86,53 @@ class Report(Outcome):
             )
         return replace(self, statistics=statistics)
 
-    def to_svg(self) -> str:
-        """The zero-mean graph as a picture (SVG text): streams, writers, LayerNorms, blockers."""
-        return to_svg(self.events, headline(self))
+    def to_svg(self, file: File = None) -> str:
+        """The zero-mean graph as a picture (SVG text): streams, writers, LayerNorms, blockers.
 
-    def to_dot(self) -> str:
+        Like the other pictures and pages, it is also written to the `file`, if a path is given.
+        """
+        return written(to_svg(self.events, headline(self)), file)
+
+    def to_dot(self, file: File = None) -> str:
         """The same in the DOT language, for Graphviz."""
-        return to_dot(self.events, headline(self))
+        return written(to_dot(self.events, headline(self)), file)
+
+    def to_png(self, file: File = None) -> bytes:
+        """The same as the bytes of a PNG image, on light ground, two pixels for one of the SVG.
+
+        Raises:
+            FoldError: the package that draws it is not installed (``jax_lnfold[png]``).
+        """
+        image = to_png(self.to_svg())
+        if file is not None:
+            Path(file).write_bytes(image)
+        return image
+
+    def to_html(
+        self, file: File = None, title: str = "LayerNorms", cost: bool | None = None
+    ) -> str:
+        """A web page of its own with the table and the picture; `cost` is as in `lines`."""
+        table = to_html(rows(self), self.lines(cost))
+        return written(page(printable(title), table, self.to_svg()), file)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What it knows as dictionaries, lists, text and numbers, which `json.dumps` takes.
+
+        The keys are the names of fields and counts; ``plan`` is as in a plan file, ``unseen`` is by
+        place, in words. Pictures are left out, and so is the ``cost`` until it is known.
+
+        Example:
+            ``json.dumps(report.to_dict())``
+        """
+        left_out = ("events", "plan", "programs")
+        known = {name: getattr(self, name) for name in ("n_folded", "n_inserted")}
+        known |= {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
+        known |= {"cost": self.cost} if self._cost_is_known else {}
+        return plain(known) | {"plan": json.loads(self.plan.to_json())}
 
     def __repr__(self) -> str:
         """One line: notebooks keep it beside the table."""
-        return f"<Report: {summary(self)[0]}>"
+        return f"<Report: {in_short(self)}>"
 
     def __str__(self) -> str:
         """The table and a summary as plain text, as wide as the terminal."""

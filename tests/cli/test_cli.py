@@ -540,7 +540,7 @@ def test_interrupted_target(module: str, capsys: Capture) -> None:
         (["report", "module"], "'module' has no colon; pass package.module:function"),
         (["report", ":f"], "has no colon"),
         (["fold", "a:b"], "invalid choice"),
-        (["draw", "a:b", "-o", "a.png"], "'a.png' ends in neither .svg nor .dot"),
+        (["draw", "a:b", "-o", "a.gif"], "'a.gif' ends in none of .svg, .dot and .png"),
         (["center", "plan.json", "a"], "required: DEST"),
     ],
 )
