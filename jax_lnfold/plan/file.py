@@ -16,7 +16,13 @@ from .edits.edit import Edit, integers
 
 @dataclass(frozen=True, slots=True)
 class LeafSpec:
-    """A leaf of the parameter tree: its key path (``a/b/kernel``) and shape."""
+    """A leaf of the parameter tree: its key path (``a/b/kernel``) and shape.
+
+    Example:
+        >>> from jax_lnfold import LeafSpec
+        >>> LeafSpec("mlp/kernel", (3, 5)).shape
+        (3, 5)
+    """
 
     key_path: str
     shape: tuple[int, ...]

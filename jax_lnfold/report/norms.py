@@ -28,6 +28,14 @@ class Norm:
     `folded`, and otherwise names the operation in the way with its module path and source line;
     `blocker` is that operation. `two_pass` if its variance takes a second pass over the input.
     `approximate` if it is folded although dropout before it leaves it a mean.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jax_lnfold
+        >>> def model(w, x):
+        ...     return jax.nn.standardize(x @ w)
+        >>> (norm,) = jax_lnfold.analyze(model, jnp.ones((3, 5)), jnp.ones((2, 3))).norms
+        >>> norm.folded, norm.axes, norm.shape
+        (True, (1,), (2, 5))
     """
 
     path: str
@@ -53,6 +61,11 @@ class Insertion:
 
     `reason` says what keeps its value from being zero-mean by itself, `advice` what could be
     changed about that; both may be empty.
+
+    Example:
+        >>> from jax_lnfold import AxisSet, Insertion
+        >>> print(Insertion("`tanh` (MLP, model.py:7)", AxisSet.over((2, 5), axes=[1])))
+        Inserted after `tanh` (MLP, model.py:7), along axis 1.
     """
 
     after: str
