@@ -8,7 +8,7 @@ ROOM ?=
 HOUSE = $(shell find tests -name test_architecture.py -o -name test_contributing.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup hooks check quick lint types test test-all quickstart package format full
+.PHONY: help setup hooks check quick lint types test test-all quickstart docs package format full
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,9 @@ test-all: ## also long tests, frameworks, benchmarks and examples: pip install -
 
 quickstart:
 	$(PYTHON) .ci/quickstart.py
+
+docs: ## build the pages: pip install -e '.[docs]'
+	$(PYTHON) -m sphinx -W -n -q docs docs/_build/html
 
 package: ## build wheel and source archive, and try them with the base dependencies alone
 	PATH="$(abspath $(dir $(PYTHON))):$$PATH" bash .ci/package
