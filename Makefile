@@ -43,7 +43,7 @@ quickstart:
 	$(PYTHON) .ci/quickstart.py
 
 docs: ## build the pages: pip install -e '.[docs]'
-	$(PYTHON) -m sphinx -W -n -q docs docs/_build/html
+	$(PYTHON) -m sphinx -W --keep-going -n -q docs docs/_build/html
 
 package: ## build wheel and source archive, and try them with the base dependencies alone
 	PATH="$(abspath $(dir $(PYTHON))):$$PATH" bash .ci/package
