@@ -2,8 +2,8 @@
 
 Eight simulated devices stand in for a real mesh. Set ``JAX_PLATFORMS`` to run tests on others.
 
-``python -m pytest`` runs what guards the engine; with ``--all``, also what is `WIDE`. Whatever is
-named on the command line runs in any case.
+``python -m pytest`` runs what guards the engine; with ``--all``, also what is `WIDE`, or marked so.
+Files and rooms that are named on the command line run as a whole.
 """
 
 from __future__ import annotations
@@ -38,32 +38,54 @@ jax.config.update("jax_disable_most_optimizations", True)  # most of the time is
 
 # --- which tests run -----------------------------------------------------------------------------
 
+TESTS = ROOT / "tests"
 WIDE = [
     ROOT / "examples",
-    *(ROOT / "tests" / room for room in ("bench", "examples", "frameworks", "measurement")),
+    *(TESTS / room for room in ("bench", "examples", "frameworks", "measurement")),
+    *(TESTS / "placement" / f"test_{name}.py" for name in ("affine", "queries")),
+    *(TESTS / "plan" / f"test_{name}.py" for name in ("centered_twice", "fitting", "means")),
+    *(TESTS / "program" / f"test_{name}.py" for name in ("dropout",)),
+    *(TESTS / "rewrite" / f"test_{name}.py" for name in ("defer",)),
     *(
-        ROOT / "tests" / "whole" / f"test_{name}.py"
-        for name in "joint_models processes regress settings training transformations".split()
+        TESTS / "whole" / f"test_{name}.py"
+        for name in "joint_models kept low_precision processes regress settings together training "
+        "transformations untie verify".split()
     ),
 ]
-"""Long runs, frameworks, benchmarks and examples."""
+"""Options that ask for more than a fold, long runs, frameworks, benchmarks and examples."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add ``--all``."""
-    parser.addoption(
-        "--all", action="store_true", help="also run long tests, frameworks, benchmarks, examples"
-    )
+    parser.addoption("--all", action="store_true", help="run what is wide, too")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave out what is wide, unless all tests are asked for, or it is named."""
+    """Leave out wide files and rooms."""
+    around = [path for path in WIDE if collection_path.is_relative_to(path)]
+    return True if any(is_left_out(path, config) for path in around) else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests that are marked as wide."""
+    wide = {item for item in items if item.get_closest_marker("wide")}
+    left_out = [item for item in items if item in wide and is_left_out(item.path, config)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in {*left_out}]
+
+
+def is_left_out(path: Path, config: pytest.Config) -> bool:
+    """Whether something wide is not asked for, by ``--all`` or by a name on the command line.
+
+    Such a name is that of the path, or of something in it, or of a room around it.
+    """
     if config.getoption("--all"):
-        return None
+        return False
     asked = [Path(config.invocation_params.dir, arg.partition("::")[0]) for arg in config.args]
-    named = (path for path in WIDE if any(arg.is_relative_to(path) for arg in asked))
-    left_out = {*WIDE} - {*named}
-    return True if any(collection_path.is_relative_to(path) for path in left_out) else None
+    rooms = [arg for arg in asked if arg not in (ROOT, TESTS)]
+    return not any(a.is_relative_to(path) for a in asked) and not any(
+        map(path.is_relative_to, rooms)
+    )
 
 
 # --- memory --------------------------------------------------------------------------------------

@@ -89,6 +89,7 @@ def test_what_is_wide_is_there_and_runs_at_last() -> None:
         (["tests/frameworks"], False),
         (["tests/frameworks/test_linen.py::test_name"], False),
         (["tests/examples", "tests/whole"], True),
+        ([""], True),
     ],
 )
 def test_what_is_named_runs(args: list[str], left_out: bool) -> None:

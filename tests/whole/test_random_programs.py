@@ -124,12 +124,14 @@ def test_facts(count: int) -> None:
     assert min(found.counts["facts"], found.counts["tolerances"]) > 100
 
 
+@pytest.mark.wide
 def test_gradients() -> None:
     found = check_many(["gradients"], range(0, 21, 3), ["both"])
     assert not found.failures
     assert min(found.counts["folded"], found.counts["affine"]) > 0
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rounded_programs_are_as_accurate(dtype: str) -> None:
     found = check_many([dtype], range(0, 24, 3), ["both"])
@@ -168,6 +170,7 @@ def with_edits(change: Callable[[Any], Any]) -> Callable[..., Any]:
     return changed
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("name", "change"),
     [
