@@ -44,8 +44,8 @@ WIDE = [
     *(TESTS / room for room in ("bench", "examples", "frameworks", "measurement")),
     *(TESTS / "placement" / f"test_{name}.py" for name in ("affine", "queries")),
     *(TESTS / "plan" / f"test_{name}.py" for name in ("centered_twice", "fitting", "means")),
-    *(TESTS / "program" / f"test_{name}.py" for name in ("dropout",)),
-    *(TESTS / "rewrite" / f"test_{name}.py" for name in ("defer",)),
+    TESTS / "program" / "test_dropout.py",
+    TESTS / "rewrite" / "test_defer.py",
     *(
         TESTS / "whole" / f"test_{name}.py"
         for name in "joint_models kept low_precision processes regress settings together training "
@@ -98,7 +98,8 @@ def pytest_runtest_teardown() -> None:
     """Keep the thousands of programs that tests compile from filling the memory."""
     if MEMORY.exists() and resident() > MOST_MEMORY:
         jax.clear_caches()
-        ctypes.CDLL(None).malloc_trim(0)  # else what is free stays with the process
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)  # else what is free stays with the process
 
 
 def resident() -> float:
