@@ -1,0 +1,109 @@
+"""Runs the code of the pages: ``python -m pytest -n 2 --dist loadfile docs``.
+
+A ```` ```python ```` block runs after those above it on its page; one that begins with ``# name.py``
+is written to that file instead. An ```` ```output ```` block is what the block before it prints,
+and a ```` ```console ```` block is a shell session. Each page has a folder of its own. The code is
+run as users run it: in float32, on one device is enough.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import doctest
+import io
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from sybil import Example, Sybil
+from sybil.evaluators.python import pad
+from sybil.parsers.myst import CodeBlockParser, SkipParser
+
+FRAMEWORKS = {"equinox", "flax", "haiku", "keras", "optax", "safetensors", "transformers"}
+COST = re.compile(r".* by\s+XLA's cost analysis for \w+\.", re.MULTILINE)  # another in each version
+
+
+def same(wanted: str, got: str) -> None:
+    """Fail unless the text is that of the page, in which ``...`` stands for anything."""
+    wanted, got = (COST.sub("(cost)", text).strip() + "\n" for text in (wanted, got))
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    checker = doctest.OutputChecker()
+    if not checker.check_output(wanted, got, flags):
+        example = doctest.Example("", wanted)
+        pytest.fail(checker.output_difference(example, got, flags), pytrace=False)
+
+
+def run_python(example: Example) -> None:
+    """Run a block, and keep what it prints."""
+    source, namespace = str(example.parsed), example.namespace
+    if file := re.match(r"# (\w+\.py)\n", source):
+        Path(file[1]).write_text(source)
+        return
+    code = compile(pad(source, example.line), example.path, "exec", dont_inherit=True)
+    namespace["_printed"] = printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            exec(code, namespace)
+    except ModuleNotFoundError as error:
+        if error.name not in FRAMEWORKS:
+            raise
+        pytest.skip(f"{error.name} is not installed")
+
+
+def run_console(example: Example) -> None:
+    """Run the lines that begin with ``$``, and compare what is written with the lines below."""
+    wanted = [line for line in example.parsed.splitlines() if not line.startswith("$ ")]
+    commands = [line[2:] for line in example.parsed.splitlines() if line.startswith("$ ")]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        "\n".join(commands),
+        shell=True,
+        env=os.environ | {"PATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    same("\n".join(wanted), done.stdout)
+
+
+def compare_output(example: Example) -> None:
+    """Compare with what the last block has printed."""
+    same(str(example.parsed), example.namespace["_printed"].getvalue())
+
+
+def setup(namespace: dict[str, Any]) -> None:
+    """A folder, and jax as users have it."""
+    namespace["_before"] = os.getcwd(), jax.config.jax_enable_x64
+    namespace["_folder"] = folder = tempfile.TemporaryDirectory()
+    os.chdir(folder.name)
+    os.environ["COLUMNS"] = "100"
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    jax.config.update("jax_enable_x64", False)
+
+
+def teardown(namespace: dict[str, Any]) -> None:
+    """As it was before."""
+    folder, x64 = namespace["_before"]
+    os.chdir(folder)
+    namespace["_folder"].cleanup()
+    jax.config.update("jax_enable_x64", x64)
+
+
+pytest_collect_file = Sybil(
+    parsers=[
+        CodeBlockParser("python", run_python),
+        CodeBlockParser("output", compare_output),
+        CodeBlockParser("console", run_console),
+        SkipParser(),
+    ],
+    patterns=["*.md"],
+    setup=setup,
+    teardown=teardown,
+).pytest()
