@@ -39,8 +39,8 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 autodoc_member_order = "bysource"
-autodoc_typehints_format = "short"
-python_use_unqualified_type_names = True
+autodoc_typehints = "none"  # `fold` has overloads; the words say shapes and dtypes as well
+autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 80
 # What is not ours is not linked; links to what is ours, and between pages, are checked.
 nitpick_ignore_regex = [("py:obj", r"(?!jax_lnfold\.).*"), ("py:.*", r"(?!jax_lnfold\b).*")]
