@@ -43,9 +43,11 @@ def read(app: Sphinx, docname: str, source: list[str]) -> None:
         if link["start"].startswith("!"):
             new = os.path.relpath(found, page)
         elif name in PAGES or found.is_relative_to(app.srcdir):
-            new = os.path.relpath(Path(app.srcdir, f"{PAGES[name]}.md"), page) if (
-                name in PAGES
-            ) else os.path.relpath(found, page)
+            new = (
+                os.path.relpath(Path(app.srcdir, f"{PAGES[name]}.md"), page)
+                if (name in PAGES)
+                else os.path.relpath(found, page)
+            )
         else:
             new = f"{REPOSITORY}/{name}"
         return f"{link['start']}{new}{link['rest']}"

@@ -39,6 +39,19 @@ class FoldPlan:
     before `edits` and `means`, of which a leaf has one kind. If leaves are `untied`, the tree is an
     `Untied` one, see `extend`. Where `from_json` would not read it back, it cannot be made:
     `PlanFormatError`.
+
+    Example:
+        >>> import jax, jax_lnfold
+        >>> def model(params, x):
+        ...     return jax.nn.standardize(x @ params["w"])  # a LayerNorm behind a linear layer
+        >>> params = {"w": jax.random.normal(jax.random.key(0), (4, 8))}
+        >>> x = jax.random.normal(jax.random.key(1), (3, 4))
+        >>> plan = jax_lnfold.plan_fold(model, params, x)
+        >>> centered = plan.center(params)
+        >>> plan.is_centered(params), plan.is_centered(centered)
+        (False, True)
+        >>> jax_lnfold.FoldPlan.from_json(plan.to_json()) == plan
+        True
     """
 
     leaves: tuple[LeafSpec, ...]

@@ -1,0 +1,52 @@
+"""Public names tell arguments, results and errors, and their examples do what they say."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import jax_lnfold
+
+PUBLIC = {name: getattr(jax_lnfold, name) for name in jax_lnfold.__all__}
+REFERENCE = Path(__file__).parents[1] / "docs" / "reference" / "api"
+
+
+def parts(text: str) -> set[str]:
+    """The sections of a docstring."""
+    return {line.strip(" :") for line in text.splitlines() if line.endswith(":")}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_examples_of_public_names(name: str) -> None:
+    finder = doctest.DocTestFinder(recurse=False)
+    found = finder.find(PUBLIC[name], name, globs={})
+    assert sum(len(test.examples) for test in found) > 0
+    runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS)
+    for test in found:
+        runner.run(test)
+    assert runner.summarize(verbose=False).failed == 0
+
+
+@pytest.mark.parametrize("name", [name for name, x in PUBLIC.items() if inspect.isfunction(x)])
+def test_functions_tell_arguments_results_and_errors(name: str) -> None:
+    function: Any = PUBLIC[name]
+    text = inspect.getdoc(function) or ""
+    assert parts(text) >= {"Args", "Returns", "Raises", "Example"}
+    arguments = inspect.signature(function).parameters
+    assert [
+        argument for argument in arguments if f"    {argument}:" not in text.replace("*", "")
+    ] == []
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_the_reference_has_every_public_name(name: str) -> None:
+    pages = "".join(page.read_text("utf-8") for page in REFERENCE.glob("*.md"))
+    assert any(
+        f".. auto{kind}:: {name}{end}" in pages
+        for kind in ("function", "class", "exception")
+        for end in ("\n", "()\n")
+    )
