@@ -55,6 +55,7 @@ html_theme_options = {
     "use_repository_button": True,
     "path_to_docs": "docs",
     "show_toc_level": 2,
+    "navbar_persistent": [],  # the sidebar has a search already
     "pygments_light_style": "default",
     "pygments_dark_style": "github-dark",
 }

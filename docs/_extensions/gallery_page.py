@@ -31,16 +31,19 @@ class Gallery(SphinxDirective):
 
     def _section(self, case: object) -> nodes.section:
         import jax_lnfold
+        from jax_lnfold.report.summary import rows
+        from jax_lnfold.report.table import to_html
 
         model = case.build()
         report = jax_lnfold.analyze(model.apply_fn, model.params, *model.inputs)
         name = f"gallery-{case}"
         section = nodes.section(ids=[name], names=[name])
         title = f"{case}: {report.n_folded} of {len(report.norms)}"
-        html = f'{report._repr_html_()}<div class="lnfold-figure">{report.to_svg()}</div>'
+        table = to_html(rows(report), report.lines(cost=False))
+        html = f'{table}<div class="lnfold-figure">{report.to_svg()}</div>'
         section += [
             nodes.title("", title),
-            nodes.paragraph(text=model.about),
+            nodes.paragraph("", "", *self.parse_inline(model.about)[0]),
             nodes.raw("", html, format="html"),
         ]
         return section
