@@ -8,7 +8,7 @@ ROOM ?=
 HOUSE = $(shell find tests -name test_architecture.py -o -name test_contributing.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup hooks check quick lint types test quickstart format full
+.PHONY: help setup hooks check quick lint types test quickstart docs format full
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +38,11 @@ test:
 
 quickstart:
 	$(PYTHON) .ci/quickstart.py
+
+docs: ## build the site and run the code on its pages: pip install -e '.[docs]'
+	$(PYTHON) -m sphinx -W --keep-going -n -q docs docs/_build
+	$(PYTHON) .ci/links.py docs/_build
+	$(PYTHON) -m pytest --dist loadfile docs
 
 format: ## let ruff mend what it can
 	$(PYTHON) -m ruff check --fix .

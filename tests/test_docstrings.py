@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import doctest
 import inspect
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ import pytest
 import jax_lnfold
 
 PUBLIC = {name: getattr(jax_lnfold, name) for name in jax_lnfold.__all__}
-REFERENCE = Path(__file__).parents[1] / "docs" / "reference" / "api"
 
 
 def parts(text: str) -> set[str]:
@@ -40,13 +38,3 @@ def test_functions_tell_arguments_results_and_errors(name: str) -> None:
     assert [
         argument for argument in arguments if f"    {argument}:" not in text.replace("*", "")
     ] == []
-
-
-@pytest.mark.parametrize("name", PUBLIC)
-def test_the_reference_has_every_public_name(name: str) -> None:
-    pages = "".join(page.read_text("utf-8") for page in REFERENCE.glob("*.md"))
-    assert any(
-        f".. auto{kind}:: {name}{end}" in pages
-        for kind in ("function", "class", "exception")
-        for end in ("\n", "()\n")
-    )

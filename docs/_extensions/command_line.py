@@ -29,7 +29,7 @@ class CommandLine(SphinxDirective):
         section += nodes.paragraph(text=f"{words[:1].upper()}{words[1:]}.")
         section += _literal(parser.format_usage().removeprefix("usage: "))
         options = nodes.definition_list()
-        for action in parser._actions:
+        for action in parser._actions[1:]:  # without --help
             options += _option(action, parser.formatter_class(parser.prog))
         section += options
         _, _, text = (parser.description or "").partition("\n\n")

@@ -21,6 +21,7 @@ PAGES = {
     "bench/training/README.md": "benchmarks_training",
 }
 _STUB = re.compile(r"<!-- page: (\S+) -->")
+_DRAWN = re.compile(r"^```mermaid\n.*?^```", re.DOTALL | re.MULTILINE)  # by forges alone
 _LINK = re.compile(r"(?P<start>!?\[[^\]]*\]\()(?P<target>[^)\s#]+)(?P<rest>[^)]*\))")
 
 
@@ -52,8 +53,8 @@ def read(app: Sphinx, docname: str, source: list[str]) -> None:
             new = f"{REPOSITORY}/{name}"
         return f"{link['start']}{new}{link['rest']}"
 
-    text = file.read_text(encoding="utf-8").replace("```mermaid", "```text")
-    source[0] = _LINK.sub(turned, text)
+    text = _LINK.sub(turned, file.read_text(encoding="utf-8"))
+    source[0] = _DRAWN.sub("![The walk of a fold through the code](figures/rooms.svg)", text)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
