@@ -86,7 +86,7 @@ def setup(namespace: dict[str, Any]) -> None:
     namespace["_before"] = os.getcwd(), jax.config.jax_enable_x64
     namespace["_folder"] = folder = tempfile.TemporaryDirectory()
     os.chdir(folder.name)
-    os.environ["COLUMNS"] = "84"
+    os.environ["COLUMNS"] = "80"
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     jax.config.update("jax_enable_x64", False)
