@@ -22,7 +22,7 @@ import jax
 import pytest
 from sybil import Example, Sybil
 from sybil.evaluators.python import pad
-from sybil.parsers.myst import CodeBlockParser, SkipParser
+from sybil.parsers.myst import CodeBlockParser
 
 FRAMEWORKS = {"equinox", "flax", "haiku", "keras", "optax", "safetensors", "transformers"}
 COST = re.compile(r"\d+ of \d+ reductions and [^()]*? analysis\s+for\s+\w+\.")
@@ -49,15 +49,24 @@ def run_python(example: Example) -> None:
     if file := re.match(r"# (\w+\.py)\n", source):
         Path(file[1]).write_text(source)
         return
+    if "import " not in source:
+        skip_if_missing(namespace)
     code = compile(pad(source, example.line), example.path, "exec", dont_inherit=True)
-    namespace["_printed"] = printed = io.StringIO()
+    namespace["_printed"], namespace["_missing"] = io.StringIO(), ""
     try:
-        with contextlib.redirect_stdout(printed):
+        with contextlib.redirect_stdout(namespace["_printed"]):
             exec(code, namespace)
-    except ModuleNotFoundError as error:
-        if error.name not in FRAMEWORKS:
+    except ImportError as error:
+        namespace["_missing"] = (error.name or "").partition(".")[0]
+        if namespace["_missing"] not in FRAMEWORKS:
             raise
-        pytest.skip(f"{error.name} is not installed")
+        skip_if_missing(namespace)
+
+
+def skip_if_missing(namespace: dict[str, Any]) -> None:
+    """Skip what belongs to a block that imports a framework which is not there."""
+    if missing := namespace.get("_missing"):
+        pytest.skip(f"{missing} is not installed, or its version has no such name")
 
 
 def run_console(example: Example) -> None:
@@ -78,6 +87,7 @@ def run_console(example: Example) -> None:
 
 def compare_output(example: Example) -> None:
     """Compare with what the last block has printed."""
+    skip_if_missing(example.namespace)
     same(str(example.parsed), example.namespace["_printed"].getvalue())
 
 
@@ -105,7 +115,6 @@ pytest_collect_file = Sybil(
         CodeBlockParser("python", run_python),
         CodeBlockParser("output", compare_output),
         CodeBlockParser("console", run_console),
-        SkipParser(),
     ],
     patterns=["*.md"],
     setup=setup,

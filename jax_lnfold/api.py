@@ -119,7 +119,7 @@ def fold(
             Everything is analysed and checked before the first of them goes. Only if an edit
             itself fails or is interrupted (no memory, Ctrl-C), those edited before it are lost.
         explicit_cost: cost of an explicit centering per element, where a LayerNorm's own
-            centering costs 1 (theory: minimum cut).
+            centering costs 1 (theory, section 3).
         approximate: with ``{"dropout"}``, elementwise dropout is taken for the identity: in a
             trace with dropout the folded program is then an approximation (the mean that dropping
             leaves is not removed), which the report says and measures. Without dropout the same

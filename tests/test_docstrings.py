@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import doctest
 import inspect
+import runpy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,3 +40,15 @@ def test_functions_tell_arguments_results_and_errors(name: str) -> None:
     assert [
         argument for argument in arguments if f"    {argument}:" not in text.replace("*", "")
     ] == []
+
+
+def test_figures_of_the_theory_are_as_they_are_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = Path(__file__).parents[1] / "docs" / "figures" / "make.py"
+    make = runpy.run_path(str(script))
+    monkeypatch.setitem(make["figure"].__globals__, "HERE", tmp_path)
+    make["main"]()
+    assert len([*tmp_path.iterdir()]) == 4
+    for drawn in tmp_path.iterdir():
+        assert drawn.read_text("utf-8") == (script.parent / drawn.name).read_text("utf-8")

@@ -18,7 +18,7 @@ class CommandLine(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """The sections."""
         os.environ["COLUMNS"] = "88"  # of usages
-        parser = commands.make_parser()
+        parser, self._told = commands.make_parser(), {}
         (subparsers,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
         words = {action.dest: action.help for action in subparsers._choices_actions}
         return [self._section(n, words[n] or "", p) for n, p in subparsers.choices.items()]
@@ -33,7 +33,9 @@ class CommandLine(SphinxDirective):
             options += _option(action, parser.formatter_class(parser.prog))
         section += options
         _, _, text = (parser.description or "").partition("\n\n")
-        section += _literal(text)
+        before = self._told.setdefault(text, name)
+        alike = nodes.paragraph(text=f"TARGET is as for {before}.")
+        section += _literal(text) if before == name else alike
         return section
 
 

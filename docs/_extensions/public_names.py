@@ -26,6 +26,19 @@ def _public() -> dict[str, str]:
     }
 
 
+def link_theory(app: Sphinx, what: str, name: str, x: Any, options: Any, lines: list[str]) -> None:
+    """Make links of sections of the theory that a docstring names; API pages are in one folder."""
+    text = Path(app.srcdir, "theory.md").read_text("utf-8")
+    titles = dict(re.findall(r"^## (\d+)\. (.*)$", text, re.M))
+
+    def linked(found: re.Match[str]) -> str:
+        title = f"{found[1]}-{titles[found[1]]}".lower()
+        anchor = re.sub(r"[^\w -]", "", title).replace(" ", "-")
+        return f"(`{found[0][1:-1]} <../../theory.html#{anchor}>`__)"
+
+    lines[:] = [re.sub(r"\(theory, section (\d+)\)", linked, line) for line in lines]
+
+
 class OtherNames(SphinxDirective):
     """What is public and on no other page of this folder."""
 
@@ -65,4 +78,5 @@ def setup(app: Sphinx) -> dict[str, bool]:
     """Add the directive ``other-names``, and ask us for names that Sphinx does not find."""
     app.add_directive("other-names", OtherNames)
     app.connect("missing-reference", resolve)
+    app.connect("autodoc-process-docstring", link_theory)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -160,8 +160,11 @@ def rooms() -> None:
     figure("rooms", "The rooms of the code", 600, 66 + 52 * len(ROOMS), *parts)
 
 
+def main() -> None:
+    """Draw all of them."""
+    for draw in (centering, response, cut, rooms):
+        draw()
+
+
 if __name__ == "__main__":
-    centering()
-    response()
-    cut()
-    rooms()
+    main()

@@ -102,11 +102,17 @@ class FoldPlan:
         itself. Traceable and differentiable; the copies are the very arrays until `center` edits
         them.
 
-        Example:
-            ``folded.apply(plan.center(plan.extend(checkpoint)), x)``
+        Args:
+            params: a tree like that which was folded.
+
+        Returns:
+            The `Untied` tree, or `params`.
 
         Raises:
             TreeError: a leaf to copy is missing.
+
+        Example:
+            ``folded.apply(plan.center(plan.extend(checkpoint)), x)``
         """
         return extended(params, self.copies)
 
@@ -124,6 +130,13 @@ class FoldPlan:
         give up their memory and are deleted, unless they stand at several key paths; nothing else
         of the caller's is ever changed. Everything is checked before the first edit: only if an
         edit itself fails or is interrupted (no memory, Ctrl-C), arrays donated before it are lost.
+
+        Args:
+            params: a tree of NumPy or JAX arrays, which are not changed.
+            donate: give up the memory of edited JAX arrays.
+
+        Returns:
+            The edited tree, of the same structure, shapes, dtypes and shardings.
 
         Raises:
             TreeError: key paths or shapes do not fit the plan's, a leaf is no array or a deleted
@@ -174,6 +187,12 @@ class FoldPlan:
 
         What a kernel or a bias has taken up cannot be told from it: of merged scales and shifts
         it is looked whether they are ones and zeros.
+
+        Args:
+            params: a tree of arrays with values.
+
+        Returns:
+            True if nothing is left to be centered.
 
         Raises:
             TreeError: as for `center`.

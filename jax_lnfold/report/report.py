@@ -99,6 +99,12 @@ class Report(Outcome):
     def with_statistics(self, statistics: Statistics) -> Report:
         """The report with a column of what `measure` found of the same LayerNorms.
 
+        Args:
+            statistics: what `measure` returned for this fold, or for the function alone.
+
+        Returns:
+            A new report; this one is as before.
+
         Raises:
             FoldError: these are no statistics, or they are of other LayerNorms.
         """
