@@ -40,8 +40,8 @@ quickstart:
 	$(PYTHON) .ci/quickstart.py
 
 docs: ## build the site and run the code on its pages: pip install -e '.[docs]'
-	$(PYTHON) -m sphinx -W --keep-going -n -q docs docs/_build
-	$(PYTHON) .ci/links.py docs/_build
+	$(PYTHON) -m sphinx -W --keep-going -n -q docs docs/_build/html
+	$(PYTHON) .ci/links.py docs/_build/html
 	$(PYTHON) -m pytest --dist loadfile docs
 
 format: ## let ruff mend what it can
