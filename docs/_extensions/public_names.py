@@ -32,6 +32,8 @@ def link_theory(app: Sphinx, what: str, name: str, x: Any, options: Any, lines: 
     titles = dict(re.findall(r"^## (\d+)\. (.*)$", text, re.M))
 
     def linked(found: re.Match[str]) -> str:
+        if found[1] not in titles:
+            raise ValueError(f"{name}: the theory has no section {found[1]}")
         title = f"{found[1]}-{titles[found[1]]}".lower()
         anchor = re.sub(r"[^\w -]", "", title).replace(" ", "-")
         return f"(`{found[0][1:-1]} <../../theory.html#{anchor}>`__)"
