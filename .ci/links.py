@@ -1,14 +1,24 @@
 """Checks the links of a site that was built: pages, and places in them, that are files there.
 
-``python .ci/links.py SITE``. Links to other sites are not followed.
+``python .ci/links.py SITE``. Links from everywhere to the site itself and to files of the repository
+are checked, too; those to other sites are not followed.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+ROOT = Path(__file__).resolve().parents[1]
+OURS = {
+    r"https://jax-lnfold\.readthedocs\.io/en/latest/": "{site}",
+    r"https://github\.com/jax-lnfold/jax_lnfold/(?:blob|tree)/main/": "{root}",
+    r"https://raw\.githubusercontent\.com/jax-lnfold/jax_lnfold/main/": "{root}",
+}
+"""Where our addresses are on this machine."""
 
 
 class Page(HTMLParser):
@@ -48,10 +58,23 @@ def broken(site: Path) -> list[str]:
     return found
 
 
+def broken_addresses(site: Path) -> list[str]:
+    """The addresses of ours, in the README and on pages, that are not there."""
+    texts = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    found = []
+    for file in texts:
+        text = file.read_text(encoding="utf-8")
+        for address, where in OURS.items():
+            for path in re.findall(rf"{address}([^)\s>#]*)", text):
+                if not Path(where.format(site=site, root=ROOT), path).exists():
+                    found.append(f"{file.relative_to(ROOT)}: {path}")
+    return found
+
+
 def main() -> None:
     """Exit with the broken links, if there are any."""
     site = Path(sys.argv[1])
-    if links := broken(site):
+    if links := [*broken(site), *broken_addresses(site)]:
         sys.exit("\n".join(["links that go nowhere:", *links]))
     print(f"all links within {site} go somewhere")
 

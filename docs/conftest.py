@@ -66,7 +66,10 @@ def run_python(example: Example) -> None:
 def skip_if_missing(namespace: dict[str, Any]) -> None:
     """Skip what belongs to a block that imports a framework which is not there."""
     if missing := namespace.get("_missing"):
-        pytest.skip(f"{missing} is not installed, or its version has no such name")
+        words = f"{missing} is not installed, or its version has no such name"
+        if os.environ.get("EVERY_FRAMEWORK"):
+            pytest.fail(words, pytrace=False)
+        pytest.skip(words)
 
 
 def run_console(example: Example) -> None:
@@ -75,7 +78,7 @@ def run_console(example: Example) -> None:
     commands = [line[2:] for line in example.parsed.splitlines() if line.startswith("$ ")]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
-        "\n".join(commands),
+        "\n".join(["set -e", *commands]),
         shell=True,
         env=os.environ | {"PATH": path},
         stdout=subprocess.PIPE,
@@ -83,6 +86,7 @@ def run_console(example: Example) -> None:
         text=True,
     )
     same("\n".join(wanted), done.stdout)
+    assert done.returncode == 0, f"exit code {done.returncode}"
 
 
 def compare_output(example: Example) -> None:

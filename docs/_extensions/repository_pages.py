@@ -41,16 +41,10 @@ def read(app: Sphinx, docname: str, source: list[str]) -> None:
         if not found.exists():
             raise FileNotFoundError(f"{stub[1]} links to {target}, which is not there")
         name = found.relative_to(ROOT).as_posix()
-        if link["start"].startswith("!"):
-            new = os.path.relpath(found, page)
-        elif name in PAGES or found.is_relative_to(app.srcdir):
-            new = (
-                os.path.relpath(Path(app.srcdir, f"{PAGES[name]}.md"), page)
-                if (name in PAGES)
-                else os.path.relpath(found, page)
-            )
-        else:
-            new = f"{REPOSITORY}/{name}"
+        if name in PAGES:
+            found = Path(app.srcdir, f"{PAGES[name]}.md")
+        here = link["start"].startswith("!") or found.is_relative_to(app.srcdir)
+        new = os.path.relpath(found, page) if here else f"{REPOSITORY}/{name}"
         return f"{link['start']}{new}{link['rest']}"
 
     text = _LINK.sub(turned, file.read_text(encoding="utf-8"))
