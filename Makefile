@@ -42,8 +42,10 @@ test-all: ## also long tests, frameworks, benchmarks and examples: pip install -
 quickstart:
 	$(PYTHON) .ci/quickstart.py
 
-docs: ## build the pages: pip install -e '.[docs]'
+docs: ## build the site and run the code on its pages: pip install -e '.[docs]'
 	$(PYTHON) -m sphinx -W --keep-going -n -q docs docs/_build/html
+	$(PYTHON) .ci/links.py docs/_build/html
+	$(PYTHON) -m pytest --dist loadfile docs
 
 package: ## build wheel and source archive, and try them with the base dependencies alone
 	PATH="$(abspath $(dir $(PYTHON))):$$PATH" bash .ci/package

@@ -1,4 +1,7 @@
-"""Makes LayerNorms as cheap as RMSNorms, exactly, without touching the model's code."""
+"""Makes LayerNorms as cheap as RMSNorms, exactly, without touching the model's code.
+
+Guides, the theory whose sections docstrings name, and this reference: https://jax-lnfold.readthedocs.io
+"""
 
 from .api import analyze, fold, plan_fold
 from .axes.axis_set import AxisSet

@@ -48,6 +48,12 @@ class RegressedNorm:
     `centered` and `regressed` are the share of the mean in the second moment,
     ``E[mean**2] / E[x**2]``, with means of zero and with those fitted; `fitted` is that on the
     `tokens` of the fit. If means stay zero, `why` says why.
+
+    Example:
+        >>> import jax_lnfold
+        >>> norm = jax_lnfold.RegressedNorm("norm", 80, 20, 0.05, 0.01, 0.009)
+        >>> norm.centered / norm.regressed  # times less of a mean
+        5.0
     """
 
     path: str
@@ -61,7 +67,14 @@ class RegressedNorm:
 
 @dataclass(frozen=True, slots=True)
 class Regression:
-    """What `regress` returns: the plan, and what it does to LayerNorms; `print` shows a table."""
+    """What `regress` returns: the plan, and what it does to LayerNorms; `print` shows a table.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jax_lnfold
+        >>> x = jnp.ones((20, 4))
+        >>> print(jax_lnfold.regress(lambda w, x: jax.nn.standardize(x @ w), jnp.eye(4), x))
+        No LayerNorm keeps a mean that parameters could cancel.
+    """
 
     plan: FoldPlan
     norms: tuple[RegressedNorm, ...]
@@ -111,13 +124,22 @@ def regress(
         The plan, for ``fold(apply_fn, params, *inputs, plan=found.plan, center=True)``, and the
         shares of the mean before and after the fit.
 
-    Example:
-        ``found = regress(model.apply, variables, *images)``
-
     Raises:
         FoldError: there is no batch, a batch differs from the first one in other things than its
             numbers, or `apply_fn` is no function of these arguments.
         TreeError: `params` or a batch holds other leaves than arrays.
+
+    Example:
+        >>> import jax, jax_lnfold
+        >>> def model(params, x):  # a branch, and a stream whose mean no parameter removes
+        ...     h = jax.nn.relu(x @ params["v"])
+        ...     return jax.nn.standardize(jax.nn.relu(x) + h @ params["w"])
+        >>> v, w = jax.random.normal(jax.random.key(0), (2, 8, 8))
+        >>> x = jax.random.normal(jax.random.key(1), (200, 8))
+        >>> found = jax_lnfold.regress(model, {"v": v, "w": w}, x)
+        >>> found.norms[0].regressed < found.norms[0].centered
+        True
+        >>> folded = jax_lnfold.fold(model, {"v": v, "w": w}, x, plan=found.plan, center=True)
     """
     function = apply_of(apply_fn)
     if isinstance(function, Mapping) or not callable(function):

@@ -30,7 +30,7 @@ DONE, FAILED, USAGE, LEFT, INTERRUPTED = 0, 1, 2, 3, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line with these arguments and return its exit code."""
-    args = parser_for(_report, _plan, _draw, _center).parse_args(argv)
+    args = make_parser().parse_args(argv)
     try:
         code = args.run(args)
         sys.stdout.flush()
@@ -47,6 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     return code
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
+    return parser_for(_report, _plan, _draw, _center)
 
 
 def _fail(message: str, code: int = FAILED, place: str = "") -> int:

@@ -30,6 +30,15 @@ class FoldedModel:
     folded, and others as far as they tolerate the plan (`PlanMismatchError` if one does not). It is
     split, merged, copied, saved, pickled and trained like the original. Parts of it, such as
     ``model.block``, are those of the original and compute what they say, on edited parameters.
+
+    Example:
+        >>> import jax, jax_lnfold
+        >>> from flax import nnx
+        >>> rngs = nnx.Rngs(0)
+        >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=rngs), nnx.LayerNorm(8, rngs=rngs))
+        >>> folded = jax_lnfold.fold(model, jax.numpy.ones((3, 4)))
+        >>> folded.report.n_folded, isinstance(folded.model, nnx.Sequential)
+        (1, True)
     """
 
     model: Any

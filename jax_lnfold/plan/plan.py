@@ -40,6 +40,19 @@ class FoldPlan:
     before `edits` and `means`, of which a leaf has one kind. If leaves are `untied`, the tree is an
     `Untied` one, see `extend`. Where `from_json` would not read it back, it cannot be made:
     `PlanFormatError`.
+
+    Example:
+        >>> import jax, jax_lnfold
+        >>> def model(params, x):
+        ...     return jax.nn.standardize(x @ params["w"])  # a LayerNorm behind a linear layer
+        >>> params = {"w": jax.random.normal(jax.random.key(0), (4, 8))}
+        >>> x = jax.random.normal(jax.random.key(1), (3, 4))
+        >>> plan = jax_lnfold.plan_fold(model, params, x)
+        >>> centered = plan.center(params)
+        >>> plan.is_centered(params), plan.is_centered(centered)
+        (False, True)
+        >>> jax_lnfold.FoldPlan.from_json(plan.to_json()) == plan
+        True
     """
 
     leaves: tuple[LeafSpec, ...]
@@ -90,11 +103,17 @@ class FoldPlan:
         itself. Traceable and differentiable; the copies are the very arrays until `center` edits
         them.
 
-        Example:
-            ``folded.apply(plan.center(plan.extend(checkpoint)), x)``
+        Args:
+            params: a tree like that which was folded.
+
+        Returns:
+            The `Untied` tree, or `params`.
 
         Raises:
             TreeError: a leaf to copy is missing.
+
+        Example:
+            ``folded.apply(plan.center(plan.extend(checkpoint)), x)``
         """
         return extended(params, self.copies)
 
@@ -112,6 +131,13 @@ class FoldPlan:
         give up their memory and are deleted, unless they stand at several key paths; nothing else
         of the caller's is ever changed. Everything is checked before the first edit: only if an
         edit itself fails or is interrupted (no memory, Ctrl-C), arrays donated before it are lost.
+
+        Args:
+            params: a tree of NumPy or JAX arrays, which are not changed.
+            donate: give up the memory of edited JAX arrays.
+
+        Returns:
+            The edited tree, of the same structure, shapes, dtypes and shardings.
 
         Raises:
             TreeError: key paths or shapes do not fit the plan's, a leaf is no array or a deleted
@@ -162,6 +188,12 @@ class FoldPlan:
 
         What a kernel or a bias has taken up cannot be told from it: of merged scales and shifts
         it is looked whether they are ones and zeros.
+
+        Args:
+            params: a tree of arrays with values.
+
+        Returns:
+            True if nothing is left to be centered.
 
         Raises:
             TreeError: as for `center`.

@@ -40,7 +40,45 @@ File = str | PathLike[str] | None
 
 @dataclass(frozen=True, repr=False)
 class Report(Outcome):
-    """The outcome of a fold; `print` shows it as a table. Its fields are those of `Outcome`."""
+    """The outcome of a fold, as plain data and as a table; made by `fold` and `analyze`.
+
+    `print` shows the table, in colour with `rich.print`, and notebooks show it as HTML.
+
+    - `norms`: every LayerNorm (`Norm`) in program order; `n_folded` of them fold.
+    - `insertions`: explicit centerings (`Insertion`); `n_inserted` of them. `constants` counts what
+      is centered though it is no parameter, for nothing: it depends on no input and no parameter,
+      so that the compiler does it.
+    - `plan`, and its parts `edits`, `scales`, `affine`, `queries`; `edited_bytes` is the size of
+      the leaves that are edited.
+    - `affine_left`, `untied`, `tied`, `deferred`: of what `fold_affine`, `untie` and `defer_scale`
+      asked for, what stays, and why, or what is done.
+    - `rounded`: key paths of edited leaves whose dtype has fewer digits than the arithmetic they
+      are used in: they are rounded once more, as they would not be if they were edited before a
+      cast.
+    - `opaque`: operations of which nothing is known, by primitive; LayerNorms before or behind
+      them stay as they are. `unseen`: operations that cannot be looked into, by place; LayerNorms
+      in there are not found.
+    - `dropouts`, `deviation`: of an approximate fold, the dropouts taken for the identity, and the
+      largest difference of an output on the example inputs, relative to the largest output (None
+      if the inputs were shapes only).
+    - `unrestricted`: if parameters were excluded, how many LayerNorms would fold, and how many
+      explicit centerings would be inserted, if none were.
+    - `statistics`: those of `with_statistics`. `visits`: how often the analysis looked at an
+      equation. `n_operations`: equations of the program. `events`: what the pictures show.
+
+    Example:
+        >>> import jax, jax_lnfold
+        >>> def model(params, x):
+        ...     return jax.nn.standardize(x @ params["w"])  # a LayerNorm behind a linear layer
+        >>> params = {"w": jax.random.normal(jax.random.key(0), (4, 8))}
+        >>> x = jax.random.normal(jax.random.key(1), (3, 4))
+        >>> report = jax_lnfold.analyze(model, params, x)
+        >>> norm = report.norms[0]
+        >>> norm.folded, norm.axes, norm.shape, report.n_inserted
+        (True, (1,), (3, 8), 0)
+        >>> report.to_svg()[:4]
+        '<svg'
+    """
 
     @cached_property
     def cost(self) -> Cost:
@@ -70,6 +108,12 @@ class Report(Outcome):
 
     def with_statistics(self, statistics: Statistics) -> Report:
         """The report with a column of what `measure` found of the same LayerNorms.
+
+        Args:
+            statistics: what `measure` returned for this fold, or for the function alone.
+
+        Returns:
+            A new report; this one is as before.
 
         Raises:
             FoldError: these are no statistics, or they are of other LayerNorms.

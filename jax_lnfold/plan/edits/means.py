@@ -21,7 +21,7 @@ class MeanEdit(Edit):
     """Give groups of one leaf the `means`; `along` says which positions form a group.
 
     There is one group for each position of the axes that are not averaged over, in row-major order.
-    What tolerates that the leaf is centered tolerates any means (theory, section 13).
+    What tolerates that the leaf is centered tolerates any means (theory, section 5).
 
     Example:
         >>> from jax_lnfold import AxisSet, MeanEdit
