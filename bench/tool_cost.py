@@ -29,7 +29,7 @@ from jax_lnfold.placement.place import Placement, place
 from jax_lnfold.placement.planning import make_plan
 from jax_lnfold.program.graph import Graph
 from jax_lnfold.program.tracing import trace
-from jax_lnfold.rewrite.fold import rewrite
+from jax_lnfold.rewrite.rewriter import rewrite
 
 from .models import GPT, Block, Config
 from .programs import random_arrays

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     names = [str(case) for case in ZOO]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("gallery.html"), metavar="FILE")
+    parser.add_argument("-o", "--output", type=Path, default=Path("gallery.html"), metavar="FILE")
     parser.add_argument("--models", nargs="+", choices=names, default=names, metavar="NAME")
     options = parser.parse_args(argv)
     links, sections = [], []

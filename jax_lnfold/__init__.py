@@ -1,7 +1,11 @@
-"""Makes LayerNorms as cheap as RMSNorms, exactly, without touching the model's code."""
+"""Makes LayerNorms as cheap as RMSNorms, exactly, without touching the model's code.
+
+Guides, the theory whose sections docstrings name, and this reference: https://jax-lnfold.readthedocs.io
+"""
 
 from . import rules
 from .api import analyze, fold, plan_fold
+from .axes.axis_set import AxisSet
 from .errors import (
     FoldError,
     NotAnalysedError,
@@ -18,37 +22,67 @@ from .kernels.layer_norm import layer_norm
 from .measuring import measure
 from .models.folded_model import FoldedModel
 from .models.rms_model import RMSModel, with_rms_norms
+from .plan.edits.affine import AffineEdit, AffineReader
+from .plan.edits.center import CenterEdit
+from .plan.edits.means import MeanEdit
+from .plan.edits.queries import QueryEdit
+from .plan.edits.scale import ScaleEdit
+from .plan.edits.untie import UntieEdit
+from .plan.file import LeafSpec
 from .plan.plan import FoldPlan
+from .program.graph import Location
 from .regression import regress
+from .report.cost import Cost
+from .report.norms import Insertion, Norm
+from .report.outcome import ScaleLeft, TiedLeaf, UntiedLeaf
 from .report.report import Report
 from .report.statistics import MeanShare, NormStatistics, Statistics
+from .rewrite.defer import Deferral
 from .training import CenterState, center_gradients, center_updates
 from .untied import Untied
 from .verification import Verification, verify
+from .version import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
+    "AffineEdit",
+    "AffineReader",
+    "AxisSet",
+    "CenterEdit",
     "CenterState",
+    "Cost",
+    "Deferral",
     "FoldError",
     "FoldPlan",
     "Folded",
     "FoldedFunctions",
     "FoldedModel",
+    "Insertion",
     "LayerNormCheck",
+    "LeafSpec",
+    "Location",
+    "MeanEdit",
     "MeanShare",
+    "Norm",
     "NormStatistics",
     "NotAnalysedError",
     "PlanFormatError",
     "PlanMismatchError",
+    "QueryEdit",
     "RMSModel",
     "RegressedNorm",
     "Regression",
     "Report",
+    "ScaleEdit",
+    "ScaleLeft",
     "Statistics",
+    "TiedLeaf",
     "TraceError",
     "TreeError",
+    "UntieEdit",
     "Untied",
+    "UntiedLeaf",
     "Verification",
     "analyze",
     "center_gradients",
@@ -63,3 +97,8 @@ __all__ = [
     "verify",
     "with_rms_norms",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names: modules are rooms of the house, whose names may change."""
+    return [*__all__, "__version__"]

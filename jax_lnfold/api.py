@@ -130,7 +130,7 @@ def fold(
             Everything is analysed and checked before the first of them goes. Only if an edit
             itself fails or is interrupted (no memory, Ctrl-C), those edited before it are lost.
         explicit_cost: cost of an explicit centering per element, where a LayerNorm's own
-            centering costs 1 (theory: minimum cut).
+            centering costs 1 (theory, section 3).
         approximate: with ``{"dropout"}``, elementwise dropout is taken for the identity: in a
             trace with dropout the folded program is then an approximation (the mean that dropping
             leaves is not removed), which the report says and measures. Without dropout the same
@@ -198,6 +198,19 @@ def fold(
     Raises:
         FoldError: `apply_fn` is not callable or traceable, `params` or the inputs hold other
             leaves than arrays, or an option has no such value. Nothing has been changed then.
+
+    Example:
+        >>> import jax, jax_lnfold
+        >>> def model(params, x):
+        ...     return jax.nn.standardize(x @ params["w"])  # a LayerNorm behind a linear layer
+        >>> params = {"w": jax.random.normal(jax.random.key(0), (4, 8))}
+        >>> x = jax.random.normal(jax.random.key(1), (3, 4))
+        >>> folded = jax_lnfold.fold(model, params, x)
+        >>> folded.report.n_folded
+        1
+        >>> y = jax.jit(folded.apply)(folded.params, x)
+        >>> bool(abs(y - model(params, x)).max() < 1e-5)
+        True
     """
     options = check_options(
         explicit_cost,
@@ -290,10 +303,36 @@ def analyze(
 ) -> Report:
     """Report what `fold` would do, without editing anything.
 
-    `params` and `inputs` may hold `jax.ShapeDtypeStruct` leaves: no weights are needed.
+    Args:
+        apply_fn: as for `fold`, and so are all options.
+        params: any pytree of arrays or `jax.ShapeDtypeStruct`: no weights are needed.
+        *inputs: arrays or `jax.ShapeDtypeStruct`.
+        explicit_cost: see `fold`.
+        approximate: see `fold`.
+        fold_affine: see `fold`.
+        reduce_means: see `fold`.
+        defer_scale: see `fold`.
+        deferred_cost: see `fold`.
+        optimize: see `fold`.
+        exclude: see `fold`.
+        untie: see `fold`.
+        weights: see `fold`.
+        **keywords: keyword arguments of `apply_fn`.
+
+    Returns:
+        The report of that fold; `print` shows it as a table.
 
     Raises:
         FoldError: as for `fold`, or the inputs that `apply_fn` needs are missing.
+
+    Example:
+        >>> import jax, jax_lnfold
+        >>> def model(params, x):
+        ...     return jax.nn.standardize(jax.nn.relu(x @ params["w"]))
+        >>> params = {"w": jax.ShapeDtypeStruct((4, 8), "float32")}
+        >>> report = jax_lnfold.analyze(model, params, jax.ShapeDtypeStruct((3, 4), "float32"))
+        >>> report.norms[0].folded, report.norms[0].advice
+        (False, 'end with a linear layer after this nonlinearity')
     """
     options = check_options(
         explicit_cost,
@@ -330,8 +369,34 @@ def plan_fold(
 ) -> FoldPlan:
     """The plan that `fold` would follow, from shapes alone as in `analyze`.
 
+    Args:
+        apply_fn: as for `fold`, and so are all options.
+        params: any pytree of arrays or `jax.ShapeDtypeStruct`.
+        *inputs: arrays or `jax.ShapeDtypeStruct`.
+        explicit_cost: see `fold`.
+        approximate: see `fold`.
+        fold_affine: see `fold`.
+        reduce_means: see `fold`.
+        optimize: see `fold`.
+        exclude: see `fold`.
+        untie: see `fold`.
+        weights: see `fold`.
+        **keywords: keyword arguments of `apply_fn`.
+
+    Returns:
+        The plan, to be written to a file, followed by ``fold(..., plan=plan)`` or used in training.
+
     Raises:
         FoldError: as for `fold`, or the inputs that `apply_fn` needs are missing.
+
+    Example:
+        >>> import jax, jax_lnfold
+        >>> def model(params, x):
+        ...     return jax.nn.standardize(x @ params["w"])  # a LayerNorm behind a linear layer
+        >>> params = {"w": jax.ShapeDtypeStruct((4, 8), "float32")}
+        >>> plan = jax_lnfold.plan_fold(model, params, jax.ShapeDtypeStruct((3, 4), "float32"))
+        >>> [edit.key_path for edit in plan.edits]
+        ['w']
     """
     options = check_options(
         explicit_cost,

@@ -42,6 +42,12 @@ class RegressedNorm:
     `centered` and `regressed` are the share of the mean in the second moment,
     ``E[mean**2] / E[x**2]``, with means of zero and with those fitted; `fitted` is that on the
     `tokens` of the fit. If means stay zero, `why` says why.
+
+    Example:
+        >>> import jax_lnfold
+        >>> norm = jax_lnfold.RegressedNorm("norm", 80, 20, 0.05, 0.01, 0.009)
+        >>> norm.centered / norm.regressed  # times less of a mean
+        5.0
     """
 
     path: str
@@ -55,7 +61,14 @@ class RegressedNorm:
 
 @dataclass(frozen=True, slots=True)
 class Regression:
-    """What `regress` returns: the plan, and what it does to LayerNorms; `print` shows a table."""
+    """What `regress` returns: the plan, and what it does to LayerNorms; `print` shows a table.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jax_lnfold
+        >>> x = jnp.ones((20, 4))
+        >>> print(jax_lnfold.regress(lambda w, x: jax.nn.standardize(x @ w), jnp.eye(4), x))
+        No LayerNorm keeps a mean that parameters could cancel.
+    """
 
     plan: FoldPlan
     norms: tuple[RegressedNorm, ...]

@@ -27,14 +27,33 @@ from .program_cache import ApplyFn, FreshLock, Programs
 from .report.approximation import Approximation
 from .report.build import make_report
 from .report.report import Report
+from .report.summary import in_short
 from .rewrite.defer import Deferral, defer_scales
-from .rewrite.fold import rewrite
+from .rewrite.rewriter import rewrite
 from .trees import check_devices, check_leaves
 from .untied import without_sharing
 
 
 class Folded:
-    """A folded model: a pure function `apply`, its `params`, the `plan` and the `report`."""
+    """A folded model: a pure function `apply`, its `params`, the `plan` and the `report`.
+
+    Made by `fold`. ``folded(*inputs)`` is short for ``folded.apply(folded.params, *inputs)``. It
+    keeps the programs of the last 256 signatures, until `jax.clear_caches`, and none of them in a
+    copy or a pickle.
+
+    Example:
+        >>> import jax, jax_lnfold
+        >>> def model(params, x):
+        ...     return jax.nn.standardize(x @ params["w"])  # a LayerNorm behind a linear layer
+        >>> params = {"w": jax.random.normal(jax.random.key(0), (4, 8))}
+        >>> x = jax.random.normal(jax.random.key(1), (3, 4))
+        >>> folded = jax_lnfold.fold(model, params, x)
+        >>> jax.vmap(folded.apply, (None, 0))(folded.params, x[None]).shape
+        (1, 3, 8)
+        >>> newer = folded.plan.center({"w": 2 * params["w"]})  # of another checkpoint
+        >>> folded.apply(newer, x).shape
+        (3, 8)
+    """
 
     def __init__(
         self,
@@ -81,6 +100,12 @@ class Folded:
         assert self._report is not None
         return self._report
 
+    def __repr__(self) -> str:
+        """What became of the LayerNorms, in one line."""
+        if self._report is None:
+            return "<Folded: not analysed before its first call>"
+        return f"<Folded: {in_short(self._report)}>"
+
     def without_params(self) -> Folded:
         """The same with the shapes of the parameters, for somebody who keeps these elsewhere."""
         made = copy(self)
@@ -112,6 +137,14 @@ class Folded:
         Keywords are those of the folded function, none of which is remembered from `fold`: arrays
         (and trees of them) are inputs like all others; flags, names and functions are bound, each
         value making a program of its own.
+
+        Args:
+            params: edited parameters, see above.
+            *inputs: arrays, of any shapes that the original function takes.
+            **keywords: keyword arguments of the original function.
+
+        Returns:
+            What the original function returns, up to rounding.
 
         Raises:
             TreeError: `params` has not the leaves that were folded, their sizes along other axes

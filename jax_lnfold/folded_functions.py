@@ -15,7 +15,8 @@ from .program.joint import joined, whole_weights
 from .program.tracing import Traced
 from .report.build import make_report
 from .report.report import Report
-from .rewrite.fold import rewrite
+from .report.summary import in_short
+from .rewrite.rewriter import rewrite
 from .trees import check_leaves
 
 
@@ -25,12 +26,29 @@ class FoldedFunctions(Mapping[str, Folded]):
     They share the edited `params` and the `plan`, which is the optimum for all of them together.
     The `report` is about all of them: its modules and places begin with the function's name; that
     of one function alone is ``functions[name].report``.
+
+    Example:
+        >>> import jax, jax_lnfold
+        >>> def encode(params, x):
+        ...     return jax.nn.standardize(x @ params["w"])
+        >>> def score(params, x):
+        ...     return encode(params, x) @ params["v"]
+        >>> w, v = jax.random.normal(jax.random.key(0), (2, 4, 4))
+        >>> params, x = {"w": w, "v": v}, jax.random.normal(jax.random.key(1), (3, 4))
+        >>> functions, inputs = {"encode": encode, "score": score}, {"encode": x, "score": x[:1]}
+        >>> served = jax_lnfold.fold(functions, params, inputs)
+        >>> served["score"].apply(served.params, x).shape
+        (3, 4)
     """
 
     def __init__(self, functions: Mapping[str, Folded], plan: FoldPlan, report: Report) -> None:
         """Use `fold` instead."""
         self._functions = dict(functions)
         self.plan, self.report = plan, report
+
+    def __repr__(self) -> str:
+        """The names, and what became of the LayerNorms of all together, in one line."""
+        return f"<FoldedFunctions {', '.join(map(repr, self))}: {in_short(self.report)}>"
 
     @property
     def params(self) -> Any:

@@ -46,14 +46,22 @@ def measure(fn: Any, params: Any = MISSING, *batches: Any, **keywords: Any) -> S
         One entry for each LayerNorm, in program order; `print` shows a table.
         ``folded.report.with_statistics(...)`` puts the numbers next to what was folded.
 
-    Example:
-        ``print(measure(model.apply, variables, images_1, images_2))``
-
     Raises:
         FoldError: there is no batch, a batch differs from the first one in other things than its
             numbers, `fn` is no function of these arguments, or the arguments are being traced.
         TreeError: `params` or a batch holds other leaves than arrays.
         PlanMismatchError: the function notices the edits of a fold for inputs of these shapes.
+
+    Example:
+        >>> import jax, jax_lnfold
+        >>> def model(params, x):
+        ...     return jax.nn.standardize(x @ params["w"])  # a LayerNorm behind a linear layer
+        >>> params = {"w": jax.random.normal(jax.random.key(0), (4, 8))}
+        >>> x = jax.random.normal(jax.random.key(1), (3, 4))
+        >>> folded = jax_lnfold.fold(model, params, x)
+        >>> (norm,) = jax_lnfold.measure(folded, params, x, x + 1).norms  # two batches
+        >>> bool(norm.before.share > 0.001), bool(norm.after.share < 1e-6)
+        (True, True)
     """
     function, params, given = _function(fn, params, batches)
     inputs = [with_keywords(batch, keywords) for batch in given]

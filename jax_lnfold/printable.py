@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from os import PathLike
+from pathlib import Path
+
 
 def printable(text: str) -> str:
     r"""The text with what terminals and XML would take for something else escaped: ``\x1b``.
@@ -16,3 +19,10 @@ def printable(text: str) -> str:
 def counted(n: int, noun: str, plural: str = "") -> str:
     """``1 leaf``, ``2 leaves``; the plural is that with an s unless given."""
     return f"{n} {noun}" if n == 1 else f"{n} {plural or noun + 's'}"
+
+
+def written(text: str, file: str | PathLike[str] | None) -> str:
+    """The text, which is also written to the file if there is one."""
+    if file is not None:
+        Path(file).write_text(text, "utf-8")
+    return text

@@ -48,13 +48,22 @@ def regress(
         The plan, for ``fold(apply_fn, params, *inputs, plan=found.plan, center=True)``, and the
         shares of the mean before and after the fit.
 
-    Example:
-        ``found = regress(model.apply, variables, *images)``
-
     Raises:
         FoldError: there is no batch, a batch differs from the first one in other things than its
             numbers, or `apply_fn` is no function of these arguments.
         TreeError: `params` or a batch holds other leaves than arrays.
+
+    Example:
+        >>> import jax, jax_lnfold
+        >>> def model(params, x):  # a branch, and a stream whose mean no parameter removes
+        ...     h = jax.nn.relu(x @ params["v"])
+        ...     return jax.nn.standardize(jax.nn.relu(x) + h @ params["w"])
+        >>> v, w = jax.random.normal(jax.random.key(0), (2, 8, 8))
+        >>> x = jax.random.normal(jax.random.key(1), (200, 8))
+        >>> found = jax_lnfold.regress(model, {"v": v, "w": w}, x)
+        >>> found.norms[0].regressed < found.norms[0].centered
+        True
+        >>> folded = jax_lnfold.fold(model, {"v": v, "w": w}, x, plan=found.plan, center=True)
     """
     function = apply_of(apply_fn)
     if isinstance(function, Mapping) or not callable(function):

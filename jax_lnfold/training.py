@@ -33,6 +33,17 @@ class CenterState(NamedTuple):
     `drift` (float32 scalar) is the largest group mean of the parameters that the last update was
     given, in units of what rounding explains. More than 1 means that something else moves them off
     the constraint: a transformation after this one, or a step that does not use its updates.
+
+    Example:
+        >>> import jax, jax_lnfold
+        >>> def model(params, x):
+        ...     return jax.nn.standardize(x @ params["w"])  # a LayerNorm behind a linear layer
+        >>> params = {"w": jax.random.normal(jax.random.key(0), (4, 8))}
+        >>> x = jax.random.normal(jax.random.key(1), (3, 4))
+        >>> folded = jax_lnfold.fold(model, params, x)
+        >>> state = jax_lnfold.center_updates(folded.plan).init(folded.params)
+        >>> float(state.drift)
+        0.0
     """
 
     drift: Any
@@ -62,10 +73,33 @@ def center_updates(plan: FoldPlan) -> optax.GradientTransformation:
     center_updates(plan)), ...)``, and the same with `optax.lookahead`. Or serve
     ``plan.center(schedule_free_eval_params(...))``: the original model does not notice.
 
-    Raises (from `init` and `update`):
-        TreeError: the tree is not the plan's, a leaf that it centers is masked, or parameters are
-            not centered (seen only where they are not traced).
-        FoldError: `update` is not given the parameters, or optax is not installed.
+    Args:
+        plan: that of the fold that is trained.
+
+    Returns:
+        A transformation of updates, with a `CenterState`.
+
+    Raises:
+        FoldError: `plan` is no plan, optax is not installed, or `update` is not given the
+            parameters.
+        TreeError: from `init` and `update`: the tree is not the plan's, a leaf that it centers is
+            masked, or parameters are not centered (seen only where they are not traced).
+
+    Example:
+        >>> import optax
+        >>> import jax, jax_lnfold
+        >>> def model(params, x):
+        ...     return jax.nn.standardize(x @ params["w"])  # a LayerNorm behind a linear layer
+        >>> params = {"w": jax.random.normal(jax.random.key(0), (4, 8))}
+        >>> x = jax.random.normal(jax.random.key(1), (3, 4))
+        >>> folded = jax_lnfold.fold(model, params, x)
+        >>> tx = optax.chain(optax.adam(0.1), jax_lnfold.center_updates(folded.plan))
+        >>> def loss(params):
+        ...     return folded.apply(params, x)[:, 0].sum()
+        >>> params, state = folded.params, tx.init(folded.params)
+        >>> updates, state = tx.update(jax.grad(loss)(params), state, params)
+        >>> folded.plan.is_centered(optax.apply_updates(params, updates))
+        True
     """
     _check_plan(plan, "center_updates")
 
@@ -99,9 +133,29 @@ def center_gradients(plan: FoldPlan) -> optax.GradientTransformation:
     `center_updates` behind it, both train in the same way, also by optimisers that are not linear
     (Adam). It needs no parameters and keeps no state.
 
-    Raises (from `init` and `update`):
-        TreeError: the tree is not the plan's, or a leaf that it centers is masked.
-        FoldError: optax is not installed.
+    Args:
+        plan: that of the fold that is trained.
+
+    Returns:
+        A transformation of gradients, without a state.
+
+    Raises:
+        FoldError: `plan` is no plan, or optax is not installed.
+        TreeError: from `init` and `update`: the tree is not the plan's, or a leaf that it centers
+            is masked.
+
+    Example:
+        >>> import jax, jax_lnfold
+        >>> def model(params, x):
+        ...     return jax.nn.standardize(x @ params["w"])  # a LayerNorm behind a linear layer
+        >>> params = {"w": jax.random.normal(jax.random.key(0), (4, 8))}
+        >>> x = jax.random.normal(jax.random.key(1), (3, 4))
+        >>> folded = jax_lnfold.fold(model, params, x)
+        >>> tx = jax_lnfold.center_gradients(folded.plan)
+        >>> gradient = {"w": jax.numpy.ones((4, 8))}  # off the constraint altogether
+        >>> projected, _ = tx.update(gradient, tx.init(folded.params))
+        >>> float(abs(projected["w"]).max())
+        0.0
     """
     _check_plan(plan, "center_gradients")
     optax = _optax("center_gradients")

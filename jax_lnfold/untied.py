@@ -28,7 +28,16 @@ class Untied:
     ``untie=True`` look up rows in the copies, and read the leaves for everything else.
 
     Example:
-        ``folded.params.params`` is what the original function takes.
+        >>> import jax, jax_lnfold
+        >>> def model(table, tokens):  # a head that is tied to the embedding
+        ...     return jax.nn.standardize(table[tokens]) @ table.T
+        >>> table = jax.random.normal(jax.random.key(0), (16, 8))
+        >>> tokens = jax.numpy.arange(16)
+        >>> folded = jax_lnfold.fold(model, {"e": table}["e"], tokens, untie=True)
+        >>> isinstance(folded.params, jax_lnfold.Untied), [*folded.params.copies]
+        (True, [''])
+        >>> bool((folded.params.params == table).all())  # what the original function takes
+        True
     """
 
     params: Any

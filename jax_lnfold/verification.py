@@ -34,6 +34,12 @@ class Verification:
     counts LayerNorms, by name, of which the plan leaves out a mean that is not zero; `deviation` is
     the relative error of the folded program's outputs against the original's on these inputs, as
     the budget of `fold` has it.
+
+    Example:
+        >>> import jax_lnfold
+        >>> print(jax_lnfold.Verification(1e-6, 2e-6, 1.5e-6, 3.0, not_widened=("pure_callback",)))
+        largest error against float64: original 1e-06, folded 2e-06; largest difference 1.5e-06 \
+(outputs up to 3); not in float64: pure_callback
     """
 
     original_error: float
@@ -86,13 +92,26 @@ def verify(
             measured.
         **keywords: keyword arguments of `apply_fn`.
 
-    Example:
-        ``verify(model.apply, trained, folded, x, edited=trained)``
+    Returns:
+        The largest errors of both programs, and their difference.
 
     Raises:
         FoldError: `folded` is not a fold of `apply_fn`, an argument is not fit for it, or the
             outputs have no floating-point array to compare.
         TreeError: `edited` is not a tree of arrays like those that were folded.
+
+    Example:
+        >>> import jax, jax_lnfold
+        >>> def model(params, x):
+        ...     return jax.nn.standardize(x @ params["w"])  # a LayerNorm behind a linear layer
+        >>> params = {"w": jax.random.normal(jax.random.key(0), (4, 8))}
+        >>> x = jax.random.normal(jax.random.key(1), (3, 4))
+        >>> folded = jax_lnfold.fold(model, params, x)
+        >>> jax_lnfold.verify(model, params, folded, x).folded_error < 1e-5
+        True
+        >>> trained = {"w": params["w"] + 1}  # off what the plan centers
+        >>> jax_lnfold.verify(model, trained, folded, x, edited=trained).drift > 1
+        True
     """
     if not isinstance(folded, Folded):
         raise FoldError(

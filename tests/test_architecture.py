@@ -15,7 +15,7 @@ PACKAGE = Path(jax_lnfold.__file__).parent
 
 # Rooms are packages and single modules. They may import from floors below their own.
 FLOORS = [
-    {"errors", "_compat", "axes", "printable"},
+    {"errors", "_compat", "axes", "printable", "version"},
     {"centering", "options", "output_differences", "trees"},
     {"untied"},
     {"plan", "program"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
+import conftest
 import jax_lnfold
 from jax_lnfold.analysis.shift_example import respond
 
@@ -68,3 +70,63 @@ def test_what_make_checks_is_checked_at_last() -> None:
             line.replace("python -m ", "").replace("python ", "", 1).startswith(words)
             for line in asked
         ), words
+
+
+# --- what runs where -----------------------------------------------------------------------------
+
+
+def test_what_is_wide_is_there_and_runs_at_last() -> None:
+    """What ``python -m pytest`` leaves out: no name is stale, and `.ci/run` leaves out nothing."""
+    assert [path for path in conftest.WIDE if not path.exists()] == []
+    assert "python -m pytest --all tests examples\n" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize(
+    ("args", "left_out"),
+    [
+        (["tests"], True),
+        (["tests", "--all"], False),
+        (["tests/frameworks"], False),
+        (["tests/frameworks/test_linen.py::test_name"], False),
+        (["tests/examples", "tests/whole"], True),
+        ([""], True),
+    ],
+)
+def test_what_is_named_runs(args: list[str], left_out: bool) -> None:
+    config = pytest.Config.fromdictargs({"all": "--all" in args}, [])
+    config.args = [str(ROOT / arg) for arg in args if arg != "--all"]
+    found = conftest.pytest_ignore_collect(ROOT / "tests/frameworks/test_linen.py", config)
+    assert bool(found) == left_out
+    assert not conftest.pytest_ignore_collect(ROOT / "tests/rules/test_rules.py", config)
+
+
+def test_workflows_call_what_is_there() -> None:
+    """Those of the forge run targets of the Makefile and the scripts of `.ci`."""
+    texts = [path.read_text() for path in (ROOT / ".github" / "workflows").glob("*.yml")]
+    assert len(texts) == 3
+    for text in texts:
+        for script in re.findall(r"bash (\S+)", text):
+            assert (ROOT / script).exists()
+        for target in re.findall(r"make ([\w-]+)", text):
+            assert f"\n{target}:" in (ROOT / "Makefile").read_text()
+
+
+def test_extras_that_are_named_are_there() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    texts = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "Makefile", ".ci/run")]
+    texts += [*(ROOT / ".github" / "workflows").glob("*.yml"), *PACKAGE.rglob("*.py")]
+    named = {
+        extra
+        for path in texts
+        for found in re.findall(r"(?:jax_lnfold|'\.|[ \"]\.)\[([\w,-]+)\]", path.read_text())
+        for extra in found.split(",")
+    }
+    assert named <= {*project["optional-dependencies"]}
+    assert len(named) > 4
+
+
+def test_one_version() -> None:
+    cited = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert cited
+    assert cited[1] == jax_lnfold.__version__
+    assert f"## [{jax_lnfold.__version__}]" in (ROOT / "CHANGELOG.md").read_text()

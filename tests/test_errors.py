@@ -19,7 +19,7 @@ from jax_lnfold.errors import Bug
 from jax_lnfold.placement.place import place
 from jax_lnfold.placement.proof import prove
 from jax_lnfold.program.tracing import Traced, trace
-from jax_lnfold.rewrite.fold import rewrite
+from jax_lnfold.rewrite.rewriter import rewrite
 
 PARAMS = {"first": jnp.ones((3, 4)), "last": jnp.ones((4, 2))}
 X = jnp.ones((5, 3))

@@ -96,7 +96,7 @@ class Arithmetic:
         >>> respond(lambda x: x.argmax(1), (2, 3), along=[1])
         0
         >>> respond(lambda x: x.argmax(0), (2, 3), along=[1])
-        refused: reduces over positions that are shifted differently
+        refused: reduces over positions that would be shifted by different numbers
         """
         self._check_uniform(_shifted(operands), op.params["axes"])
         return None
@@ -109,7 +109,7 @@ class Arithmetic:
         >>> respond(lambda x: x.max(1), (2, 3), along=[1])
         u
         >>> respond(lambda x: x.max(0), (2, 3), along=[1])
-        refused: reduces over positions that are shifted differently
+        refused: reduces over positions that would be shifted by different numbers
         """
         t = _shifted(operands)
         self._check_uniform(t, op.params["axes"])
@@ -162,7 +162,7 @@ class Arithmetic:
         for axis in axes:
             d = t.dims[axis]
             if d is not None and not self.along.uniform_along(d):
-                raise Refused("reduces over positions that are shifted differently")
+                raise Refused("reduces over positions that would be shifted by different numbers")
 
     def _move(self, op: Op, operands: Operands) -> Tracked:
         """Axes appear, disappear or swap; those that matter keep their order of elements.
@@ -230,7 +230,7 @@ class Arithmetic:
         >>> respond(lambda x: x.sum(1), (2, 3), along=[1])
         3 u
         >>> respond(lambda x: x.sum(0), (2, 3), along=[1])
-        refused: reduces over positions that are shifted differently
+        refused: reduces over positions that would be shifted by different numbers
         """
         t, axes = _single(operands), op.params["axes"]
         self._check_uniform(t, axes)

@@ -21,7 +21,15 @@ from .reshape import regrouped, runs_of_axes
 
 @dataclass(frozen=True, slots=True)
 class AxisSet:
-    """A partition of the positions of an array of `shape` into groups, one entry per axis."""
+    """A partition of the positions of an array of `shape` into groups, one entry per axis.
+
+    Example:
+        >>> from jax_lnfold import AxisSet
+        >>> print(AxisSet.over((8, 12), axes=[1]))
+        axis 1
+        >>> print(AxisSet.of((8, 12), ["free", [i // 3 for i in range(12)]]))  # 4 heads
+        axis 1 in 4 groups
+    """
 
     shape: tuple[Any, ...]
     entries: tuple[Entry, ...]

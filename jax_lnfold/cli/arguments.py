@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import platform
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
+
+from ..version import VERSION
+
+SCRIPT = "jax-lnfold"
 Run = Callable[[argparse.Namespace], int]
 AddParser = Callable[..., argparse.ArgumentParser]
 """Adds the parser of a command, see `argparse`."""
@@ -61,11 +68,13 @@ can tell: compare what the model computes with SOURCE and DEST.
 def parser_for(report: Run, plan: Run, draw: Run, center: Run) -> argparse.ArgumentParser:
     """The parser of the command line, with what each command runs."""
     parser = argparse.ArgumentParser(
-        prog="python -m jax_lnfold",
+        prog=_program(),
         description="Makes the LayerNorms of a JAX model as cheap as RMSNorms, exactly.",
         epilog=_epilog("report my_model:target"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    version = f"jax_lnfold {VERSION} (jax {jax.__version__}, Python {platform.python_version()})"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_report(commands.add_parser, report)
     _add_plan(commands.add_parser, plan)
@@ -102,7 +111,7 @@ def _add_draw(add: AddParser, run: Run) -> None:
     words = "draw what a fold does to a model"
     parser = _command(add, run, words, _TARGET, "my_model:target -o fold.svg")
     _add_target(parser)
-    instead = "FILE.svg or FILE.dot instead of stdout"
+    instead = "FILE.svg, FILE.dot or (with jax_lnfold[png]) FILE.png instead of SVG on stdout"
     parser.add_argument("-o", "--output", metavar="FILE", type=_picture, help=instead)
 
 
@@ -145,7 +154,12 @@ def _command(
 
 
 def _epilog(example: str) -> str:
-    return f"example: python -m jax_lnfold {example}\n\n{_CODES}"
+    return f"example: {_program()} {example}\n\n{_CODES}"
+
+
+def _program() -> str:
+    """What the command line was called by: the script that pip installs, or the module."""
+    return SCRIPT if Path(sys.argv[0]).stem == SCRIPT else "python -m jax_lnfold"
 
 
 def _add_fold_affine(parser: argparse.ArgumentParser) -> None:
@@ -168,6 +182,6 @@ def _target(text: str) -> str:
 
 
 def _picture(text: str) -> Path:
-    if Path(text).suffix not in (".svg", ".dot"):
-        raise argparse.ArgumentTypeError(f"{text!r} ends in neither .svg nor .dot")
+    if Path(text).suffix not in (".svg", ".dot", ".png"):
+        raise argparse.ArgumentTypeError(f"{text!r} ends in none of .svg, .dot and .png")
     return Path(text)

@@ -7,7 +7,6 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
 from rich.console import Console
@@ -22,7 +21,7 @@ from ..errors import FoldError
 from ..plan.plan import FoldPlan
 from ..printable import counted, printable
 from ..report.summary import rows
-from ..report.table import to_html, to_rich
+from ..report.table import to_rich
 from .arguments import parser_for
 from .target import load, place_of_error
 
@@ -31,7 +30,7 @@ DONE, FAILED, USAGE, LEFT, INTERRUPTED = 0, 1, 2, 3, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line with these arguments and return its exit code."""
-    args = parser_for(_report, _plan, _draw, _center).parse_args(argv)
+    args = make_parser().parse_args(argv)
     try:
         code = args.run(args)
         sys.stdout.flush()
@@ -50,6 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
+    return parser_for(_report, _plan, _draw, _center)
+
+
 def _fail(message: str, code: int = FAILED, place: str = "") -> int:
     print(f"jax_lnfold: {printable(message)}{place}", file=sys.stderr)
     return code
@@ -62,27 +66,11 @@ def _report(args: argparse.Namespace) -> int:
     model = load(args.target)
     options = {"fold_affine": args.fold_affine}
     report = analyze(model.apply_fn, model.params, *model.inputs, **options)
-    shown, lines = rows(report), report.lines(args.cost)
     width = shutil.get_terminal_size((110, 24)).columns
-    Console(width=width).print(to_rich(shown, lines))
+    Console(width=width).print(to_rich(rows(report), report.lines(args.cost)))
     if args.html:
-        page = _page(printable(args.target), to_html(shown, lines), report.to_svg())
-        args.html.write_text(page, "utf-8")
+        report.to_html(args.html, args.target, args.cost)
     return LEFT if args.check and report.n_folded < len(report.norms) else DONE
-
-
-def _page(title: str, *parts: str) -> str:
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
-    body = "\n".join((f"<h1>{escape(title)}</h1>", *parts))
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>{head}</head>\n<body>\n{body}\n</body></html>\n'
-    )
-
-
-_STYLE = """
-:root {color-scheme: light dark} body {font: 1em/1.4 system-ui, sans-serif; margin: 2em}
-h1 {font-size: 1.2em} svg {max-width: 100%; height: auto}
-"""
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -95,8 +83,10 @@ def _plan(args: argparse.Namespace) -> int:
 def _draw(args: argparse.Namespace) -> int:
     model = load(args.target)
     report = analyze(model.apply_fn, model.params, *model.inputs)
-    dot = args.output is not None and args.output.suffix == ".dot"
-    return _write(args.output, report.to_dot() if dot else report.to_svg())
+    if args.output is None:
+        return _write(None, report.to_svg())
+    getattr(report, f"to_{args.output.suffix[1:]}")(args.output)
+    return DONE
 
 
 def _write(file: Path | None, text: str) -> int:

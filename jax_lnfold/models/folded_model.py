@@ -13,12 +13,13 @@ from ..folded import Folded
 from ..folded_functions import FoldedFunctions
 from ..plan.plan import FoldPlan
 from ..report.report import Report
+from ..report.summary import in_short
 from ..trees import MISSING
 from .folded_classes import folded_class
 from .kind import Method, ModelKind, State, kind_of, methods_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FoldedModel:
     """A folded model: the `model` itself, the `plan` and the `report`.
 
@@ -27,6 +28,15 @@ class FoldedModel:
     folded, and others as far as they tolerate the plan (`PlanMismatchError` if one does not). It is
     split, merged, copied, saved, pickled and trained like the original. Parts of it, such as
     ``model.block``, are those of the original and compute what they say, on edited parameters.
+
+    Example:
+        >>> import jax, jax_lnfold
+        >>> from flax import nnx
+        >>> rngs = nnx.Rngs(0)
+        >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=rngs), nnx.LayerNorm(8, rngs=rngs))
+        >>> folded = jax_lnfold.fold(model, jax.numpy.ones((3, 4)))
+        >>> folded.report.n_folded, isinstance(folded.model, nnx.Sequential)
+        (1, True)
     """
 
     model: Any
@@ -39,6 +49,10 @@ class FoldedModel:
         kind = kind_of(self.model)
         assert kind is not None
         return kind.split(self.model)[0]
+
+    def __repr__(self) -> str:
+        """The class of the model, and what became of its LayerNorms, in one line."""
+        return f"<FoldedModel {type(self.model).__name__}: {in_short(self.report)}>"
 
     def __call__(self, *inputs: Any, **keywords: Any) -> Any:
         """Short for ``folded.model(*inputs, **keywords)``."""

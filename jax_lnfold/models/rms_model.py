@@ -31,6 +31,15 @@ class RMSModel:
     NNX and Equinox models hold their parameters. `norms` are the key paths (of linen modules the
     paths) of what was replaced. The `plan` keeps `params` as they are in training; that of the
     `report` is what was done to those of the caller.
+
+    Example:
+        >>> import jax, jax_lnfold
+        >>> from flax import nnx
+        >>> rngs = nnx.Rngs(0)
+        >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=rngs), nnx.LayerNorm(8, rngs=rngs))
+        >>> made = jax_lnfold.with_rms_norms(model, jax.numpy.ones((3, 4)))
+        >>> made.norms, made.plan.is_centered(made.params)
+        (('layers/1',), True)
     """
 
     model: Any
@@ -87,7 +96,13 @@ def with_rms_norms(
         FoldError: this is no such model, or as for `fold`.
 
     Example:
-        ``model = jax_lnfold.with_rms_norms(model, x).model``
+        >>> import jax, jax_lnfold
+        >>> from flax import nnx
+        >>> rngs = nnx.Rngs(0)
+        >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=rngs), nnx.LayerNorm(8, rngs=rngs))
+        >>> plain = jax_lnfold.with_rms_norms(model, jax.numpy.ones((3, 4))).model
+        >>> isinstance(plain.layers[1], nnx.RMSNorm)
+        True
     """
     options = check_options(2.0, (), fold_affine, exclude=exclude)
     options = replace(options, only_leaves=True)  # modules have no place for explicit centerings

@@ -6,6 +6,8 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from ..errors import PlanFormatError
@@ -14,7 +16,13 @@ from .edits.edit import Edit, integers
 
 @dataclass(frozen=True, slots=True)
 class LeafSpec:
-    """A leaf of the parameter tree: its key path (``a/b/kernel``) and shape."""
+    """A leaf of the parameter tree: its key path (``a/b/kernel``) and shape.
+
+    Example:
+        >>> from jax_lnfold import LeafSpec
+        >>> LeafSpec("mlp/kernel", (3, 5)).shape
+        (3, 5)
+    """
 
     key_path: str
     shape: tuple[int, ...]
@@ -24,17 +32,22 @@ Sections = Mapping[str, Sequence[Edit]]
 """The edits of each kind, by the name of the section."""
 
 
-def parse(text: str, kinds: Mapping[str, type[Edit]]) -> dict[str, Any]:
-    """Read what `FoldPlan.to_json` wrote: leaves, and the edits of every section, by its name.
+def parse(text: str | bytes | PathLike[str], kinds: Mapping[str, type[Edit]]) -> dict[str, Any]:
+    """Read what `FoldPlan.to_json` wrote, or the file: leaves, and the edits by section.
 
     Raises:
         PlanFormatError: `text` is not such JSON, of another version, or its parts do not fit
             together.
     """
+    if isinstance(text, PathLike):
+        text = Path(text).read_bytes()
     try:
         data = json.loads(text)
     except (TypeError, ValueError, RecursionError) as error:
-        raise PlanFormatError(f"text: not JSON ({error}); pass what `to_json` wrote") from error
+        told = "pass what `to_json` wrote"
+        if isinstance(text, str) and text.endswith(".json"):
+            told = f"pass pathlib.Path({text!r}) to read a file"
+        raise PlanFormatError(f"text: not JSON ({error}); {told}") from error
     version = data.get("version") if isinstance(data, dict) else None
     versions = sorted({version for kind in kinds.values() for version in kind.VERSIONS})
     if version not in versions or type(version) is not int:

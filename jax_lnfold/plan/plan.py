@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from os import PathLike
 from typing import Any, get_args, get_type_hints
 
 import jax
@@ -16,7 +17,7 @@ import numpy as np
 
 from .._compat import is_tracer
 from ..errors import FoldError, PlanFormatError, TreeError
-from ..printable import printable
+from ..printable import printable, written
 from ..trees import FLOATS, check_leaves, committed_to, is_editable
 from ..untied import copied_in, extended
 from .edits.affine import AffineEdit
@@ -41,6 +42,19 @@ class FoldPlan:
     folded program an approximation: see `exact`. If leaves are `untied`, the tree is an
     `Untied` one, see `extend`. Where `from_json` would not read it back, it cannot be made:
     `PlanFormatError`.
+
+    Example:
+        >>> import jax, jax_lnfold
+        >>> def model(params, x):
+        ...     return jax.nn.standardize(x @ params["w"])  # a LayerNorm behind a linear layer
+        >>> params = {"w": jax.random.normal(jax.random.key(0), (4, 8))}
+        >>> x = jax.random.normal(jax.random.key(1), (3, 4))
+        >>> plan = jax_lnfold.plan_fold(model, params, x)
+        >>> centered = plan.center(params)
+        >>> plan.is_centered(params), plan.is_centered(centered)
+        (False, True)
+        >>> jax_lnfold.FoldPlan.from_json(plan.to_json()) == plan
+        True
     """
 
     leaves: tuple[LeafSpec, ...]
@@ -97,11 +111,17 @@ class FoldPlan:
         itself. Traceable and differentiable; the copies are the very arrays until `center` edits
         them.
 
-        Example:
-            ``folded.apply(plan.center(plan.extend(checkpoint)), x)``
+        Args:
+            params: a tree like that which was folded.
+
+        Returns:
+            The `Untied` tree, or `params`.
 
         Raises:
             TreeError: a leaf to copy is missing.
+
+        Example:
+            ``folded.apply(plan.center(plan.extend(checkpoint)), x)``
         """
         return extended(params, self.copies)
 
@@ -119,6 +139,13 @@ class FoldPlan:
         give up their memory and are deleted, unless they stand at several key paths; nothing else
         of the caller's is ever changed. Everything is checked before the first edit: only if an
         edit itself fails or is interrupted (no memory, Ctrl-C), arrays donated before it are lost.
+
+        Args:
+            params: a tree of NumPy or JAX arrays, which are not changed.
+            donate: give up the memory of edited JAX arrays.
+
+        Returns:
+            The edited tree, of the same structure, shapes, dtypes and shardings.
 
         Raises:
             TreeError: key paths or shapes do not fit the plan's, a leaf is no array or a deleted
@@ -169,6 +196,12 @@ class FoldPlan:
 
         What a kernel or a bias has taken up cannot be told from it: of merged scales and shifts
         it is looked whether they are ones and zeros.
+
+        Args:
+            params: a tree of arrays with values.
+
+        Returns:
+            True if nothing is left to be centered.
 
         Raises:
             TreeError: as for `center`.
@@ -267,8 +300,10 @@ class FoldPlan:
         }
         return FoldPlan(tuple(LeafSpec(path, shape) for path, shape in shapes.items()), **sections)
 
-    def to_json(self) -> str:
+    def to_json(self, file: str | PathLike[str] | None = None) -> str:
         """The plan as JSON text, readable by `from_json` of the same `version`.
+
+        It is also written to the `file`, if a path is given.
 
         An object with these keys (others are notes of yours, which `from_json` ignores; a change
         of what they mean raises `version`):
@@ -309,15 +344,20 @@ class FoldPlan:
             if version >= KINDS[name].VERSIONS[0]
         }
         leaves = [asdict(leaf) for leaf in self.leaves]
-        return json.dumps({"leaves": leaves, **sections, "version": version}, indent=1)
+        text = json.dumps({"leaves": leaves, **sections, "version": version}, indent=1)
+        return written(text, file)
 
     @staticmethod
-    def from_json(text: str) -> FoldPlan:
-        """Read a plan written by `to_json`.
+    def from_json(text: str | bytes | PathLike[str]) -> FoldPlan:
+        """Read a plan written by `to_json`: the text, or the path of a file with it.
+
+        Example:
+            ``FoldPlan.from_json(pathlib.Path("plan.json"))``
 
         Raises:
             PlanFormatError: `text` is not such JSON, of another version, or its parts do not
                 fit together.
+            OSError: the file cannot be read.
         """
         return FoldPlan(**parse(text, KINDS))
 

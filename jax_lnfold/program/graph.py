@@ -33,7 +33,13 @@ OutputPath = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """An operation by its primitive, module path, source file and line (empty, 0 if unknown)."""
+    """An operation by its primitive, module path, source file and line (empty, 0 if unknown).
+
+    Example:
+        >>> from jax_lnfold import Location
+        >>> print(Location("reduce_sum", "ViT/norm", "/my/model.py", 12))
+        `reduce_sum` (ViT/norm, model.py:12)
+    """
 
     primitive: str
     module: str

@@ -75,9 +75,8 @@ def trace(apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]) ->
     except Exception as error:
         raise TraceError(
             f"apply_fn: cannot be traced ({type(error).__name__}: {first_line(error)}); it must "
-            "run under jax.jit as apply_fn(params, *inputs) with these inputs, and return arrays. "
-            "Bind Python flags and other static arguments first, as in "
-            "functools.partial(model.apply, train=False)"
+            "run under jax.jit as apply_fn(params, *inputs) with these inputs, and return arrays"
+            f"{_hint(error, flat_inputs)}"
         ) from error
     outputs, out_tree = jax.tree_util.tree_flatten_with_path(shapes)
     return Traced(
@@ -86,6 +85,21 @@ def trace(apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]) ->
         tuple(path for path, _ in leaf_paths(params)),
         tuple(tuple(jax.tree_util.keystr((key,)) for key in path) for path, _ in outputs),
     )
+
+
+_NEED_NUMBERS = jax.errors.ConcretizationTypeError, jax.errors.TracerIntegerConversionError
+
+
+def _hint(error: Exception, inputs: list[Any]) -> str:
+    """What else to say of a function that needs the numbers of what it is given."""
+    if not isinstance(error, _NEED_NUMBERS):
+        return ""
+    if any(isinstance(x, bool | int) for x in inputs):
+        return (
+            ". Bind Python flags and other static arguments first, as in "
+            "functools.partial(model.apply, train=False)"
+        )
+    return ". Where numbers decide what is computed, use jnp.where, jax.lax.cond or a jax loop"
 
 
 def trace_untied(apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]) -> Traced:

@@ -30,6 +30,10 @@ from .names import Name
 _SAME = IDENTITIES | MOVES | {STOP}
 _SUMS = _SAME | frozenset("add add_any sub neg".split())
 _LAST = "end with a linear layer after"
+_BEFORE_JOINING = (
+    "normalise before positions are joined: this LayerNorm takes one mean of several together, "
+    "where each would lose its own"
+)
 _KNOWN_BEFORE = "store this, which is made of parameters alone, as a parameter"
 
 
@@ -40,11 +44,11 @@ def advice(placement: Placement, reason: Reason, names: Sequence[Name]) -> str:
     """
     graph = placement.graph
     if reason.leaf is not None and reason.obstacle is not None:
-        return _to_keep_quiet(graph, reason.obstacle, reason.leaf)
+        return _to_keep_quiet(placement, reason.obstacle, reason.leaf)
     if reason.noticed is not None:
-        return _to_keep_quiet(graph, reason.noticed)
+        return _to_keep_quiet(placement, reason.noticed)
     if reason.obstacle is not None and reason.obstacle.is_output:
-        return _to_keep_quiet(graph, reason.obstacle)
+        return _to_keep_quiet(placement, reason.obstacle)
     if reason.obstacle is None:
         return ""
     op = reason.obstacle.op
@@ -168,9 +172,9 @@ def _with_root(norms: Iterable[LayerNorm], operations: set[int]) -> int | None:
     return next(found, None)
 
 
-def _to_keep_quiet(graph: Graph, noticed: Blocker, leaf: int | None = None) -> str:
+def _to_keep_quiet(placement: Placement, noticed: Blocker, leaf: int | None = None) -> str:
     """How to keep an operation from noticing a shift of the stream or of a parameter."""
-    op = noticed.op
+    graph, op = placement.graph, noticed.op
     if op is not None and op.index in graph.dropouts:
         return TRAINING
     if noticed.is_output:
@@ -179,6 +183,8 @@ def _to_keep_quiet(graph: Graph, noticed: Blocker, leaf: int | None = None) -> s
         return ""
     if leaf is not None and (_reads(graph, op, leaf) or all(graph.data_free[v] for v in op.inputs)):
         return "give this operation a parameter of its own (untie it)"
+    if any(op.index == s.index for norm in placement.norms for s in norm.sums):
+        return _BEFORE_JOINING
     if op.name in PRODUCTS or not has_rule(op) or is_nonlinear(op):
         return "let this operation read the stream through a LayerNorm"
     return ""

@@ -19,6 +19,12 @@ class Cost:
     `reductions` counts the reduce operations of the compiled program, `bytes` are those read and
     written by its kernels, `flops` its floating-point operations. XLA counts the body of a loop
     once.
+
+    Example:
+        >>> from jax_lnfold import Cost
+        >>> cost = Cost("cpu", reductions=(10, 5), bytes=(3e6, 2e6), flops=(5e6, 4e6))
+        >>> str(cost).startswith("5 of 10 reductions and 1 MB of 3 MB accessed saved")
+        True
     """
 
     platform: str

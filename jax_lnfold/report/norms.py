@@ -31,6 +31,14 @@ class Norm:
     `dropped`, that no edit removes. `damage` is then the relative error of the outputs which this
     alone makes, None if that was not measured; also of LayerNorms that are left after all. `kernel`
     is the name of the function that computes it, if that was declared to be a LayerNorm.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jax_lnfold
+        >>> def model(w, x):
+        ...     return jax.nn.standardize(x @ w)
+        >>> (norm,) = jax_lnfold.analyze(model, jnp.ones((3, 5)), jnp.ones((2, 3))).norms
+        >>> norm.folded, norm.axes, norm.shape
+        (True, (1,), (2, 5))
     """
 
     path: str
@@ -59,6 +67,11 @@ class Insertion:
 
     `reason` says what keeps its value from being zero-mean by itself, `advice` what could be
     changed about that; both may be empty.
+
+    Example:
+        >>> from jax_lnfold import AxisSet, Insertion
+        >>> print(Insertion("`tanh` (MLP, model.py:7)", AxisSet.over((2, 5), axes=[1])))
+        Inserted after `tanh` (MLP, model.py:7), along axis 1.
     """
 
     after: str

@@ -24,7 +24,13 @@ Programs = Callable[[], tuple[ClosedJaxpr, ClosedJaxpr]]
 
 @dataclass(frozen=True, slots=True)
 class ScaleLeft:
-    """A scale (its key path) that no linear layer takes up, and why; `fold_affine` asked for it."""
+    """A scale (its key path) that no linear layer takes up, and why; `fold_affine` asked for it.
+
+    Example:
+        >>> from jax_lnfold import ScaleLeft
+        >>> ScaleLeft("norm/scale", "it is returned").key_path
+        'norm/scale'
+    """
 
     key_path: str
     reason: str
@@ -32,7 +38,13 @@ class ScaleLeft:
 
 @dataclass(frozen=True, slots=True)
 class UntiedLeaf:
-    """A leaf (its key path in the tree that was folded) of which lookups read a copy of its own."""
+    """A leaf (its key path in the tree that was folded) of which lookups read a copy of its own.
+
+    Example:
+        >>> from jax_lnfold import UntiedLeaf
+        >>> UntiedLeaf("embedding", bytes=4096).bytes
+        4096
+    """
 
     key_path: str
     bytes: int
@@ -40,7 +52,13 @@ class UntiedLeaf:
 
 @dataclass(frozen=True, slots=True)
 class TiedLeaf:
-    """A leaf (its key path) that stays as it is though `untie` asked for copies, and why."""
+    """A leaf (its key path) that stays as it is though `untie` asked for copies, and why.
+
+    Example:
+        >>> from jax_lnfold import TiedLeaf
+        >>> TiedLeaf("embedding", "nothing looks it up").reason
+        'nothing looks it up'
+    """
 
     key_path: str
     reason: str

@@ -116,7 +116,11 @@ def _mark(row: PictureRow, x: float, y: float, end: float) -> str:
 
 
 def _symbol(kind: str, x: float, y: float) -> str:
-    """Full diamonds and squares for what was changed, empty ones for the rest, crosses, a minus."""
+    """Full diamonds and squares for what was changed, empty ones for the rest.
+
+    A cross for what keeps a mean, an exclamation mark for what would notice, a minus for a
+    centering.
+    """
     color, full = LEGEND[kind][0], kind in _FULL
     fill = f'fill="{color}" stroke="{color}"' if full else f'class="e" stroke="{color}"'
     if kind in (EDITED, WRITTEN):
@@ -125,11 +129,14 @@ def _symbol(kind: str, x: float, y: float) -> str:
         return (
             f'<rect x="{x - 6}" y="{y - 6}" width="12" height="12" rx="2" {fill} stroke-width="2"/>'
         )
-    stroke = f"M{x - 4},{y} h8" if kind == INSERTED else f"M{x - 3},{y - 3} l6,6 m0,-6 l-6,6"
-    return (
-        f'<circle cx="{x}" cy="{y}" r="8" fill="{color}"/>'
-        f'<path d="{stroke}" stroke="#fff" stroke-width="2"/>'
-    )
+    outline = f'<circle cx="{x}" cy="{y}" r="8" fill="{color}"/>'
+    stroke = f"M{x - 3},{y - 3} l6,6 m0,-6 l-6,6"
+    if kind == INSERTED:
+        stroke = f"M{x - 4},{y} h8"
+    if kind == NOTICED:
+        outline = f'<path d="M{x},{y - 9} l9,16 h-18 z" fill="{color}"/>'
+        stroke = f"M{x},{y - 4} v6 m0,1.5 v2"
+    return f'{outline}<path d="{stroke}" stroke="#fff" stroke-width="2"/>'
 
 
 _STYLE = """

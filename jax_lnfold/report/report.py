@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console, RenderableType
 
 from ..errors import FoldError, NotAnalysedError
+from ..printable import printable, written
 from ..trees import first_line
 from .cost import Cost, measure
 from .outcome import Outcome
+from .page import page, to_png
 from .picture import to_dot, to_svg
+from .plain import plain
 from .statistics import Statistics
-from .summary import headline, rows, summary
+from .summary import headline, in_short, rows, summary
 from .table import to_html, to_rich, to_text
 
 COSTED_WHEN_SHOWN = 100
@@ -28,9 +34,51 @@ Measured: 0.3 s and from 4 to 10 ms for each operation; other backends take long
 """
 
 
+File = str | PathLike[str] | None
+"""Where to write, if anywhere, what is returned."""
+
+
 @dataclass(frozen=True, repr=False)
 class Report(Outcome):
-    """The outcome of a fold; `print` shows it as a table. Its fields are those of `Outcome`."""
+    """The outcome of a fold, as plain data and as a table; made by `fold` and `analyze`.
+
+    `print` shows the table, in colour with `rich.print`, and notebooks show it as HTML.
+
+    - `norms`: every LayerNorm (`Norm`) in program order; `n_folded` of them fold.
+    - `insertions`: explicit centerings (`Insertion`); `n_inserted` of them. `constants` counts what
+      is centered though it is no parameter, for nothing: it depends on no input and no parameter,
+      so that the compiler does it.
+    - `plan`, and its parts `edits`, `scales`, `affine`, `queries`; `edited_bytes` is the size of
+      the leaves that are edited.
+    - `affine_left`, `untied`, `tied`, `deferred`: of what `fold_affine`, `untie` and `defer_scale`
+      asked for, what stays, and why, or what is done.
+    - `rounded`: key paths of edited leaves whose dtype has fewer digits than the arithmetic they
+      are used in: they are rounded once more, as they would not be if they were edited before a
+      cast.
+    - `opaque`: operations of which nothing is known, by primitive; LayerNorms before or behind
+      them stay as they are. `unseen`: operations that cannot be looked into, by place; LayerNorms
+      in there are not found.
+    - `dropouts`, `deviation`: of an approximate fold, the dropouts taken for the identity, and the
+      largest difference of an output on the example inputs, relative to the largest output (None
+      if the inputs were shapes only).
+    - `unrestricted`: if parameters were excluded, how many LayerNorms would fold, and how many
+      explicit centerings would be inserted, if none were.
+    - `statistics`: those of `with_statistics`. `visits`: how often the analysis looked at an
+      equation. `n_operations`: equations of the program. `events`: what the pictures show.
+
+    Example:
+        >>> import jax, jax_lnfold
+        >>> def model(params, x):
+        ...     return jax.nn.standardize(x @ params["w"])  # a LayerNorm behind a linear layer
+        >>> params = {"w": jax.random.normal(jax.random.key(0), (4, 8))}
+        >>> x = jax.random.normal(jax.random.key(1), (3, 4))
+        >>> report = jax_lnfold.analyze(model, params, x)
+        >>> norm = report.norms[0]
+        >>> norm.folded, norm.axes, norm.shape, report.n_inserted
+        (True, (1,), (3, 8), 0)
+        >>> report.to_svg()[:4]
+        '<svg'
+    """
 
     @cached_property
     def cost(self) -> Cost:
@@ -61,6 +109,12 @@ class Report(Outcome):
     def with_statistics(self, statistics: Statistics) -> Report:
         """The report with a column of what `measure` found of the same LayerNorms.
 
+        Args:
+            statistics: what `measure` returned for this fold, or for the function alone.
+
+        Returns:
+            A new report; this one is as before.
+
         Raises:
             FoldError: these are no statistics, or they are of other LayerNorms.
         """
@@ -76,17 +130,53 @@ class Report(Outcome):
             )
         return replace(self, statistics=statistics)
 
-    def to_svg(self) -> str:
-        """The zero-mean graph as a picture (SVG text): streams, writers, LayerNorms, blockers."""
-        return to_svg(self.events, headline(self))
+    def to_svg(self, file: File = None) -> str:
+        """The zero-mean graph as a picture (SVG text): streams, writers, LayerNorms, blockers.
 
-    def to_dot(self) -> str:
+        Like the other pictures and pages, it is also written to the `file`, if a path is given.
+        """
+        return written(to_svg(self.events, headline(self)), file)
+
+    def to_dot(self, file: File = None) -> str:
         """The same in the DOT language, for Graphviz."""
-        return to_dot(self.events, headline(self))
+        return written(to_dot(self.events, headline(self)), file)
+
+    def to_png(self, file: File = None) -> bytes:
+        """The same as the bytes of a PNG image, on light ground, two pixels for one of the SVG.
+
+        Raises:
+            FoldError: the package that draws it is not installed (``jax_lnfold[png]``).
+        """
+        image = to_png(self.to_svg())
+        if file is not None:
+            Path(file).write_bytes(image)
+        return image
+
+    def to_html(
+        self, file: File = None, title: str = "LayerNorms", cost: bool | None = None
+    ) -> str:
+        """A web page of its own with the table and the picture; `cost` is as in `lines`."""
+        table = to_html(rows(self), self.lines(cost))
+        return written(page(printable(title), table, self.to_svg()), file)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What it knows as dictionaries, lists, text and numbers, which `json.dumps` takes.
+
+        The keys are the names of fields and counts; ``plan`` is as in a plan file, ``unseen`` is by
+        place, in words. Pictures are left out, and so is the ``cost`` until it is known.
+
+        Example:
+            ``json.dumps(report.to_dict())``
+        """
+        left_out = ("events", "plan", "programs")
+        known = {name: getattr(self, name) for name in ("n_folded", "n_inserted")}
+        known |= {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
+        known |= {"cost": self.cost} if self._cost_is_known else {}
+        return plain(known) | {"plan": json.loads(self.plan.to_json())}
 
     def __repr__(self) -> str:
         """One line: notebooks keep it beside the table."""
-        return f"<Report: {summary(self)[0]}>"
+        return f"<Report: {in_short(self)}>"
 
     def __str__(self) -> str:
         """The table and a summary as plain text, as wide as the terminal."""

@@ -29,6 +29,13 @@ class MeanShare:
     (no token has a mean) and 1 (each is constant), and NaN if an activation is infinite or NaN, or
     if the LayerNorm did not run. Their shape is ``()``, or that of the loops around the LayerNorm:
     ``(12,)`` if a `scan` runs it for 12 layers.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jax_lnfold
+        >>> x = jnp.array([[1.0, 1.0], [1.0, -1.0]])  # one token that is all mean, one without
+        >>> found = jax_lnfold.measure(lambda _, x: jax.nn.standardize(x), {}, x)
+        >>> float(found.norms[0].before.share), float(found.norms[0].before.maximum)
+        (0.5, 1.0)
     """
 
     share: np.ndarray
@@ -44,6 +51,12 @@ class NormStatistics:
     `before` is of the function as it was given. Of a fold, `after` is of its edited parameters,
     with the explicit centerings of its program. Both are None of a LayerNorm that cannot be looked
     at. `tokens` has the shape of the loops around the LayerNorm.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jax_lnfold
+        >>> found = jax_lnfold.measure(lambda _, x: jax.nn.standardize(x), {}, jnp.ones((3, 2)))
+        >>> int(found.norms[0].tokens), found.norms[0].shares
+        (3, ((1.0,),))
     """
 
     path: str
@@ -61,7 +74,16 @@ class NormStatistics:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Statistics:
-    """What `measure` returns, for every LayerNorm in program order; `print` shows a table."""
+    """What `measure` returns, for every LayerNorm in program order; `print` shows a table.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jax_lnfold
+        >>> found = jax_lnfold.measure(lambda _, x: jax.nn.standardize(x), {}, jnp.ones((3, 2)))
+        >>> found
+        <Statistics: 1 LayerNorm of 1 batch>
+        >>> found.left_out, found.not_finite
+        ((), ())
+    """
 
     norms: tuple[NormStatistics, ...]
     n_batches: int

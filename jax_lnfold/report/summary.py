@@ -51,6 +51,11 @@ def headline(outcome: Outcome) -> str:
     return f"{outcome.n_folded} of {counted(len(outcome.norms), 'LayerNorm')} folded{some}"
 
 
+def in_short(outcome: Outcome) -> str:
+    """The first sentence, without its stop."""
+    return summary(outcome)[0].removesuffix(".")
+
+
 def summary(outcome: Outcome) -> list[str]:
     """Counts, and what else there is to know."""
     return [line for section in SECTIONS for line in section(outcome)]

@@ -18,6 +18,11 @@ from ..printable import printable
 NARROWEST, WIDEST = 60, 200
 COLORS = {"folded": "green", "approximate": "magenta", "left": "yellow"}
 _NUMBER = re.compile(r"\d+")
+_PLACE = re.compile(r"` \(([^()]*)\)")
+"""Where an operation is, behind its name."""
+MOST_PLACES = 4
+Words = tuple[str, str]
+"""A reason, and what could be changed, maybe empty."""
 TITLES = ("LayerNorm", "input", "axes", "variance", "outcome")
 SHARE = "share of mean"
 """The title of a column that is there if it was measured."""
@@ -40,7 +45,7 @@ class Row:
     axes: str
     variance: str
     folded: bool
-    words: tuple[str, str]
+    words: Words
     place: tuple[str, int] | None = None
     runs: int = 1
     count: int = 1
@@ -141,15 +146,34 @@ def measured(rows: Sequence[Row]) -> dict[str, list[str]]:
     return found
 
 
-def notes(rows: Iterable[Row]) -> dict[tuple[str, str], int]:
-    """Reasons for what is left, numbered from 1; the same reason has the same number."""
-    words = dict.fromkeys(row.words for row in rows if not row.folded)
-    return {word: number for number, word in enumerate(words, 1)}
+def notes(rows: Iterable[Row]) -> tuple[dict[Words, int], list[Words]]:
+    """Which reason for what is left each row has, by number, and the reasons from number 1 on.
+
+    Those that differ in one place of the program only are one reason, with all of these places.
+    """
+    alike: dict[Words, list[Words]] = {}
+    for words in dict.fromkeys(row.words for row in rows if not row.folded):
+        reason, advice = words
+        key = _PLACE.sub("", reason) if len(_PLACE.findall(reason)) == 1 else reason
+        alike.setdefault((key, advice), []).append(words)
+    numbers = {words: i for i, group in enumerate(alike.values(), 1) for words in group}
+    return numbers, [_at_all_places(group) for group in alike.values()]
+
+
+def _at_all_places(group: Sequence[Words]) -> Words:
+    (reason, advice), *others = group
+    if not others:
+        return reason, advice
+    places = [found[1] for words in group if (found := _PLACE.search(words[0]))]
+    shown = "; ".join(places[:MOST_PLACES])
+    if (more := len(places) - MOST_PLACES) > 0:
+        shown += f"; and {more} more"
+    return _PLACE.sub(lambda _: f"` ({shown})", reason), advice
 
 
 def to_rich(rows: Sequence[Row], lines: Iterable[str]) -> Group:
     """The table, the reasons and some lines below it, for a rich console."""
-    numbers = notes(rows)
+    numbers, reasons = notes(rows)
     table = Table(box=None, pad_edge=False, header_style="bold")
     more = measured(rows)
     for title in (*TITLES, *more):
@@ -158,11 +182,11 @@ def to_rich(rows: Sequence[Row], lines: Iterable[str]) -> Group:
         words = row.outcome if row.folded else f"left ({numbers[row.words]})"
         cells = map(_text, (row.name, row.shape, row.axes, row.variance))
         table.add_row(*cells, Text(words, COLORS[row.kind]), *map(_text, others))
-    reasons = Table.grid(padding=(0, 1))
-    for (reason, advice), number in numbers.items():
+    listed = Table.grid(padding=(0, 1))
+    for number, (reason, advice) in enumerate(reasons, 1):
         text = _text(_sentence(reason)) + _text(f" {_sentence(advice)}" if advice else "", "cyan")
-        reasons.add_row(Text(f"({number})", "yellow"), text)
-    return Group(*[table] * bool(rows), *[reasons] * bool(numbers), *map(_text, lines))
+        listed.add_row(Text(f"({number})", "yellow"), text)
+    return Group(*[table] * bool(rows), *[listed] * bool(reasons), *map(_text, lines))
 
 
 def _text(words: str, style: str = "") -> Text:
@@ -183,7 +207,7 @@ def to_html(rows: Sequence[Row], lines: Iterable[str]) -> str:
 
     The outcome stands next to the name: a narrow screen shows these two.
     """
-    numbers = notes(rows)
+    numbers, found = notes(rows)
     more = measured(rows)
     titles = (TITLES[0], TITLES[-1], *more, *TITLES[1:-1])
     head = "".join(f"<th>{title}</th>" for title in titles)
@@ -194,8 +218,8 @@ def to_html(rows: Sequence[Row], lines: Iterable[str]) -> str:
         plain = "".join(f"<td>{cell}</td>" for cell in cells)
         body += f'<tr><td>{name}</td><td class="{row.kind}">{outcome}</td>{plain}</tr>'
     table = f"<table><tr>{head}</tr>{body}</table>" if body else ""
-    items = (f"<li>{_html(_sentence(r))} <em>{_html(_sentence(a))}</em></li>" for r, a in numbers)
-    reasons = f"<ol>{''.join(items)}</ol>" if numbers else ""
+    items = (f"<li>{_html(_sentence(r))} <em>{_html(_sentence(a))}</em></li>" for r, a in found)
+    reasons = f"<ol>{''.join(items)}</ol>" if found else ""
     below = "".join(f"<p>{_html(line)}</p>" for line in lines)
     return f'<div class="lnfold"><style>{STYLE}</style>{table}{reasons}{below}</div>'
 

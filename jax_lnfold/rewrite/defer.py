@@ -52,6 +52,11 @@ class Deferral:
     """A scale that is applied to results of matrix products, in place of what these read.
 
     Shapes are those of what was scaled, and of the results that are scaled instead.
+
+    Example:
+        >>> from jax_lnfold import Deferral
+        >>> Deferral("ViT/norm", shape=(2, 16, 32), results=((2, 16, 96),)).module
+        'ViT/norm'
     """
 
     module: str

@@ -650,19 +650,19 @@ def test_overflow(tmp_path: Path) -> None:
     assert [*tmp_path.iterdir()] == [tmp_path / "a"]
 
 
-README = Path(jax_lnfold.__file__).parents[1] / "README.md"
+GUIDE = Path(jax_lnfold.__file__).parents[1] / "docs" / "guide" / "checkpoints.md"
 
 
-@pytest.mark.parametrize("where", ["README", "help"])
+@pytest.mark.parametrize("where", ["guide", "help"])
 def test_examples(where: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Both fit a model of the sizes that they speak of."""
     with pytest.raises(SystemExit):
         main(["center", "--help"])
-    text = README.read_text("utf-8") if where == "README" else capsys.readouterr().out
+    text = GUIDE.read_text("utf-8") if where == "guide" else capsys.readouterr().out
     found = re.search(r'\{"params/h_\{\}.*?: null\}', text, re.DOTALL)
     assert found is not None
     keys = KeyMap.from_json(found[0].encode())
-    block, prefix = ("h_2/", "h.2.") if where == "README" else ("", "")
+    block, prefix = ("h_2/", "h.2.") if where == "guide" else ("", "")
     stored = {
         "h.2.ln.weight": (768,),
         "h.2.qkv.weight": (3 * 768, 768),

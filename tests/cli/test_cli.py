@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -539,7 +540,7 @@ def test_interrupted_target(module: str, capsys: Capture) -> None:
         (["report", "module"], "'module' has no colon; pass package.module:function"),
         (["report", ":f"], "has no colon"),
         (["fold", "a:b"], "invalid choice"),
-        (["draw", "a:b", "-o", "a.png"], "'a.png' ends in neither .svg nor .dot"),
+        (["draw", "a:b", "-o", "a.gif"], "'a.gif' ends in none of .svg, .dot and .png"),
         (["center", "plan.json", "a"], "required: DEST"),
     ],
 )
@@ -562,6 +563,23 @@ def test_help(command: str, capsys: Capture) -> None:
         command in {"report", "plan", "draw"}
     )
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_the_script_that_pip_installs(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/jax-lnfold", "report", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    text = capsys.readouterr().out
+    assert text.startswith("usage: jax-lnfold report ")
+    assert "example: jax-lnfold report my_model:target" in text
+    assert "python -m jax_lnfold" not in text
+
+
+def test_version(capsys: Capture) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    told = f"jax_lnfold {jax_lnfold.__version__} (jax {jax.__version__}, Python 3."
+    assert capsys.readouterr().out.startswith(told)
 
 
 def test_as_a_module() -> None:

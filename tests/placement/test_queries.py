@@ -512,7 +512,7 @@ LEFT: dict[str, tuple[Apply, str]] = {
     ),
     "sink": (
         attention(with_sink, lambda s: nn.softmax(s)[..., :-1]),
-        "its shift cannot be dropped: `reduce_max` .* shifted differently",
+        "its shift cannot be dropped: `reduce_max` .* shifted by different numbers",
     ),
     "scores returned": (
         returned,
@@ -523,7 +523,7 @@ LEFT: dict[str, tuple[Apply, str]] = {
             weights=lambda s: nn.softmax(s, axis=2),
             queries=lambda p, q: normed(q, p["gq"], p["bq"]) / 3,
         ),
-        "its shift cannot be dropped: `reduce_max` .* shifted differently",
+        "its shift cannot be dropped: `reduce_max` .* shifted by different numbers",
     ),
     "largest of all, too": (
         attention(weights=lambda s: nn.softmax(s) * s.max(2, keepdims=True)),

@@ -44,9 +44,9 @@ def test_same_numbers(to_array: type) -> None:
     np.testing.assert_allclose(got["stem"], want, rtol=0, atol=1e-15)
 
 
-def test_example_of_the_readme() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    plan = FoldPlan.from_json(readme.split("```json\n")[1].split("```")[0])
+def test_example_of_the_reference() -> None:
+    page = Path(__file__).parents[2] / "docs" / "reference" / "plan_file.md"
+    plan = FoldPlan.from_json(page.read_text("utf-8").split('text = """')[1].split('"""')[0])
     kernel, gamma = np.arange(32.0).reshape(8, 4) ** 2, np.arange(1.0, 5)
     got = plan.center({"kernel": kernel, "gamma": gamma})
     heads = (kernel * gamma).reshape(8, 2, 2)

@@ -306,3 +306,20 @@ def test_odd_names() -> None:
     lines += [*svg.split("\n"), *map(str, (*report.edits, *report.insertions))]
     assert [line for line in lines if not line.isprintable()] == []
     assert escaped in report._repr_html_()
+
+
+def test_each_kind_has_a_symbol_of_its_own() -> None:
+    """Told apart without colours and arrows, in the legend, too."""
+    kinds = "edited written inserted folded left blocked noticed".split()
+    root = ElementTree.fromstring(to_svg([Event(k, 0, k) for k in kinds], "all kinds"))
+    legend = root.findall(f"{SVG}g")[-len(kinds) :]
+    assert len(legend) == len(kinds)
+    shapes = {
+        tuple(
+            (part.tag, *re.findall("[a-z]", part.get("d", "")), part.get("class"))
+            for part in group
+            if part.tag != f"{SVG}text"
+        )
+        for group in legend
+    }
+    assert len(shapes) == len(kinds)

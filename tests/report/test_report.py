@@ -24,6 +24,7 @@ from tests.models.zoo import BY_NAME, NORMS, ZOO
 
 TESTS = Path(__file__).parents[1]
 PRE_LN, GATE, UNTIE = "inside the branch (pre-LN)", "gate by one number per token", "(untie it)"
+JOINED = "normalise before positions are joined"
 SCALE = r"norm|\"scale\""
 MERGE, LINEAR_LAST, QUIET, RETURN = (
     "merge this scale",
@@ -70,9 +71,11 @@ BLOCKED: dict[str, list[Blocked]] = {
     "swin_v2": [Blocked("Swin/final_norm", "mul", r".*mlp_norm", SCALE, PRE_LN)],
     # Patch merging notices a shift of one token out of four; nothing but its removal helps.
     "swin": [
-        Blocked(r"Swin/stage_0_.*_norm", "mul", "Swin/patch_norm", SCALE),
-        Blocked(r"Swin/merge_1/norm", "reduce_sum", "Swin/merge_1/norm", "norm"),
-        Blocked(r"Swin/(stage_1_.*|merge_2/)norm", "reduce_sum", "Swin/merge_2/norm", "norm"),
+        Blocked(r"Swin/stage_0_.*_norm", "mul", "Swin/patch_norm", SCALE, JOINED),
+        Blocked(r"Swin/merge_1/norm", "reduce_sum", "Swin/merge_1/norm", "norm", JOINED),
+        Blocked(
+            r"Swin/(stage_1_.*|merge_2/)norm", "reduce_sum", "Swin/merge_2/norm", "norm", JOINED
+        ),
     ],
     # A gate per channel, computed from data.
     "dit": [

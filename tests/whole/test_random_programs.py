@@ -128,6 +128,7 @@ def test_facts(count: int) -> None:
     assert min(found.counts["facts"], found.counts["tolerances"]) > 100
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("count", [24, pytest.param(300, marks=pytest.mark.slow)])
 def test_means_left_out(count: int) -> None:
     found = check_many(["left_out"], range(0, 3 * count, 3))
@@ -135,6 +136,7 @@ def test_means_left_out(count: int) -> None:
     assert min(found.counts[name] for name in ("left_out", "exact", "changed")) > 5
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("count", [4, pytest.param(60, marks=pytest.mark.slow)])
 def test_without_a_budget_means_stay(count: int) -> None:
     found = check_many(["no_budget"], range(10_000, 10_000 + count))
@@ -142,12 +144,14 @@ def test_without_a_budget_means_stay(count: int) -> None:
     assert min(found.counts["measured"], found.counts["edited"]) > 0
 
 
+@pytest.mark.wide
 def test_gradients() -> None:
     found = check_many(["gradients"], range(0, 21, 3), ["both"])
     assert not found.failures
     assert min(found.counts["folded"], found.counts["affine"]) > 0
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rounded_programs_are_as_accurate(dtype: str) -> None:
     found = check_many([dtype], range(0, 24, 3), ["both"])
@@ -186,6 +190,7 @@ def with_edits(change: Callable[[Any], Any]) -> Callable[..., Any]:
     return changed
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("name", "change"),
     [

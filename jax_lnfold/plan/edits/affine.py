@@ -19,6 +19,11 @@ class AffineReader:
     The axes of the scale with more than one element run along `axes` of the leaf at `kernel`. If
     there is a shift, the leaf at `bias` takes up its product with the kernel, summed over the axes
     `summed`; the rest are the axes of the bias, in their order.
+
+    Example:
+        >>> from jax_lnfold import AffineReader
+        >>> AffineReader("mlp/kernel", axes=(0,), bias="mlp/bias", summed=(0,)).kernel
+        'mlp/kernel'
     """
 
     kernel: str
@@ -43,6 +48,12 @@ class AffineEdit(Edit):
     The shift at key path `shift`, if any, goes into their biases and becomes zero. Where the
     program adds 1 to the leaf, `one` is 0: they are multiplied by the leaf plus ``1 - one``, and
     it is set to `one`.
+
+    Example:
+        >>> from jax_lnfold import AffineEdit, AffineReader
+        >>> reader = AffineReader("mlp/kernel", axes=(0,), bias="mlp/bias", summed=(0,))
+        >>> AffineEdit("norm/scale", "norm/bias", (reader,)).version
+        3
     """
 
     key_path: str

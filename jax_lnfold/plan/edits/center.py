@@ -16,7 +16,13 @@ from .edit import Edit, LeafEdit, Shapes, integers
 
 @dataclass(frozen=True, slots=True)
 class CenterEdit(Edit):
-    """Subtract group means from one leaf (CBWC); `along` says which positions form a group."""
+    """Subtract group means from one leaf (CBWC); `along` says which positions form a group.
+
+    Example:
+        >>> from jax_lnfold import AxisSet, CenterEdit
+        >>> print(CenterEdit("mlp/kernel", AxisSet.over((3, 5), axes=[1])))
+        mlp/kernel centered along axis 1
+    """
 
     key_path: str
     along: AxisSet

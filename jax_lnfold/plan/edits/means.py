@@ -22,6 +22,11 @@ class MeanEdit(Edit):
 
     There is one group for each position of the axes that are not averaged over, in row-major order.
     What tolerates that the leaf is centered tolerates any means (theory, section 12).
+
+    Example:
+        >>> from jax_lnfold import AxisSet, MeanEdit
+        >>> print(MeanEdit("mlp/kernel", AxisSet.over((3, 5), axes=[1]), means=(0.5, 0.0, -1.0)))
+        mlp/kernel with chosen means along axis 1
     """
 
     key_path: str

@@ -21,6 +21,11 @@ class QueryEdit(Edit):
     and shifted by that at `query_shift`, along whose `shift_axes` it runs. Either shift may be
     None. Where the program adds 1 to the leaf at `key_path`, `one` is 0: the others are multiplied
     by the leaf plus ``1 - one``, and it is set to `one`.
+
+    Example:
+        >>> from jax_lnfold import QueryEdit
+        >>> QueryEdit("key_norm/scale", None, "query_norm/scale", None, axes=(0,)).query
+        'query_norm/scale'
     """
 
     key_path: str

@@ -17,6 +17,11 @@ class ScaleEdit(Edit):
     """Multiply `targets` (key path, axes) by the scale at `key_path`, then set that to one.
 
     The axes of the scale with more than one element run along these axes of the target.
+
+    Example:
+        >>> from jax_lnfold import ScaleEdit
+        >>> ScaleEdit("gamma", targets=(("mlp/kernel", (1,)), ("mlp/bias", (0,)))).targets[1]
+        ('mlp/bias', (0,))
     """
 
     key_path: str

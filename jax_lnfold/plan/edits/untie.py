@@ -15,6 +15,11 @@ class UntieEdit(Edit):
     """The leaf at `key_path`, ``copies/a/b``, is a copy of ``params/a/b`` that lookups read.
 
     This by itself changes no leaf: others edit the copy.
+
+    Example:
+        >>> from jax_lnfold import UntieEdit
+        >>> UntieEdit("copies/embedding").key_path
+        'copies/embedding'
     """
 
     key_path: str
