@@ -1,7 +1,7 @@
 """Checks the links of a site that was built: pages, and places in them, that are files there.
 
-``python .ci/links.py SITE``. Links from everywhere to the site itself and to files of the repository
-are checked, too; those to other sites are not followed.
+``python .ci/links.py SITE``. Addresses of the site itself and of files in the repository are
+checked, too; links to other sites are not followed.
 """
 
 from __future__ import annotations
