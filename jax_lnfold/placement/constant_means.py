@@ -22,7 +22,7 @@ from ..plan.edits.means import MeanEdit
 from ..plan.plan import FoldPlan
 from ..program.graph import Graph
 from ..program.primitives import IDENTITIES, MOVES
-from ..rules import Context, Opaque, rule_for
+from ..rules import Context, Opaque, rule_of
 from .place import Placement
 
 _SIGNS = {"add": (1, 1), "add_any": (1, 1), "sub": (1, -1), "neg": (-1,)}
@@ -87,7 +87,7 @@ def _terms(graph: Graph, claim: Claim) -> Iterator[_Term]:
         if made is None or made[0].name not in _SIGNS.keys() | IDENTITIES | MOVES:
             continue
         op, position = made
-        pulled = rule_for(op.name).pull(Context(graph, op, lambda *_: False), position, along)
+        pulled = rule_of(op).pull(Context(graph, op, lambda *_: False), position, along)
         if not isinstance(pulled, Opaque):
             signs = _SIGNS.get(op.name, (1,))
             todo += [(sign * signs[i], (op.inputs[i], needed)) for i, needed in pulled.needs]
