@@ -21,6 +21,9 @@ PLACEHOLDER = "<image>"
 
 END_OF_ANSWER = "<|endoftext|>"
 
+_SPACED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
+"""What loses its spaces, one after the other."""
+
 _VOCABULARIES = [["tokenizer.json"], ["vocab.json", "merges.txt"]]
 
 CHAT_TEMPLATE = (
@@ -154,8 +157,18 @@ def _question(name: str, text: str, *, first: bool) -> str:
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
-    """An answer's text, without special tokens and stripped."""
-    return tokenizer.decode([int(token) for token in ids], skip_special_tokens=True).strip()
+    """An answer's text, without special tokens and stripped.
+
+    Where the tokenizer's files ask for it (Phi-2's do), or do not say, spaces in front of
+    punctuation go, as in the public code. `transformers` 5 warns instead, and leaves them.
+    """
+    text = tokenizer.decode(
+        [int(token) for token in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    if tokenizer.init_kwargs.get("clean_up_tokenization_spaces", True):
+        for spaced in _SPACED:
+            text = text.replace(spaced, spaced.strip())
+    return text.strip()
 
 
 def eos_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -48,9 +48,11 @@ class Frames:
 
 
 def read_video(
-    path: str | os.PathLike[str], *, num_frames: int = 16, max_frames: int = 16
+    path: str | os.PathLike[str], *, num_frames: int = 16, max_frames: int = 64
 ) -> Frames:
     """Sample frames uniformly from the first frame to the last, by index as the public model does.
+
+    Where a video has fewer frames than are asked for, some are taken more than once.
 
     What decodes decides which frames there are, not what the file says about itself: damaged
     packets are passed over, and a file that is cut short is as long as what is left of it. Only
@@ -63,8 +65,8 @@ def read_video(
         max_frames: at most as many of the latter.
 
     Raises:
-        InputError: there is no such file, it is not a video, none of it decodes, it has fewer than
-            `num_frames` frames, or a number is not a positive one.
+        InputError: there is no such file, it is not a video, none of it decodes, or a number is not
+            a positive one.
     """
     count = _positive("num_frames", num_frames, allowed=(ONE_A_SECOND,))
     limit = _positive("max_frames", max_frames)
@@ -87,10 +89,6 @@ def read_video(
     total = len(stamps)
     if not total:
         raise InputError(f"video: nothing in {file} decodes; it is damaged or cut short")
-    if total < count:
-        raise InputError(
-            f"num_frames: {count} are asked for, but {file} has {total}; ask for at most {total}"
-        )
     return Frames(
         np.stack([kept[index] for index in indices]),
         np.array(indices),
@@ -130,11 +128,11 @@ class _Timeline:
         return float(index / self.rate if ticks is None else ticks * self.tick)
 
     def sample(self, count: int, limit: int) -> list[int]:
-        """Which frames are taken; none where there are too few."""
+        """Which frames are taken; none where there are none."""
         total = len(self.stamps)
         if count == ONE_A_SECOND:
-            count = min(limit, max(1, int(self.duration)), total)
-        return np.linspace(0, total - 1, count, dtype=int).tolist() if count <= total else []
+            count = min(limit, max(1, int(self.duration)))
+        return np.linspace(0, total - 1, count, dtype=int).tolist() if total else []
 
 
 def _open(file: Path) -> av.container.InputContainer:

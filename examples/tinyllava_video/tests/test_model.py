@@ -14,9 +14,10 @@ import pytest
 from flax import nnx
 
 import jax_lnfold
-from examples.tinyllava_video.config import CONFIGS, Config, ResamplerConfig, named
+from examples.tinyllava_video.config import Config, ResamplerConfig, named
 from examples.tinyllava_video.errors import InputError
-from examples.tinyllava_video.model import TinyLlavaVideo, abstract, functional, next_token
+from examples.tinyllava_video.generation import Decoding
+from examples.tinyllava_video.model import TinyLlavaVideo, abstract, functional
 from examples.tinyllava_video.resampler import Resampler, position_encoding
 
 TINY = ("tiny-qwen2", "tiny-phi")
@@ -78,8 +79,9 @@ def test_resampler_folds_at_no_cost(name: str, frames: int) -> None:
     assert {path.partition("/")[0] for path in edited} == {"connector"}
 
 
-def test_naive_resampler_folds_too() -> None:
-    model = made(configured("tiny-qwen2", groups=1, position_encoding=False))
+@pytest.mark.parametrize("positions", ["media", "none"])
+def test_naive_resampler_folds_too(positions: str) -> None:
+    model = made(configured("tiny-qwen2", groups=1, positions=positions))
     function, params = functional(model, "encode_video")
     folded = checked(function, params, inputs(model.config)[0])
     assert counts(folded.report, "connector") == (7, 7)
@@ -158,7 +160,10 @@ def test_cache_gives_the_tokens_that_whole_sequences_give(name: str) -> None:
 def test_sampling_keeps_to_the_likeliest() -> None:
     probabilities = np.array([0.02, 0.5, 0.08, 0.1, 0.3])
     logits = jnp.broadcast_to(jnp.log(probabilities), (4000, 5))
-    draw = partial(next_token, logits, jax.random.key(0))
+
+    def draw(**options: float) -> jax.Array:
+        return Decoding(**options).next_token(logits, jax.random.key(0))
+
     share = np.bincount(draw(temperature=1.0, top_p=1.0), minlength=5) / 4000
     np.testing.assert_allclose(share, probabilities, atol=0.03)
     assert set(np.unique(draw(temperature=1.0, top_p=0.75))) == {1, 4}
@@ -166,7 +171,11 @@ def test_sampling_keeps_to_the_likeliest() -> None:
     assert set(np.unique(draw(temperature=1.0, top_p=1e-6))) == {1}
     sharper = np.bincount(draw(temperature=0.5, top_p=1.0), minlength=5) / 4000
     np.testing.assert_allclose(sharper, probabilities**2 / (probabilities**2).sum(), atol=0.03)
-    assert (next_token(logits, None, temperature=0.0, top_p=1.0) == 1).all()
+    assert (Decoding().next_token(logits, None) == 1).all()
+    assert set(np.unique(draw(temperature=1.0, top_k=3))) == {1, 3, 4}
+    assert set(np.unique(draw(temperature=9.0, top_k=0))) == {*range(5)}
+    # Of the three likeliest (0.9 together) the first has 0.56: the second is needed for 0.85.
+    assert set(np.unique(draw(temperature=1.0, top_k=3, top_p=0.85))) == {1, 4}
 
 
 def test_sampled_answers_fold() -> None:
@@ -218,7 +227,7 @@ def test_bad_input() -> None:
         generate(max_new_tokens=3, temperature=1.0, top_p=0.0)
     with pytest.raises(InputError, match="key: sampling needs one"):
         generate(max_new_tokens=3, temperature=1.0)
-    with pytest.raises(InputError, match=r"there is no 'gpt-5'; there are qwen2\.5-3b"):
+    with pytest.raises(InputError, match=r"there is no 'gpt-5'; there are TinyLLaVA-Video-Qw"):
         named("gpt-5")
     with pytest.raises(InputError, match="10 are not divisible by 4 groups"):
         ResamplerConfig(10, 4)
@@ -246,7 +255,10 @@ def test_public_models_have_their_published_sizes() -> None:
     def size(tree: Any) -> int:
         return sum(x.size for x in jax.tree.leaves(nnx.state(tree)))
 
-    qwen, phi = (abstract(CONFIGS[f"{name}-group-16-512"]) for name in ("qwen2.5-3b", "phi-2"))
+    qwen, phi = (
+        abstract(named(f"TinyLLaVA-Video-{name}-16-512"))
+        for name in ("Qwen2.5-3B-Group", "Phi2-Naive")
+    )
     assert size(qwen.vision_tower) == size(phi.vision_tower) == 428_225_600
     assert size(qwen.language_model) == 3_085_938_688
     assert size(phi.language_model) == 2_779_683_840
@@ -256,7 +268,7 @@ def test_public_models_have_their_published_sizes() -> None:
 
 def test_public_resampler_folds_at_its_size() -> None:
     """From shapes alone; the tower is read raw at its second-to-last stream."""
-    function, params = functional(abstract(named("qwen2.5-3b-group-16-512")), "encode_video")
+    function, params = functional(abstract(named("TinyLLaVA-Video-Qwen2.5-3B-Group-16-512")), "encode_video")
     pixels = jax.ShapeDtypeStruct((1, 16, 384, 384, 3), jnp.float32)
     report = jax_lnfold.analyze(function, params, pixels)
     assert counts(report, "connector") == (10, 10)
