@@ -234,6 +234,19 @@ def show(frames: Frames, *, columns: int = 4, width: int = 240) -> Image.Image:
     return sheet
 
 
+def check_picture(path: str | os.PathLike[str]) -> None:
+    """Whether Pillow can write a picture of that name there.
+
+    Raises:
+        InputError: it cannot.
+    """
+    file = Path(path).absolute()
+    if Image.registered_extensions().get(file.suffix.lower()) not in Image.SAVE:
+        raise InputError(f"sheet: {file.name} should end in .png, .jpg or the like")
+    if file.is_dir() or not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+        raise InputError(f"sheet: {file} cannot be written; give a file in a folder that is there")
+
+
 def _resized(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """To (width, height)."""
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
