@@ -186,7 +186,7 @@ def chat(pipeline: Pipeline, job: Job, seed: int) -> int:
         except InputError as error:
             say(str(error))
             continue
-        print(flush=True)
+        print(answer.text[len(shown) :] if answer.text.startswith(shown) else "", flush=True)
         say_if_cut(answer, job)
         history.append((question, answer.text))
     return 0

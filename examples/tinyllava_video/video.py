@@ -22,6 +22,9 @@ from .errors import InputError
 ONE_A_SECOND = -1
 """As a number of frames: as many as the video has seconds."""
 
+MOST = 4096
+"""More frames than a model reads; those asked for are held in memory."""
+
 # Titles and the like come in any encoding; PyAV 19 knows that and has no such argument.
 _TITLES = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
@@ -70,6 +73,8 @@ def read_video(
     """
     count = _positive("num_frames", num_frames, allowed=(ONE_A_SECOND,))
     limit = _positive("max_frames", max_frames)
+    if count > MOST:
+        raise InputError(f"num_frames: must be at most {MOST}, not {count}")
     file = Path(path)
     if not file.is_file():
         raise InputError(f"video: there is no file {file}")

@@ -157,6 +157,30 @@ def test_cache_gives_the_tokens_that_whole_sequences_give(name: str) -> None:
         assert (row[last + 1 :] == eos).all()
 
 
+def test_batches_of_unequal_prompts_are_as_one_by_one() -> None:
+    """However much they are filled up, and in pieces of the answer, too."""
+    model = made(configured("tiny-phi"))
+    pixels, before, _ = inputs(model.config, batch=1)
+    video = jax.jit(model.encode_video)(pixels)
+    rng, lengths, decoding = np.random.default_rng(7), (4, 9, 1), Decoding(6)
+    rows = [rng.integers(0, 256, n) for n in lengths]
+    generate, params = functional(model, "generate", max_new_tokens=6)
+    alone = [jax.jit(generate)(params, pixels, before, row[None])[0] for row in rows]
+    begin, advance = (
+        jax.jit(functional(model, name, decoding=decoding)[0]) for name in ("begin", "advance")
+    )
+    for longest in (9, 16):
+        empty = jnp.array([longest - n for n in lengths], jnp.int32)
+        after = np.stack([np.pad(row, (longest - len(row), 0), constant_values=9) for row in rows])
+        given = np.repeat(video, 3, axis=0), np.repeat(before, 3, axis=0), after, empty
+        state = begin(params, *given)
+        for limit in (3, 6):
+            state = advance(params, state, limit)
+            assert state.step == limit
+        np.testing.assert_array_equal(state.completed(), alone)
+    assert len({tuple(np.asarray(row).tolist()) for row in alone}) == 3
+
+
 def test_sampling_keeps_to_the_likeliest() -> None:
     probabilities = np.array([0.02, 0.5, 0.08, 0.1, 0.3])
     logits = jnp.broadcast_to(jnp.log(probabilities), (4000, 5))
