@@ -18,6 +18,7 @@ from av.stream import Disposition
 from PIL import Image, ImageDraw, ImageFont
 
 from .errors import InputError
+from .sampling import Chooser, evenly
 
 ONE_A_SECOND = -1
 """As a number of frames: as many as the video has seconds."""
@@ -51,7 +52,11 @@ class Frames:
 
 
 def read_video(
-    path: str | os.PathLike[str], *, num_frames: int = 16, max_frames: int = 64
+    path: str | os.PathLike[str],
+    *,
+    num_frames: int = 16,
+    max_frames: int = 64,
+    choose: Chooser | None = None,
 ) -> Frames:
     """Sample frames uniformly from the first frame to the last, by index as the public model does.
 
@@ -66,6 +71,7 @@ def read_video(
         path: anything that FFmpeg decodes; a picture is a video of one frame.
         num_frames: how many; -1 takes one for each whole second, at least one.
         max_frames: at most as many of the latter.
+        choose: which frames are taken, if not these.
 
     Raises:
         InputError: there is no such file, it is not a video, none of it decodes, or a number is not
@@ -75,7 +81,7 @@ def read_video(
     limit = _positive("max_frames", max_frames)
     if count > MOST:
         raise InputError(f"num_frames: must be at most {MOST}, not {count}")
-    file = Path(path)
+    file, choose = Path(path), choose or evenly(count, limit)
     if not file.is_file():
         raise InputError(f"video: there is no file {file}")
     try:
@@ -84,9 +90,9 @@ def read_video(
             packets = [(p.pts, p.duration or 0) for p in container.demux(stream) if p.size]
             rate = stream.average_rate or stream.guessed_rate or Fraction(25)  # as FFmpeg has it
             timeline = _Timeline(packets, stream.time_base, rate)
-        kept, stamps = _decode(file, set(timeline.sample(count, limit)))
+        kept, stamps = _decode(file, set(timeline.sample(choose)))
         timeline = _Timeline(stamps, timeline.tick, rate)
-        indices = timeline.sample(count, limit)
+        indices = timeline.sample(choose)
         if not kept.keys() >= set(indices):
             kept, _ = _decode(file, set(indices))
     except FFmpegError as error:
@@ -101,6 +107,23 @@ def read_video(
         fps=float(total / timeline.duration),
         duration=float(timeline.duration),
     )
+
+
+def read_pictures(folder: Path, choose: Chooser, fps: float) -> Frames:
+    """Frames of a video that is a folder of pictures: ``00001.jpg`` and so on.
+
+    Raises:
+        InputError: one of them is missing or damaged.
+    """
+    total = len(list(folder.iterdir()))
+    indices = choose(total, total / fps)
+    try:
+        shown = [Image.open(folder / f"{n:05}.jpg").convert("RGB") for n in indices]
+    except OSError as error:
+        raise InputError(f"video: a picture in {folder} cannot be read ({error})") from error
+    pixels = np.stack([np.asarray(picture.resize(shown[0].size)) for picture in shown])
+    seconds = np.array([n / fps for n in indices])
+    return Frames(pixels, np.array(indices), seconds, fps, total / fps)
 
 
 @dataclass(frozen=True)
@@ -132,12 +155,9 @@ class _Timeline:
         ticks = None if first is None or time is None else time - first
         return float(index / self.rate if ticks is None else ticks * self.tick)
 
-    def sample(self, count: int, limit: int) -> list[int]:
+    def sample(self, choose: Chooser) -> list[int]:
         """Which frames are taken; none where there are none."""
-        total = len(self.stamps)
-        if count == ONE_A_SECOND:
-            count = min(limit, max(1, int(self.duration)))
-        return np.linspace(0, total - 1, count, dtype=int).tolist() if total else []
+        return choose(len(self.stamps), self.duration) if self.stamps else []
 
 
 def _open(file: Path) -> av.container.InputContainer:

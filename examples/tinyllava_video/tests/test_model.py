@@ -292,7 +292,9 @@ def test_public_models_have_their_published_sizes() -> None:
 
 def test_public_resampler_folds_at_its_size() -> None:
     """From shapes alone; the tower is read raw at its second-to-last stream."""
-    function, params = functional(abstract(named("TinyLLaVA-Video-Qwen2.5-3B-Group-16-512")), "encode_video")
+    function, params = functional(
+        abstract(named("TinyLLaVA-Video-Qwen2.5-3B-Group-16-512")), "encode_video"
+    )
     pixels = jax.ShapeDtypeStruct((1, 16, 384, 384, 3), jnp.float32)
     report = jax_lnfold.analyze(function, params, pixels)
     assert counts(report, "connector") == (10, 10)

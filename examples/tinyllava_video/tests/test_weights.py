@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from examples.tinyllava_video import weights
-from examples.tinyllava_video.config import CONFIGS, Config, named
+from examples.tinyllava_video.config import CONFIGS, Config, Qwen2Config, named
 from examples.tinyllava_video.errors import InputError
 from examples.tinyllava_video.keys import entries
 from examples.tinyllava_video.model import TinyLlavaVideo, abstract
@@ -127,7 +127,7 @@ def expected_keys(config: Config, text: list[str], text_layer: list[str]) -> lis
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_parameter_has_one_key(name: str) -> None:
     config = named(name)
-    text = (QWEN2, QWEN2_LAYER) if "qwen2" in name else (PHI, PHI_LAYER)
+    text = (QWEN2, QWEN2_LAYER) if isinstance(config.text, Qwen2Config) else (PHI, PHI_LAYER)
     found = [entry.key for entry in entries(abstract(config)).values()]
     assert len(set(found)) == len(found)
     assert sorted(found) == sorted(expected_keys(config, *text))
