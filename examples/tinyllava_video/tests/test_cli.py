@@ -21,10 +21,11 @@ from examples.tinyllava_video import __main__
 from examples.tinyllava_video.__main__ import main
 from examples.tinyllava_video.config import named
 from examples.tinyllava_video.errors import InputError
+from examples.tinyllava_video.fitting import next_logits
 from examples.tinyllava_video.model import TinyLlavaVideo
 from examples.tinyllava_video.pipeline import Pipeline
 from examples.tinyllava_video.text import byte_tokenizer
-from examples.tinyllava_video.train import answer_logits, batches, clip, train
+from examples.tinyllava_video.train import batches, clip, train
 from examples.tinyllava_video.weights import load
 
 QUESTION = "What happens in <image>?"
@@ -253,7 +254,7 @@ def test_training_keeps_the_constraint_on_eight_devices() -> None:
             assert np.abs(edited.mean(-1)).max() < 1e-6 * np.abs(edited).max()
         given = next(batches(config, 4, seed=9))
         trained, folded = (
-            jax.jit(f)(params, given) for f in (found.folded.apply, answer_logits(graph))
+            jax.jit(f)(params, given) for f in (found.folded.apply, next_logits(graph))
         )
         np.testing.assert_allclose(trained, folded, atol=2e-3)
 
