@@ -20,6 +20,13 @@ DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 
 SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
 
+PARTS = {
+    "vision_tower": "vision_tower._vision_tower.",
+    "language_model": "language_model.",
+    "connector": "connector.",
+}
+"""Folders that the first stage of training leaves, and how keys begin that theirs lack."""
+
 
 class Stored(NamedTuple):
     """An array in a file. `read` takes slices and gives a copy of that part."""
@@ -39,6 +46,9 @@ def open_arrays(directory: Path) -> dict[str, Stored]:
         files = _files(directory, name)
         if files:
             return {key: array for file in files for key, array in opened(file)}
+    if all((directory / part).is_dir() for part in PARTS):
+        parts = ((begins, open_arrays(directory / part)) for part, begins in PARTS.items())
+        return {begins + key: array for begins, held in parts for key, array in held.items()}
     raise InputError(
         f"directory: {directory} has no weights; there should be {SAFETENSORS} or {TORCH}, or an "
         f"index ({_index(SAFETENSORS)}) and its files"

@@ -79,9 +79,9 @@ def of_parts(params: Tree, parts: Sequence[str]) -> Tree:
 def adapters_for(params: Tree, rank: int, seed: int) -> dict[str, Adapter]:
     """Of all linear layers of the language model's blocks; they add nothing yet."""
     found, key = {}, jax.random.key(seed)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params["language_model"]["layers"]):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path)
-        if "'kernel'" in name:
+        if name.startswith("['language_model']['layers']") and "'kernel'" in name:
             key, new = jax.random.split(key)
             inputs, outputs = leaf.shape
             a = jax.random.normal(new, (inputs, rank), leaf.dtype) * inputs**-0.5
@@ -93,7 +93,7 @@ def adapted(params: Tree, adapters: dict[str, Adapter]) -> Tree:
     """Parameters with the adapters added."""
 
     def add(path: Any, leaf: jax.Array) -> jax.Array:
-        if (adapter := adapters.get(jax.tree_util.keystr(path[2:]))) is None:
+        if (adapter := adapters.get(jax.tree_util.keystr(path))) is None:
             return leaf
         return leaf + ALPHA / adapter.a.shape[1] * adapter.a @ adapter.b
 

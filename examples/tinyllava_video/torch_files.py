@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,20 @@ def part_of(array: Tensor, index: tuple[slice, ...]) -> np.ndarray:
 
         return part.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16).copy()
     return part.numpy().copy()
+
+
+def write_torch(file: Path, arrays: Mapping[str, Callable[[], np.ndarray]]) -> None:
+    """Writes a file that both this and the public code read."""
+    import torch
+
+    held = {}
+    for key, read in arrays.items():
+        array = np.ascontiguousarray(read())
+        if array.dtype == ml_dtypes.bfloat16:
+            held[key] = torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+        else:
+            held[key] = torch.from_numpy(array.copy())
+    torch.save(held, file)
 
 
 def _loaded(file: Path) -> Any:

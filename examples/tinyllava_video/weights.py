@@ -24,7 +24,16 @@ from rich.progress import track
 
 from .config import Config, Variant, variant
 from .errors import InputError
-from .files import DTYPES, Stored, is_weights, open_arrays, shortened, write_arrays, write_json
+from .files import (
+    DTYPES,
+    PARTS,
+    Stored,
+    is_weights,
+    open_arrays,
+    shortened,
+    write_arrays,
+    write_json,
+)
 from .keys import IGNORED, TIED, Entry, entries
 from .model import TinyLlavaVideo, abstract
 from .public_config import config_dict, config_from
@@ -119,7 +128,7 @@ def save(
     directory.mkdir(parents=True, exist_ok=True)
     write_arrays(
         directory,
-        {key: partial(_stored, *pair) for key, pair in wanted.items()},
+        {key: partial(as_stored, *pair) for key, pair in wanted.items()},
         {key: array.nbytes for key, (array, _) in wanted.items()},
         max_shard_bytes,
     )
@@ -127,7 +136,7 @@ def save(
     if source is None:
         write_json(directory / "config.json", config_dict(config))
     else:
-        _copy_others(FilePath(source), directory)
+        copy_others(FilePath(source), directory)
 
 
 def check_destination(
@@ -143,7 +152,8 @@ def check_destination(
     there = next(path for path in (directory, *directory.parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise InputError(f"directory: {directory} cannot be made in {there}; give another one")
-    if there == directory and any(map(is_weights, directory.iterdir())):
+    inside = [directory, *(directory / part for part in PARTS)]
+    if any(is_weights(file) for place in inside if place.is_dir() for file in place.iterdir()):
         raise InputError(f"directory: {directory} holds weights already; give another one")
     if source is not None and _public(config_from(source)) != _public(config):
         raise InputError(f"source: {source} is a checkpoint of another model")
@@ -154,7 +164,8 @@ def _public(config: Config) -> Config:
     return replace(config, context=0, num_frames=0, max_frames=0)
 
 
-def _copy_others(source: FilePath, directory: FilePath) -> None:
+def copy_others(source: FilePath, directory: FilePath) -> None:
+    """All files but weights."""
     for file in source.iterdir():
         if file.is_file() and not is_weights(file):
             shutil.copy2(file, directory / file.name)
@@ -286,5 +297,6 @@ def _cast(part: np.ndarray, dtype: jax.typing.DTypeLike, key: str) -> np.ndarray
     return cast
 
 
-def _stored(array: jax.Array, entry: Entry) -> np.ndarray:
+def as_stored(array: jax.Array, entry: Entry) -> np.ndarray:
+    """A parameter as it lies in a checkpoint."""
     return np.asarray(array).transpose(entry.back)

@@ -6,6 +6,7 @@ Tower and language models are those of `transformers`; the resampler is written 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -21,14 +22,17 @@ import pytest
 import torch
 import transformers as hf
 from flax import nnx
+from jax.sharding import Mesh
 from safetensors.torch import save_file
 from torch import Tensor
 
 import jax_lnfold
 from examples.tinyllava_video.config import Config, PhiConfig, Qwen2Config, named
 from examples.tinyllava_video.errors import InputError
+from examples.tinyllava_video.fitting import Batch, fit
 from examples.tinyllava_video.model import TinyLlavaVideo, functional
 from examples.tinyllava_video.resampler import position_encoding
+from examples.tinyllava_video.stage_folders import save_parts
 from examples.tinyllava_video.weights import config_from, load, save
 
 PLACEHOLDER = -200
@@ -555,6 +559,40 @@ def read(directory: Path) -> Iterator[tuple[str, Tensor]]:
     from safetensors.torch import load_file
 
     yield from load_file(directory / "model.safetensors").items()
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def test_the_first_stage_leaves_folders_that_both_read(phi: Checkpoint, tmp_path: Path) -> None:
+    """Keys as PyTorch's modules of each part have them; only the connector has learnt."""
+    config = phi.model.config
+    (clip,), (before, after, _) = pixels(3, 1)[0], prompt(103, 1)
+    given = Batch(np.array(clip)[None], *map(np.array, (before, after, np.ones((1, 3), bool))))
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    model = load(phi.directory)
+    found = fit(model, itertools.repeat(given), 3, parts=("connector",), rate=1e-2, mesh=mesh)
+    assert found.losses[-1] < found.losses[0]
+    save_parts(found.model, tmp_path / "stage1")
+    parts = {
+        "vision_tower": phi.torch.tower,
+        "language_model": phi.torch.language_model,
+        "connector": phi.torch.connector,
+    }
+    for name, module in parts.items():
+        held = torch.load(tmp_path / "stage1" / name / "pytorch_model.bin", weights_only=True)
+        shapes = {key: x.shape for key, x in module.named_parameters()}
+        assert {key: x.shape for key, x in held.items()} == shapes
+    again = load(tmp_path / "stage1")
+    assert again.config == config
+    for a, b in zip(*(jax.tree.leaves(nnx.state(x)) for x in (found.model, again)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    old, new = (nnx.state(x.language_model.lm_head) for x in (phi.model, again))
+    assert all(map(np.array_equal, *map(jax.tree.leaves, (old, new))))
+    change = phi.model.connector.layers[0].attention.to_q.kernel[...]
+    assert np.abs(change - again.connector.layers[0].attention.to_q.kernel[...]).max() > 1e-3
+    with pytest.raises(InputError, match="holds weights already"):
+        save_parts(found.model, tmp_path / "stage1")
 
 
 # --- files of PyTorch ----------------------------------------------------------------------------
