@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import pytest
 from flax import nnx
 
 import jax_lnfold
-from examples.tinyllava_video.config import Config, ResamplerConfig, named
+from examples.tinyllava_video.config import CONFIGS, Config, ResamplerConfig, named
 from examples.tinyllava_video.errors import InputError
 from examples.tinyllava_video.generation import Decoding
 from examples.tinyllava_video.model import TinyLlavaVideo, abstract, functional
@@ -290,13 +291,41 @@ def test_public_models_have_their_published_sizes() -> None:
     assert qwen.config.vision.tokens * 16 == 11_648 == 16 * 728
 
 
-def test_public_resampler_folds_at_its_size() -> None:
-    """From shapes alone; the tower is read raw at its second-to-last stream."""
-    function, params = functional(
-        abstract(named("TinyLLaVA-Video-Qwen2.5-3B-Group-16-512")), "encode_video"
+PUBLISHED = [name for name in CONFIGS if not name.startswith("tiny")]
+
+
+def folds_of(name: str, functions: Iterable[str] = ("encode", "begin")) -> jax_lnfold.Report:
+    """What folds of a model at its size, from shapes alone."""
+    model = abstract(named(name))
+    frames = max(16, model.config.num_frames * -64)  # of one a second, 64
+    encode, params = functional(model, "encode_video")
+    begin, _ = functional(model, "begin", decoding=Decoding(64))
+    pixels = jax.ShapeDtypeStruct((1, frames, 384, 384, 3), jnp.float32)
+    ids = (jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (40, 32))
+    empty = jax.ShapeDtypeStruct((1,), jnp.int32)
+    given = {"encode": (pixels,), "begin": (jax.eval_shape(encode, params, pixels), *ids, empty)}
+    parts = {"encode": encode, "begin": begin}
+    return jax_lnfold.analyze(
+        {part: parts[part] for part in functions}, params, {part: given[part] for part in functions}
     )
-    pixels = jax.ShapeDtypeStruct((1, 16, 384, 384, 3), jnp.float32)
-    report = jax_lnfold.analyze(function, params, pixels)
-    assert counts(report, "connector") == (10, 10)
-    assert counts(report, "vision_tower") == (0, 52)
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name.endswith("up-16-512")])
+def test_public_resampler_folds_at_its_size(name: str) -> None:
+    """The tower is read raw at its second-to-last stream."""
+    report = folds_of(name, ["encode"])
+    assert counts(report, "encode/connector") == (10, 10)
+    assert counts(report, "encode/vision_tower") == (0, 52)
     assert report.n_inserted == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_are_as_the_readme_says(name: str) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    row = next(line for line in readme.splitlines() if f"`{name.rpartition('Video-')[2]}`" in line)
+    *_, parameters, norms, folded = (x.strip().replace(",", "") for x in row.strip("|").split("|"))
+    report = folds_of(name)
+    assert (len(report.norms), report.n_folded) == (int(norms), int(folded))
+    sizes = jax.tree.leaves(nnx.state(abstract(named(name))))
+    assert sum(x.size for x in sizes) == int(parameters)
