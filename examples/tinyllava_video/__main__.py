@@ -69,7 +69,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--original", action="store_true", help="do not fold")
     made.add_argument(
-        "--report", action="store_true", help="what was folded, and why not (compiles once more)"
+        "--report",
+        action="store_true",
+        help="what was folded, and why not (compiles more)",
     )
     made.add_argument("--save", metavar="DIR", help="write the folded weights as a checkpoint")
     made.add_argument("--sheet", metavar="FILE", help="a picture of the frames that are read")
@@ -84,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except InputError as error:
         parser().exit(2, f"{error}\n")
     if failed:
-        parser().exit(1, f"{failed} videos could not be answered about\n")
+        parser().exit(1, f"videos that could not be answered about: {failed}\n")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -113,6 +115,8 @@ def run(options: argparse.Namespace) -> int:
     else:
         failed = answer_all(pipeline, job, options)
     if options.save:
+        if failed == len(job.videos):
+            raise InputError("save: no video was read, so nothing was folded; nothing is written")
         try:
             save(pipeline.model, options.save, source=options.weights)
         except OSError as error:

@@ -7,6 +7,7 @@ A file is a list of objects with ``video`` (a path) and ``conversations``, in wh
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,13 +129,22 @@ def _batch(some: list[Example], config: Config, frames: int) -> Batch:
     def filled(rows: list[np.ndarray]) -> np.ndarray:
         return np.stack([np.pad(row, (0, length))[:length] for row in rows])
 
+    pixels = [_pixels(x.video, config, frames) for x in some]
+    side = config.vision.image_size
+    none = np.zeros((frames, side, side, 3), np.float32)
     return Batch(
-        np.stack([_pixels(x.video, config, frames) for x in some]),
+        np.stack([none if found is None else found for found in pixels]),
         np.stack([x.before for x in some]),
         filled([x.after for x in some]),
-        filled([x.learnt for x in some]),
+        filled([x.learnt & (y is not None) for x, y in zip(some, pixels, strict=True)]),
     )
 
 
-def _pixels(video: Path, config: Config, frames: int) -> np.ndarray:
-    return preprocess(read_video(video, num_frames=frames).pixels, config.vision.image_size)
+def _pixels(video: Path, config: Config, frames: int) -> np.ndarray | None:
+    """None of a damaged video: nothing is learnt from it, and training goes on."""
+    try:
+        read = read_video(video, num_frames=frames)
+    except InputError as error:
+        print(f"{error}; nothing is learnt from it", file=sys.stderr)
+        return None
+    return preprocess(read.pixels, config.vision.image_size)

@@ -77,6 +77,8 @@ def trained(options: argparse.Namespace) -> Trained:
         if options.lora:
             raise InputError("lora: stage 1 does not train the language model; give it in stage 2")
     found = examples(options.data, options.videos, load_tokenizer(options.weights), options.stage)
+    if options.frames < 1:
+        raise InputError(f"frames: must be at least 1 in training, not {options.frames}")
     size = options.batch or BATCHES[options.stage]
     devices = np.array(jax.devices())
     if size % len(devices):

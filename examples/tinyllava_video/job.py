@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -75,7 +75,7 @@ def checked(options: argparse.Namespace) -> Job:
     return Job(config, tokenizer, decoding, videos, questions, read, first)
 
 
-def decoding_options(options: argparse.Namespace) -> dict[str, float]:
+def decoding_options(options: argparse.Namespace) -> dict[str, Any]:
     """The fields of `Decoding` that the command line has."""
     names = "max_new_tokens", "temperature", "top_k", "top_p"
     return {name: getattr(options, name) for name in names}

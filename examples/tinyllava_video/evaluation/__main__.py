@@ -100,17 +100,21 @@ def records(
     read, rng = chosen_after_thinking if options.thinking else chosen, random.Random(options.seed)
     bar = {"console": Console(stderr=True), "disable": not sys.stderr.isatty()}
     for item in track(asked, options.benchmark, transient=True, **bar):
-        text = answered(pipeline, item, options.seed)
+        try:
+            text, problem = answered(pipeline, item, options.seed), {}
+        except InputError as error:  # one of thousands: it has no answer, and the others go on
+            text, problem = "", {"error": str(error)}
         letter = read(text, item.choices) if item.choices else None
         yield {
             "video": str(item.video),
             "group": item.group,
             "said": text,
+            **problem,
             "named": letter,
             "answer": item.answer,
             "right": or_drawn(letter, item.choices, rng) == item.answer
             if item.choices
-            else says(text, item.answer),
+            else bool(text) and says(text, item.answer),
         }
 
 

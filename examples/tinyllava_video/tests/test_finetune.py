@@ -97,6 +97,16 @@ def test_batches_are_filled_up_where_nothing_is_learnt(tokenizer: Any, data: Pat
     assert " Yes<|endoftext|>" in texts
 
 
+def test_nothing_is_learnt_from_a_damaged_video(
+    tokenizer: Any, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "v.mp4").write_bytes(b"none")
+    found = examples(data / "data.json", tmp_path, tokenizer, 2)
+    given = next(batches(found, named("tiny-phi"), 3, frames=5))
+    assert not given.learnt.any()
+    assert "nothing is learnt from it" in capsys.readouterr().err
+
+
 def test_bad_files(tokenizer: Any, data: Path, tmp_path: Path) -> None:
     file = tmp_path / "data.json"
     for rows, said in (
