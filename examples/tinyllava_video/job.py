@@ -16,7 +16,7 @@ from .errors import InputError
 from .generation import Decoding
 from .pipeline import batch_of
 from .text import byte_tokenizer, encode_prompt, load_tokenizer
-from .video import Frames, check_picture, preprocess, read_video
+from .video import Frames, check_picture, checked_numbers, preprocess, read_video
 from .weights import check, check_destination
 
 if TYPE_CHECKING:  # a slow import
@@ -62,11 +62,11 @@ def checked(options: argparse.Namespace) -> Job:
     videos = videos_of(Path(options.video))
     if options.chat and len(videos) > 1:
         raise InputError("video: a conversation is about one; give a file")
-    read = partial(
-        read_video,
-        num_frames=config.num_frames if options.frames is None else options.frames,
-        max_frames=config.max_frames if options.max_frames is None else options.max_frames,
+    count, limit = checked_numbers(
+        config.num_frames if options.frames is None else options.frames,
+        config.max_frames if options.max_frames is None else options.max_frames,
     )
+    read = partial(read_video, num_frames=count, max_frames=limit)
     if options.sheet:
         check_picture(options.sheet)
         if len(videos) > 1:

@@ -77,10 +77,7 @@ def read_video(
         InputError: there is no such file, it is not a video, none of it decodes, or a number is not
             a positive one.
     """
-    count = _positive("num_frames", num_frames, allowed=(ONE_A_SECOND,))
-    limit = _positive("max_frames", max_frames)
-    if count > MOST:
-        raise InputError(f"num_frames: must be at most {MOST}, not {count}")
+    count, limit = checked_numbers(num_frames, max_frames)
     file, choose = Path(path), choose or evenly(count, limit)
     if not file.is_file():
         raise InputError(f"video: there is no file {file}")
@@ -107,6 +104,18 @@ def read_video(
         fps=float(total / timeline.duration),
         duration=float(timeline.duration),
     )
+
+
+def checked_numbers(num_frames: int, max_frames: int) -> tuple[int, int]:
+    """Both, as `read_video` takes them.
+
+    Raises:
+        InputError: one of them is no such number.
+    """
+    count = _positive("num_frames", num_frames, allowed=(ONE_A_SECOND,))
+    if count > MOST:
+        raise InputError(f"num_frames: must be at most {MOST}, not {count}")
+    return count, _positive("max_frames", max_frames)
 
 
 def read_pictures(folder: Path, choose: Chooser, fps: float) -> Frames:

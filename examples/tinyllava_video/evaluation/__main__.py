@@ -23,7 +23,7 @@ from rich.progress import track
 from ..errors import InputError
 from ..pipeline import Pipeline
 from ..text import load_tokenizer
-from ..video import preprocess, read_pictures, read_video
+from ..video import checked_numbers, preprocess, read_pictures, read_video
 from ..weights import check, load
 from .benchmarks import BENCHMARKS, FRAMES_A_SECOND, Asking, Item, items
 from .choices import chosen, chosen_after_thinking, or_drawn, says
@@ -66,6 +66,7 @@ def evaluated(options: argparse.Namespace) -> dict[str, float]:
         InputError: something given cannot be used.
     """
     check(options.weights)
+    checked_numbers(options.frames, options.max_frames)
     asking = Asking(options.frames, options.max_frames, options.thinking, options.group)
     asked, tokenizer = (
         items(options.benchmark, options.questions, options.videos, asking),
