@@ -137,6 +137,8 @@ class Pipeline:
         Raises:
             InputError: a question or the length of the answer does not fit.
         """
+        if not questions:
+            return []
         *_, tokens = self._tokens(video, questions, histories, seed, self.decoding.max_new_tokens)
         return [self._answer(row) for row in tokens]
 
