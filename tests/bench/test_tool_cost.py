@@ -185,7 +185,9 @@ def test_bound_on_what_an_edit_makes(dtype: Any) -> None:
 @pytest.mark.usefixtures("optimised")
 def test_memory_of_an_affine_edit() -> None:
     vector = jax.ShapeDtypeStruct((ROWS,), jnp.float32)
-    scaled = _compiled_edit(SCALED, True, None).lower(LEAF, None, vector).compile().memory_analysis()
+    scaled = (
+        _compiled_edit(SCALED, True, None).lower(LEAF, None, vector).compile().memory_analysis()
+    )
     assert scaled.alias_size_in_bytes == ROWS * WIDTH * 4
     assert scaled.temp_size_in_bytes <= ROWS * WIDTH * 4
     bias = jax.ShapeDtypeStruct((WIDTH,), jnp.float32)
