@@ -73,7 +73,7 @@ MODELS: dict[str, Entry] = {
     "video_encoder_normed": Entry(VideoModel, Video(feature_norm=True), clips, 384),
     "video_first_token": Entry(VideoModel, Video(part="first token"), clips, 384),
     "video_first_token_phi": Entry(
-        VideoModel, Video("phi-2-group-16-512", part="first token"), clips, 384
+        VideoModel, Video("TinyLLaVA-Video-Phi2-Naive-16-512", part="first token"), clips, 384
     ),
 }
 """The batch of the models of video is one clip's number of frames."""

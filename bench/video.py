@@ -26,7 +26,7 @@ PROMPT = (40, 20)
 class Video:
     """Which part of which model, and how it spells LayerNorm."""
 
-    name: str = "qwen2.5-3b-group-16-512"
+    name: str = "TinyLLaVA-Video-Qwen2.5-3B-Group-16-512"
     part: Literal["encoder", "first token"] = "encoder"
     feature_norm: bool = False
     norm: Factory = NORMS["two_pass"]

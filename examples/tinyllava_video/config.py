@@ -38,18 +38,25 @@ class SiglipConfig:
         return range(self.num_hidden_layers + 1)[self.feature_layer]
 
 
+Positions = Literal["queries", "media", "none"]
+
+
 @dataclass(frozen=True)
 class ResamplerConfig:
-    """The connector: `num_queries` latents in `groups`; the naive one has one and no positions."""
+    """The connector: `num_queries` latents in `groups`; the naive one has one.
+
+    `positions` says what a table of sines is added to: the queries' results, as in the group
+    resampler, the media before they are read, as in the naive one, or nothing.
+    """
 
     num_queries: int = 512
     groups: int = 16
     num_layers: int = 3
     num_heads: int = 8
     head_dim: int = 64
-    position_encoding: bool = True
+    positions: Positions = "queries"
     position_dtype: str = "float16"
-    """The public model rounds its table of positions to half precision."""
+    """The public models round their table of positions to half precision."""
 
     def __post_init__(self) -> None:
         """Groups share their latents."""
@@ -97,18 +104,24 @@ class Config:
     vision: SiglipConfig = SiglipConfig()
     resampler: ResamplerConfig = ResamplerConfig()
     text: Qwen2Config | PhiConfig = Qwen2Config()
-    context: int = 2048
+    context: int = 3072
     num_frames: int = 16
     """Sampled uniformly; -1 takes one frame a second."""
-    max_frames: int = 16
+    max_frames: int = 64
+    """At most as many of the latter; the authors used 64 and 128."""
 
 
 _TINY_VISION = SiglipConfig(24, 40, 3, 3, image_size=30, patch_size=7)
 _TINY_RESAMPLER = ResamplerConfig(num_queries=12, groups=4, num_layers=2, num_heads=2, head_dim=8)
 
+_NAIVE = ResamplerConfig(groups=1, positions="media")
+
 CONFIGS: dict[str, Config] = {
-    "qwen2.5-3b-group-16-512": Config(),
-    "phi-2-group-16-512": Config(text=PhiConfig(), context=3072, num_frames=-1),
+    "TinyLLaVA-Video-Qwen2.5-3B-Group-16-512": Config(),
+    "TinyLLaVA-Video-Qwen2.5-3B-Group-1fps-512": Config(num_frames=-1),
+    "TinyLLaVA-Video-Qwen2.5-3B-Naive-16-512": Config(resampler=_NAIVE),
+    "TinyLLaVA-Video-Phi2-Naive-16-512": Config(resampler=_NAIVE, text=PhiConfig()),
+    "TinyLLaVA-Video-R1": Config(),
     "tiny-qwen2": Config(
         _TINY_VISION,
         _TINY_RESAMPLER,
@@ -124,7 +137,7 @@ CONFIGS: dict[str, Config] = {
         num_frames=5,
     ),
 }
-"""Models by name; the tiny ones are for trying things out with random weights."""
+"""The published models by their names, and tiny ones for trying things out with random weights."""
 
 
 def named(name: str) -> Config:

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from .config import PhiConfig, Qwen2Config
-from .layers import MLP, Embed, Linear, heads, joined, layer_norm
+from .layers import MLP, Embed, Linear, attention, heads, joined, layer_norm
 
 
 class KV(NamedTuple):
@@ -25,7 +25,7 @@ class KV(NamedTuple):
 
 
 class Rotary(NamedTuple):
-    """Cosines and sines by position, each ``[positions, half of the rotated part]``."""
+    """Cosines and sines by position, each ``[(batch,) positions, half of the rotated part]``."""
 
     cos: jax.Array
     sin: jax.Array
@@ -34,17 +34,41 @@ class Rotary(NamedTuple):
     def at(positions: jax.Array, size: int, theta: float) -> Rotary:
         """For these positions; `size` features of a head are rotated (Su et al. 2021)."""
         rates = theta ** (-np.arange(0, size, 2) / size)  # powers are less exact on some devices
-        angles = positions.astype(jnp.float32)[:, None] * rates.astype(np.float32)
+        angles = positions.astype(jnp.float32)[..., None] * rates.astype(np.float32)
         return Rotary(jnp.cos(angles), jnp.sin(angles))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Rotates ``[batch, positions, heads, head size]``: features pair with those half on."""
         half = self.cos.shape[-1]
         first, second, rest = jnp.split(x, (half, 2 * half), axis=-1)
-        cos, sin = (y[:, None].astype(x.dtype) for y in self)
+        cos, sin = (y[..., None, :].astype(x.dtype) for y in self)
         return jnp.concatenate(
             (first * cos - second * sin, second * cos + first * sin, rest), axis=-1
         )
+
+
+class Gap(NamedTuple):
+    """Positions of each row that hold nothing: `sizes` (``[batch]``) from `start` on."""
+
+    start: jax.Array | int
+    sizes: jax.Array
+
+    def positions(self, index: jax.Array) -> jax.Array:
+        """Where the places of `index` (``[positions]``) are without the gap, row by row."""
+        sizes = self.sizes[:, None]
+        return index - jnp.where(index >= self.start + sizes, sizes, 0)
+
+    def holds(self, index: jax.Array) -> jax.Array:
+        """Which places are in the gap, ``[batch, positions]``."""
+        return (index >= self.start) & (index < self.start + self.sizes[:, None])
+
+
+class Context(NamedTuple):
+    """Where new positions are: the first of them, their rotation and the keys that they see."""
+
+    start: jax.Array | int
+    rotary: Rotary
+    seen: jax.Array | None  # [batch or 1, 1, queries, keys]
 
 
 class Attention(nnx.Module):
@@ -61,23 +85,22 @@ class Attention(nnx.Module):
         self.o_proj = Linear(d, d, use_bias=out_bias, rngs=rngs)
 
     def __call__(
-        self, x: jax.Array, rotary: Rotary, cache: KV | None, start: jax.Array | int
+        self, x: jax.Array, context: Context, cache: KV | None
     ) -> tuple[jax.Array, KV | None]:
-        """Maps ``[batch, positions, hidden]`` to the same shape; new keys go to `start` on."""
-        q = rotary(heads(self.q_proj(x), self.heads))
-        k = rotary(heads(self.k_proj(x), self.kv_heads))
+        """Maps ``[batch, positions, hidden]`` to the same shape; new keys go into the cache."""
+        q = context.rotary(heads(self.q_proj(x), self.heads))
+        k = context.rotary(heads(self.k_proj(x), self.kv_heads))
         v = heads(self.v_proj(x), self.kv_heads)
         if cache is None:
-            out = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+            out = attention(q, k, v, causal=True)
         else:
             cache = KV(
                 *(
-                    jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
+                    jax.lax.dynamic_update_slice_in_dim(old, new, context.start, axis=1)
                     for old, new in zip(cache, (k, v), strict=True)
                 )
             )
-            seen = jnp.arange(cache.keys.shape[1]) <= start + jnp.arange(x.shape[1])[:, None]
-            out = jax.nn.dot_product_attention(q, *cache, mask=seen[None, None])
+            out = attention(q, *cache, seen=context.seen)
         return self.o_proj(joined(out)), cache
 
 
@@ -108,10 +131,10 @@ class Qwen2Block(nnx.Module):
         self.mlp = Qwen2MLP(config, rngs)
 
     def __call__(
-        self, x: jax.Array, rotary: Rotary, cache: KV | None, start: jax.Array | int
+        self, x: jax.Array, context: Context, cache: KV | None
     ) -> tuple[jax.Array, KV | None]:
         """Maps ``[batch, positions, hidden]`` to the same shape."""
-        out, cache = self.self_attn(self.input_layernorm(x), rotary, cache, start)
+        out, cache = self.self_attn(self.input_layernorm(x), context, cache)
         x = x + out
         return x + self.mlp(self.post_attention_layernorm(x)), cache
 
@@ -126,11 +149,11 @@ class PhiBlock(nnx.Module):
         self.mlp = MLP(config.hidden_size, config.intermediate_size, rngs)
 
     def __call__(
-        self, x: jax.Array, rotary: Rotary, cache: KV | None, start: jax.Array | int
+        self, x: jax.Array, context: Context, cache: KV | None
     ) -> tuple[jax.Array, KV | None]:
         """Maps ``[batch, positions, hidden]`` to the same shape."""
         y = self.input_layernorm(x)
-        out, cache = self.self_attn(y, rotary, cache, start)
+        out, cache = self.self_attn(y, context, cache)
         return out + self.mlp(y) + x, cache
 
 
@@ -159,18 +182,29 @@ class Decoder(nnx.Module):
         return self.embed_tokens.embedding[...][ids]  # in its dtype, whatever it was made with
 
     def hidden_states(
-        self, x: jax.Array, cache: list[KV] | None = None, start: jax.Array | int = 0
+        self,
+        x: jax.Array,
+        cache: list[KV] | None = None,
+        start: jax.Array | int = 0,
+        gap: Gap | None = None,
     ) -> tuple[list[jax.Array], list[KV] | None]:
         """The stream before the first and after each block, and after the final norm.
 
         ``x`` is ``[batch, positions, hidden]``, at positions `start` on. With a cache its earlier
-        positions are seen, too, and it is returned with the new ones written.
+        positions are seen, too, and it is returned with the new ones written. What is in a gap is
+        not seen, and does not count.
         """
-        positions = start + jnp.arange(x.shape[1])
-        rotary = Rotary.at(positions, self.rotated, self.config.rope_theta)
-        states, caches = [x], []
+        index = start + jnp.arange(x.shape[1])
+        positions = gap.positions(index) if gap else index
+        rotary, seen = Rotary.at(positions, self.rotated, self.config.rope_theta), None
+        if cache:
+            keys = jnp.arange(cache[0].keys.shape[1])
+            seen = (keys <= index[:, None])[None, None]
+            if gap:
+                seen = seen & ~gap.holds(keys)[:, None, None]
+        context, states, caches = Context(start, rotary, seen), [x], []
         for i, layer in enumerate(self.layers):
-            x, new = layer(x, rotary, cache[i] if cache else None, start)
+            x, new = layer(x, context, cache[i] if cache else None)
             states.append(x)
             caches.append(new)
         norm = self.norm if isinstance(self.config, Qwen2Config) else self.final_layernorm

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
 from .errors import InputError
+from .torch_files import part_of, torch_arrays
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Of safetensors; others are no weights of this model."""
 
 SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
+
+PARTS = {
+    "vision_tower": "vision_tower._vision_tower.",
+    "language_model": "language_model.",
+    "connector": "connector.",
+}
+"""Folders that the first stage of training leaves, and how keys begin that theirs lack."""
 
 
 class Stored(NamedTuple):
@@ -39,6 +46,9 @@ def open_arrays(directory: Path) -> dict[str, Stored]:
         files = _files(directory, name)
         if files:
             return {key: array for file in files for key, array in opened(file)}
+    if all((directory / part).is_dir() for part in PARTS):
+        parts = ((begins, open_arrays(directory / part)) for part, begins in PARTS.items())
+        return {begins + key: array for begins, held in parts for key, array in held.items()}
     raise InputError(
         f"directory: {directory} has no weights; there should be {SAFETENSORS} or {TORCH}, or an "
         f"index ({_index(SAFETENSORS)}) and its files"
@@ -78,31 +88,9 @@ def _safetensors(file: Path) -> Iterator[tuple[str, Stored]]:
 
 
 def _torch(file: Path) -> Iterator[tuple[str, Stored]]:
-    try:
-        import torch
-    except ImportError as error:
-        raise InputError(
-            f"directory: {file} needs PyTorch; `pip install torch`, or convert it to safetensors"
-        ) from error
-    try:
-        arrays = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"directory: {file} is damaged ({error}); download it again") from error
-    for key, array in arrays.items():
+    for key, array in torch_arrays(file):
         dtype = str(array.dtype).removeprefix("torch.")
-        yield key, Stored(tuple(array.shape), dtype, _reader(array))
-
-
-def _reader(array: Any) -> Callable[[tuple[slice, ...]], np.ndarray]:
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        part = array[index]
-        if str(part.dtype) == "torch.bfloat16":  # which NumPy alone does not know
-            import torch
-
-            return part.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16).copy()
-        return part.numpy().copy()
-
-    return read
+        yield key, Stored(tuple(array.shape), dtype, partial(part_of, array))
 
 
 def write_arrays(

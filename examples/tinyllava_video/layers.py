@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 # Under `jit` a shape is traced once, not once a layer.
@@ -29,6 +30,18 @@ class MLP(nnx.Module):
 def layer_norm(size: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """With the variance in two passes, as PyTorch computes it."""
     return nnx.LayerNorm(size, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
+
+
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array | None = None, causal: bool = False
+) -> jax.Array:
+    """Softmax attention of ``[batch, positions, heads, head size]``; `seen` masks keys.
+
+    That of float16 is computed in float32: JAX has no other on CPUs.
+    """
+    wide = jnp.float32 if q.dtype == jnp.float16 else q.dtype
+    wider = (x.astype(wide) for x in (q, k, v))
+    return jax.nn.dot_product_attention(*wider, mask=seen, is_causal=causal).astype(q.dtype)
 
 
 def heads(x: jax.Array, number: int) -> jax.Array:

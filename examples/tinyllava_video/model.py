@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -11,8 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from .config import Config
-from .decoder import Decoder
+from .decoder import Decoder, Gap
 from .errors import InputError
+from .generation import Decoding, Generation
 from .resampler import Resampler
 from .siglip import SiglipTower
 
@@ -46,9 +46,11 @@ class TinyLlavaVideo(nnx.Module):
             InputError: the frames do not fit, or all together is longer than the context.
         """
         self._checked_length(before, after)
+        return self._joined(self.encode_video(pixels), before, after)
+
+    def _joined(self, video: jax.Array, before: jax.Array, after: jax.Array) -> jax.Array:
         first, last = map(self.language_model.embed, (before, after))
-        video = self.encode_video(pixels).astype(first.dtype)
-        return jnp.concatenate((first, video, last), axis=1)
+        return jnp.concatenate((first, video.astype(first.dtype), last), axis=1)
 
     def __call__(self, pixels: jax.Array, before: jax.Array, after: jax.Array) -> jax.Array:
         """Logits at every position, ``[batch, before + queries + after, vocabulary]``."""
@@ -61,61 +63,87 @@ class TinyLlavaVideo(nnx.Module):
         before: jax.Array,
         after: jax.Array,
         key: jax.Array | None = None,
-        *,
-        max_new_tokens: int,
-        eos: tuple[int, ...] = (),
-        temperature: float = 0.0,
-        top_p: float = 1.0,
+        **options: Any,
     ) -> jax.Array:
-        """Tokens of the answers, int32 ``[batch, max_new_tokens]``.
+        """Tokens of the answers, int32 ``[batch, max_new_tokens]``; `options` are of `Decoding`.
 
-        With `temperature` 0 the likeliest token is taken, otherwise `key` draws one from the
-        likeliest that together have the probability `top_p`. After a token of `eos` an answer is
-        filled up with that token; when all have one, the loop ends.
+        After a token of `eos` an answer is filled up with that token; when all have one, the loop
+        ends.
 
         Raises:
             InputError: the inputs do not fit, or the answer has no room in the context.
         """
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens: {max_new_tokens} is given; ask for at least one")
-        if temperature < 0 or not 0 < top_p <= 1:
-            raise InputError(
-                f"temperature: {temperature} and top_p: {top_p} are given; the first must not be "
-                "negative, the second must be above 0 and at most 1"
-            )
-        if temperature and key is None:
+        decoding = Decoding(**options)
+        self._checked_length(before, after, decoding.max_new_tokens)
+        video = self.encode_video(pixels)
+        state = self.begin(video, before, after, key=key, decoding=decoding)
+        if decoding.max_new_tokens == 1:
+            return state.tokens
+        return self.advance(state, decoding.max_new_tokens, decoding=decoding).completed()
+
+    def begin(
+        self,
+        video: jax.Array,
+        before: jax.Array,
+        after: jax.Array,
+        empty: jax.Array | None = None,
+        key: jax.Array | None = None,
+        *,
+        decoding: Decoding,
+    ) -> Generation:
+        """Read a prompt about what `encode_video` gave, and choose the first token.
+
+        `empty` (int32 ``[batch]``) says how many ids at the front of each row of `after` only fill
+        it up, so that prompts of unequal length are one batch, and new ones need no new program.
+
+        Raises:
+            InputError: the inputs do not fit, or the answer has no room in the context.
+        """
+        if decoding.temperature and key is None:
             raise InputError("key: sampling needs one; pass jax.random.key(seed)")
-        length, batch = self._checked_length(before, after, max_new_tokens), len(before)
-        lm, choose = self.language_model, partial(next_token, temperature=temperature, top_p=top_p)
-        x = self.embed_prompt(pixels, before, after)
-        states, cache = lm.hidden_states(x, lm.empty_cache(batch, length + max_new_tokens))
-        ends = jnp.asarray(eos or (-1,), jnp.int32)
+        lm, most, batch = self.language_model, decoding.max_new_tokens, len(before)
+        length = self._checked_length(before, after, most)
+        gap = None if empty is None else Gap(before.shape[1] + video.shape[1], empty)
+        x = self._joined(video, before, after)
+        states, cache = lm.hidden_states(x, lm.empty_cache(batch, length + most), gap=gap)
+        state = Generation(
+            step=jnp.int32(0),
+            tokens=jnp.zeros((batch, most), jnp.int32),
+            done=jnp.zeros(batch, bool),
+            cache=cache or [],
+            length=jnp.int32(length),
+            gap=None if gap is None else Gap(jnp.int32(gap.start), gap.sizes),
+            key=key,
+        )
+        return self._with_next(state, states[-1], decoding)
 
-        def pick(states: list[jax.Array], step: jax.Array | int) -> jax.Array:
-            drawn = None if key is None else jax.random.fold_in(key, step)
-            return choose(lm.logits(states[-1][:, -1]), drawn)
+    def advance(
+        self, state: Generation, limit: jax.Array | int, *, decoding: Decoding
+    ) -> Generation:
+        """Add tokens until there are `limit`, or all answers have ended."""
+        lm = self.language_model
 
-        def advance(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-            step, tokens, done, cache = carry
-            last = jax.lax.dynamic_index_in_dim(tokens, step - 1, axis=1)
-            states, cache = lm.hidden_states(lm.embed(last), cache, length + step - 1)
-            new = jnp.where(done, last[:, 0], pick(states, step))
-            tokens = jax.lax.dynamic_update_index_in_dim(tokens, new, step, axis=1)
-            return step + 1, tokens, done | jnp.isin(new, ends), cache
+        def goes_on(state: Generation) -> jax.Array:
+            return (state.step < limit) & ~state.done.all()
 
-        def goes_on(carry: tuple[Any, ...]) -> jax.Array:
-            step, _, done, _ = carry
-            return (step < max_new_tokens) & ~done.all()
+        def once(state: Generation) -> Generation:
+            last = jax.lax.dynamic_index_in_dim(state.tokens, state.step - 1, axis=1)
+            start = state.length + state.step - 1
+            states, cache = lm.hidden_states(lm.embed(last), state.cache, start, state.gap)
+            return self._with_next(state._replace(cache=cache or []), states[-1], decoding)
 
-        first = pick(states, 0)
-        if max_new_tokens == 1:
-            return first[:, None]
-        tokens = jnp.broadcast_to(first[:, None], (batch, max_new_tokens))
-        carry = jnp.int32(1), tokens, jnp.isin(first, ends), cache
-        step, tokens, _, _ = jax.lax.while_loop(goes_on, advance, carry)
-        left = jnp.arange(max_new_tokens) >= step
-        final = jax.lax.dynamic_index_in_dim(tokens, step - 1, axis=1)
-        return jnp.where(left, final, tokens)
+        return jax.lax.while_loop(goes_on, once, state)
+
+    def _with_next(self, state: Generation, x: jax.Array, decoding: Decoding) -> Generation:
+        """With the token that follows the last of the final hidden states; ended rows repeat."""
+        new = decoding.next_token(self.language_model.logits(x[:, -1]), state.drawn())
+        last = jax.lax.dynamic_index_in_dim(
+            state.tokens, jnp.maximum(state.step - 1, 0), axis=1, keepdims=False
+        )
+        new = jnp.where(state.done, last, new)
+        tokens = jax.lax.dynamic_update_index_in_dim(state.tokens, new, state.step, axis=1)
+        ended = state.done | jnp.isin(new, jnp.asarray(decoding.eos or (-1,), jnp.int32))
+        return state._replace(step=state.step + 1, tokens=tokens, done=ended)
 
     def _checked_length(self, before: jax.Array, after: jax.Array, answer: int = 0) -> int:
         """The length of the prompt, if it leaves room for an answer."""
@@ -127,21 +155,6 @@ class TinyLlavaVideo(nnx.Module):
                 "for fewer tokens"
             )
         return length
-
-
-def next_token(
-    logits: jax.Array, key: jax.Array | None, *, temperature: float, top_p: float
-) -> jax.Array:
-    """A token for each row of ``[batch, vocabulary]``, int32 ``[batch]`` (see `generate`)."""
-    if not temperature:
-        return logits.argmax(-1).astype(jnp.int32)
-    logits = logits / temperature
-    if top_p < 1:
-        ordered = -jnp.sort(-logits, axis=-1)
-        before = jnp.cumsum(nnx.softmax(ordered), axis=-1) - nnx.softmax(ordered)
-        least = jnp.where(before < top_p, ordered, jnp.inf).min(-1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    return jax.random.categorical(key, logits).astype(jnp.int32)
 
 
 class OneKey:

@@ -11,6 +11,7 @@ from .config import (
     CONFIGS,
     Config,
     PhiConfig,
+    Positions,
     Qwen2Config,
     ResamplerConfig,
     SiglipConfig,
@@ -84,8 +85,13 @@ PHI = PublicClass(
     {"hidden_act": ("gelu_new", "gelu_pytorch_tanh"), "qk_layernorm": (False,)},
 )
 TEXT: dict[str, PublicClass[Any]] = {"qwen2": QWEN2, "phi": PHI}
-CONNECTORS = {"groupresampler": True, "resampler": False}
-"""Types of connector that the model has, and whether they have groups and positions."""
+CONNECTORS: dict[str, Positions] = {
+    "groupresampler": "queries",
+    "naiveresampler": "media",
+    "resamplerwithpe": "media",  # its name until March 2025
+    "resampler": "none",
+}
+"""Types of connector, and what their positions are added to; only the first has groups."""
 STRATEGIES = {"patch": True, "cls_patch": False}
 """Choices of features, and whether the first token is dropped."""
 
@@ -125,23 +131,23 @@ def config_from(directory: str | Path) -> Config:
 def config_dict(config: Config) -> dict[str, Any]:
     """What `config.json` says about this model."""
     vision, resampler, text = asdict(config.vision), config.resampler, asdict(config.text)
-    if resampler.groups > 1 and not resampler.position_encoding:
+    if resampler.groups > 1 and resampler.positions != "queries":
         raise InputError(
-            f"config: {resampler.groups} groups without a position encoding have no public format; "
-            "write it down in another way, or give the resampler one of the two"
+            f"config: {resampler.groups} groups with positions={resampler.positions!r} have no "
+            "public format; the one with groups has positions='queries'"
         )
     own = {name: getattr(config, name) for name in OWN_FIELDS}
     own |= {name: getattr(resampler, name) for name in OWN_RESAMPLER_FIELDS}
     own |= {name: vision.pop(name) for name in OWN_TOWER_FIELDS}
     strategies = {drops: name for name, drops in STRATEGIES.items()}
-    connectors = {positions: name for name, positions in CONNECTORS.items()}
+    connector = next(name for name, to in CONNECTORS.items() if to == resampler.positions)
     name = variant(config)
     text |= {"model_type": name, "hidden_act": TEXT[name].only["hidden_act"][0]}
     vision |= {field: allowed[0] for field, allowed in SIGLIP.only.items()}
     return {
         "architectures": ["TinyLlavaForConditionalGeneration"],
         "model_type": "tinyllava",
-        "connector_type": connectors[resampler.position_encoding],
+        "connector_type": connector,
         "num_queries": resampler.num_queries,
         "group": resampler.groups,
         "num_resampler_layers": resampler.num_layers,
@@ -164,9 +170,9 @@ def _parsed(given: dict[str, Any]) -> Config:
     positions = CONNECTORS[_one_of(given, "connector_type", CONNECTORS)]
     resampler = ResamplerConfig(
         _size(given, "num_queries"),
-        _size(given, "group") if positions else 1,
+        _size(given, "group") if positions == "queries" else 1,
         _size(given, "num_resampler_layers"),
-        position_encoding=positions,
+        positions=positions,
         **_some(own, OWN_RESAMPLER_FIELDS),
     )
     tower = replace(

@@ -1,10 +1,14 @@
 """The connector: a fixed number of learned queries reads the tokens of all frames.
 
 The group resampler (Zhang et al., arXiv 2501.15513, section 3) splits the tokens into groups, each
-read by the same latents; with one group and no positions it is the naive resampler.
+read by the same latents, and adds positions to what they have read; the naive resampler has one
+group, and adds the positions of the tokens before they are read.
 """
 
 from __future__ import annotations
+
+import math
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +17,7 @@ from flax import nnx
 
 from .config import ResamplerConfig
 from .errors import InputError
-from .layers import Linear, heads, joined, layer_norm
+from .layers import Linear, attention, heads, joined, layer_norm
 
 EPSILON = 1e-5
 """Of PyTorch's LayerNorm."""
@@ -37,7 +41,7 @@ class PerceiverAttention(nnx.Module):
         both = jnp.concatenate((self.norm_media(media), latents), axis=1)
         q, (k, v) = self.to_q(latents), jnp.split(self.to_kv(both), 2, axis=-1)
         q, k, v = (heads(x, self.heads) for x in (q, k, v))
-        return self.to_out(joined(jax.nn.dot_product_attention(q, k, v)))
+        return self.to_out(joined(attention(q, k, v)))
 
 
 class FeedForward(nnx.Module):
@@ -91,6 +95,8 @@ class Resampler(nnx.Module):
             InputError: there are fewer tokens than groups.
         """
         x, groups = self.linear(x), self.config.groups
+        if self.config.positions == "media":
+            x = self._placed(x)
         short, longer = divmod(x.shape[1], groups)
         if not short:
             raise InputError(
@@ -100,10 +106,12 @@ class Resampler(nnx.Module):
         cut = longer * (short + 1)
         parts = [self._groups(x[:, :cut], longer)] if longer else []
         y = jnp.concatenate([*parts, self._groups(x[:, cut:], groups - longer)], axis=1)
-        if self.config.position_encoding:
-            table = position_encoding(*y.shape[1:]).astype(self.config.position_dtype)
-            y = y + table.astype(y.dtype)
-        return y
+        return self._placed(y) if self.config.positions == "queries" else y
+
+    def _placed(self, x: jax.Array) -> jax.Array:
+        """With the table of positions added, which is rounded first."""
+        table = position_encoding(*x.shape[1:], self.config.position_dtype)
+        return x + jnp.asarray(table).astype(x.dtype)
 
     def _groups(self, x: jax.Array, groups: int) -> jax.Array:
         """As many groups of equal length, all at once."""
@@ -115,9 +123,17 @@ class Resampler(nnx.Module):
         return self.norm(latents).reshape(batch, -1, hidden)
 
 
-def position_encoding(length: int, size: int) -> np.ndarray:
-    """Sines at even, cosines at odd features: float32 ``[length, size]`` (Vaswani et al. 2017)."""
-    rates = 1e4 ** (-np.arange(0, size, 2) / size)
-    angles = np.arange(length)[:, None] * rates
-    table = np.stack((np.sin(angles), np.cos(angles)), axis=-1).reshape(length, -1)
-    return table[:, :size].astype(np.float32)
+@lru_cache(maxsize=2)
+def position_encoding(length: int, size: int, dtype: str = "float32") -> np.ndarray:
+    """Sines at even, cosines at odd features: ``[length, size]`` (Vaswani et al. 2017).
+
+    Angles are products of float32, as in the public model: those of ten thousand tokens would
+    differ from exact ones by more than `dtype` rounds.
+    """
+    exponents = np.arange(0, size, 2, np.float32) * np.float32(-math.log(1e4) / size)
+    rates = np.exp(exponents.astype(np.float64)).astype(np.float32)
+    angles = (np.arange(length, dtype=np.float32)[:, None] * rates).astype(np.float64)
+    table = np.stack((np.sin(angles), np.cos(angles)), axis=-1).astype(np.float32)
+    table = np.ascontiguousarray(table.reshape(length, -1)[:, :size].astype(dtype))
+    table.flags.writeable = False
+    return table

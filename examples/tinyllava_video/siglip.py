@@ -8,7 +8,7 @@ from flax import nnx
 
 from .config import SiglipConfig
 from .errors import InputError
-from .layers import MLP, Embed, Linear, heads, joined, layer_norm, normal
+from .layers import MLP, Embed, Linear, attention, heads, joined, layer_norm, normal
 
 
 class Embeddings(nnx.Module):
@@ -50,7 +50,7 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps ``[batch, tokens, hidden]`` to the same shape."""
         q, k, v = (heads(f(x), self.heads) for f in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(joined(jax.nn.dot_product_attention(q, k, v)))
+        return self.out_proj(joined(attention(q, k, v)))
 
 
 class Block(nnx.Module):
@@ -88,7 +88,7 @@ class Head(nnx.Module):
         parts = zip((probe, x, x), range(3), strict=True)
         q, k, v = (jnp.split(self.in_proj(y), 3, axis=-1)[i] for y, i in parts)
         q, k, v = (heads(y, self.heads) for y in (q, k, v))
-        x = self.out_proj(joined(jax.nn.dot_product_attention(q, k, v)))
+        x = self.out_proj(joined(attention(q, k, v)))
         return (x + self.mlp(self.layernorm(x)))[:, 0]
 
 

@@ -21,6 +21,9 @@ PLACEHOLDER = "<image>"
 
 END_OF_ANSWER = "<|endoftext|>"
 
+_SPACED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
+"""What loses its spaces, one after the other."""
+
 _VOCABULARIES = [["tokenizer.json"], ["vocab.json", "merges.txt"]]
 
 CHAT_TEMPLATE = (
@@ -115,8 +118,33 @@ def encode_prompt(
         InputError: a question is empty, the placeholder is in it twice or is anywhere else, or the
             history is not made of pairs of strings.
     """
+    messages = [*_answered(history), ("user", _question("question", question, first=not history))]
+    text = _written(tokenizer, messages, open_ended=True)
+    before, after = halves(tokenizer, text)
+    return Prompt(before, after, text)
+
+
+def conversation(tokenizer: PreTrainedTokenizerBase, rounds: Sequence[tuple[str, str]]) -> str:
+    """The text of a conversation that is over, with the placeholder.
+
+    Raises:
+        InputError: see `encode_prompt`.
+    """
+    return _written(tokenizer, _answered(rounds), open_ended=False)
+
+
+def halves(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """The ids in front of the placeholder and behind it."""
+    before, after = (tokenizer(piece).input_ids for piece in text.split(PLACEHOLDER))
+    if after[:1] == [tokenizer.bos_token_id]:
+        after = after[1:]
+    return np.array(before, np.int32), np.array(after, np.int32)
+
+
+def _answered(rounds: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Who says what; questions are stripped and lose their placeholder."""
     try:
-        rounds = [(asked, answer) for asked, answer in history]
+        rounds = [(asked, answer) for asked, answer in rounds]
     except (TypeError, ValueError):
         raise InputError("history: must be pairs of a question and its answer") from None
     messages = []
@@ -127,17 +155,18 @@ def encode_prompt(
         if PLACEHOLDER in answer:
             raise InputError(f"history[{n}]: the answer contains {PLACEHOLDER}; take it out")
         messages.append(("assistant", answer))
-    messages.append(("user", _question("question", question, first=not rounds)))
-    text = tokenizer.apply_chat_template(
+    return messages
+
+
+def _written(
+    tokenizer: PreTrainedTokenizerBase, messages: list[tuple[str, str]], *, open_ended: bool
+) -> str:
+    return tokenizer.apply_chat_template(
         [{"role": role, "content": content} for role, content in messages],
         chat_template=CHAT_TEMPLATE,
         tokenize=False,
-        add_generation_prompt=True,
+        add_generation_prompt=open_ended,
     )
-    before, after = (tokenizer(piece).input_ids for piece in text.split(PLACEHOLDER))
-    if after[:1] == [tokenizer.bos_token_id]:
-        after = after[1:]
-    return Prompt(np.array(before, np.int32), np.array(after, np.int32), text)
 
 
 def _question(name: str, text: str, *, first: bool) -> str:
@@ -154,8 +183,18 @@ def _question(name: str, text: str, *, first: bool) -> str:
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
-    """An answer's text, without special tokens and stripped."""
-    return tokenizer.decode([int(token) for token in ids], skip_special_tokens=True).strip()
+    """An answer's text, without special tokens and stripped.
+
+    Where the tokenizer's files ask for it (Phi-2's do), or do not say, spaces in front of
+    punctuation go, as in the public code. `transformers` 5 warns instead, and leaves them.
+    """
+    text = tokenizer.decode(
+        [int(token) for token in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    if tokenizer.init_kwargs.get("clean_up_tokenization_spaces", True):
+        for spaced in _SPACED:
+            text = text.replace(spaced, spaced.strip())
+    return text.strip()
 
 
 def eos_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -9,50 +9,22 @@ the public recipe. All parameters are spread over the devices, and so is the bat
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
-from jax.lax import stop_gradient
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
-from rich.progress import track
+from jax.sharding import Mesh
 from sklearn.datasets import load_digits
 
-import jax_lnfold
-
 from .config import CONFIGS, Config, named
+from .fitting import Batch, Trained, fit
 from .model import TinyLlavaVideo
 from .text import byte_tokenizer, encode_prompt, eos_ids
 from .weights import distribute
 
-Tree = Any
 QUESTION = "Which digit is it, and where does it go?"
 WAYS = {"right": (0, 1), "left": (0, -1), "down": (1, 0), "up": (-1, 0)}
-
-
-class Batch(NamedTuple):
-    """Clips, what is asked about them, and the answers that are to be learnt."""
-
-    pixels: np.ndarray  # float32 [batch, frames, size, size, 3]
-    before: np.ndarray  # int32 [batch, tokens]
-    after: np.ndarray  # int32 [batch, tokens]
-    answer: np.ndarray  # int32 [batch, tokens], filled up with the end
-
-
-class Trained(NamedTuple):
-    """The model after training, the fold, and the loss of every step."""
-
-    model: TinyLlavaVideo
-    folded: jax_lnfold.Folded
-    losses: list[float]
-    drift: float  # from the constraint, in units of what rounding explains
 
 
 def clip(image: np.ndarray, way: tuple[int, int], frames: int, size: int) -> np.ndarray:
@@ -79,8 +51,10 @@ def batches(config: Config, size: int, seed: int = 0) -> Iterator[Batch]:
             pixels.append(clip(images[n], WAYS[way], config.num_frames, side))
             ids = tokenizer(f" {labels[n]} {way}").input_ids
             row[: len(ids)] = ids
-        before, after = (np.tile(part, (size, 1)) for part in (prompt.before, prompt.after))
-        yield Batch(np.stack(pixels), before, after, answers)
+        before, asked = (np.tile(part, (size, 1)) for part in (prompt.before, prompt.after))
+        after = np.concatenate((asked, answers), axis=1)
+        learnt = np.arange(after.shape[1]) >= asked.shape[1]
+        yield Batch(np.stack(pixels), before, after, np.tile(learnt, (size, 1)))
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:
@@ -89,51 +63,11 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
     return data.images, data.target
 
 
-def answer_logits(graph: nnx.GraphDef) -> Callable[[Tree, Batch], jax.Array]:
-    """A function of parameters and a batch: the logits from which its answers are read."""
-
-    def logits(params: Tree, given: Batch) -> jax.Array:
-        after = jnp.concatenate((given.after, given.answer[:, :-1]), axis=1)
-        found = nnx.merge(graph, params)(given.pixels, given.before, after)
-        return found[:, -given.answer.shape[1] :]
-
-    return logits
-
-
 def train(config: Config, steps: int, *, mesh: Mesh, batch: int = 8, seed: int = 0) -> Trained:
-    """Some steps of AdamW on a mesh of the axes ``data`` and ``model``."""
+    """Some steps on a mesh of the axes ``data`` and ``model``."""
     model = distribute(TinyLlavaVideo(config, nnx.Rngs(seed)), mesh)
-    graph, params = nnx.split(model)
-    learns = jax.tree_util.tree_map_with_path(
-        lambda path, _: "vision_tower" not in jax.tree_util.keystr(path), params
-    )
-
-    source = batches(config, batch, seed)
-    spread = partial(jax.device_put, device=NamedSharding(mesh, P("data")))
-    folded = jax_lnfold.fold(answer_logits(graph), params, spread(next(source)))
-    params = folded.params
-    tx = optax.chain(
-        jax_lnfold.center_gradients(folded.plan),
-        optax.masked(optax.adamw(3e-3), learns),
-        jax_lnfold.center_updates(folded.plan),
-    )
-
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Tree, state: Tree, given: Batch) -> tuple[Tree, Tree, jax.Array]:
-        def loss(params: Tree) -> jax.Array:
-            frozen = jax.tree.map(lambda x, yes: x if yes else stop_gradient(x), params, learns)
-            found = folded.apply(frozen, given)
-            return optax.softmax_cross_entropy_with_integer_labels(found, given.answer).mean()
-
-        value, gradients = jax.value_and_grad(loss)(params)
-        updates, state = tx.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, value
-
-    state, losses = jax.jit(tx.init)(params), []
-    for _ in track(range(steps), "Training", disable=not sys.stderr.isatty()):
-        params, state, loss = step(params, state, spread(next(source)))
-        losses.append(float(loss))
-    return Trained(nnx.merge(graph, params), folded, losses, float(state[-1].drift))
+    source, parts = batches(config, batch, seed), ("connector", "language_model")
+    return fit(model, source, steps, parts=parts, rate=3e-3, mesh=mesh)
 
 
 def main() -> None:

@@ -18,9 +18,13 @@ from av.stream import Disposition
 from PIL import Image, ImageDraw, ImageFont
 
 from .errors import InputError
+from .sampling import Chooser, evenly
 
 ONE_A_SECOND = -1
 """As a number of frames: as many as the video has seconds."""
+
+MOST = 4096
+"""More frames than a model reads; those asked for are held in memory."""
 
 # Titles and the like come in any encoding; PyAV 19 knows that and has no such argument.
 _TITLES = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
@@ -48,9 +52,15 @@ class Frames:
 
 
 def read_video(
-    path: str | os.PathLike[str], *, num_frames: int = 16, max_frames: int = 16
+    path: str | os.PathLike[str],
+    *,
+    num_frames: int = 16,
+    max_frames: int = 64,
+    choose: Chooser | None = None,
 ) -> Frames:
     """Sample frames uniformly from the first frame to the last, by index as the public model does.
+
+    Where a video has fewer frames than are asked for, some are taken more than once.
 
     What decodes decides which frames there are, not what the file says about itself: damaged
     packets are passed over, and a file that is cut short is as long as what is left of it. Only
@@ -61,14 +71,14 @@ def read_video(
         path: anything that FFmpeg decodes; a picture is a video of one frame.
         num_frames: how many; -1 takes one for each whole second, at least one.
         max_frames: at most as many of the latter.
+        choose: which frames are taken, if not these.
 
     Raises:
-        InputError: there is no such file, it is not a video, none of it decodes, it has fewer than
-            `num_frames` frames, or a number is not a positive one.
+        InputError: there is no such file, it is not a video, none of it decodes, or a number is not
+            a positive one.
     """
-    count = _positive("num_frames", num_frames, allowed=(ONE_A_SECOND,))
-    limit = _positive("max_frames", max_frames)
-    file = Path(path)
+    count, limit = checked_numbers(num_frames, max_frames)
+    file, choose = Path(path), choose or evenly(count, limit)
     if not file.is_file():
         raise InputError(f"video: there is no file {file}")
     try:
@@ -77,9 +87,9 @@ def read_video(
             packets = [(p.pts, p.duration or 0) for p in container.demux(stream) if p.size]
             rate = stream.average_rate or stream.guessed_rate or Fraction(25)  # as FFmpeg has it
             timeline = _Timeline(packets, stream.time_base, rate)
-        kept, stamps = _decode(file, set(timeline.sample(count, limit)))
+        kept, stamps = _decode(file, set(timeline.sample(choose)))
         timeline = _Timeline(stamps, timeline.tick, rate)
-        indices = timeline.sample(count, limit)
+        indices = timeline.sample(choose)
         if not kept.keys() >= set(indices):
             kept, _ = _decode(file, set(indices))
     except FFmpegError as error:
@@ -87,10 +97,6 @@ def read_video(
     total = len(stamps)
     if not total:
         raise InputError(f"video: nothing in {file} decodes; it is damaged or cut short")
-    if total < count:
-        raise InputError(
-            f"num_frames: {count} are asked for, but {file} has {total}; ask for at most {total}"
-        )
     return Frames(
         np.stack([kept[index] for index in indices]),
         np.array(indices),
@@ -98,6 +104,35 @@ def read_video(
         fps=float(total / timeline.duration),
         duration=float(timeline.duration),
     )
+
+
+def checked_numbers(num_frames: int, max_frames: int) -> tuple[int, int]:
+    """Both, as `read_video` takes them.
+
+    Raises:
+        InputError: one of them is no such number.
+    """
+    count = _positive("num_frames", num_frames, allowed=(ONE_A_SECOND,))
+    if count > MOST:
+        raise InputError(f"num_frames: must be at most {MOST}, not {count}")
+    return count, _positive("max_frames", max_frames)
+
+
+def read_pictures(folder: Path, choose: Chooser, fps: float) -> Frames:
+    """Frames of a video that is a folder of pictures: ``00001.jpg`` and so on.
+
+    Raises:
+        InputError: one of them is missing or damaged.
+    """
+    total = len(list(folder.iterdir()))
+    indices = choose(total, total / fps)
+    try:
+        shown = [Image.open(folder / f"{n:05}.jpg").convert("RGB") for n in indices]
+    except OSError as error:
+        raise InputError(f"video: a picture in {folder} cannot be read ({error})") from error
+    pixels = np.stack([np.asarray(picture.resize(shown[0].size)) for picture in shown])
+    seconds = np.array([n / fps for n in indices])
+    return Frames(pixels, np.array(indices), seconds, fps, total / fps)
 
 
 @dataclass(frozen=True)
@@ -129,12 +164,9 @@ class _Timeline:
         ticks = None if first is None or time is None else time - first
         return float(index / self.rate if ticks is None else ticks * self.tick)
 
-    def sample(self, count: int, limit: int) -> list[int]:
-        """Which frames are taken; none where there are too few."""
-        total = len(self.stamps)
-        if count == ONE_A_SECOND:
-            count = min(limit, max(1, int(self.duration)), total)
-        return np.linspace(0, total - 1, count, dtype=int).tolist() if count <= total else []
+    def sample(self, choose: Chooser) -> list[int]:
+        """Which frames are taken; none where there are none."""
+        return choose(len(self.stamps), self.duration) if self.stamps else []
 
 
 def _open(file: Path) -> av.container.InputContainer:
@@ -234,6 +266,19 @@ def show(frames: Frames, *, columns: int = 4, width: int = 240) -> Image.Image:
         text = f"{minutes:.0f}:{seconds:05.2f}  #{frames.indices[n]}"
         draw.text((x + 3, y + height + 2), text, "black", font)
     return sheet
+
+
+def check_picture(path: str | os.PathLike[str]) -> None:
+    """Whether Pillow can write a picture of that name there.
+
+    Raises:
+        InputError: it cannot.
+    """
+    file = Path(path).absolute()
+    if Image.registered_extensions().get(file.suffix.lower()) not in Image.SAVE:
+        raise InputError(f"sheet: {file.name} should end in .png, .jpg or the like")
+    if file.is_dir() or not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+        raise InputError(f"sheet: {file} cannot be written; give a file in a folder that is there")
 
 
 def _resized(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

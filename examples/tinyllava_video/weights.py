@@ -6,6 +6,7 @@ PyTorch's own. What `save` writes is one, too, so that folded weights serve the 
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
@@ -23,15 +24,33 @@ from rich.progress import track
 
 from .config import Config, Variant, variant
 from .errors import InputError
-from .files import DTYPES, Stored, is_weights, open_arrays, shortened, write_arrays, write_json
+from .files import (
+    DTYPES,
+    PARTS,
+    Stored,
+    is_weights,
+    open_arrays,
+    shortened,
+    write_arrays,
+    write_json,
+)
 from .keys import IGNORED, TIED, Entry, entries
 from .model import TinyLlavaVideo, abstract
 from .public_config import config_dict, config_from
 
-__all__ = ["config_from", "distribute", "load", "save"]
+__all__ = ["check", "check_destination", "config_from", "distribute", "load", "save"]
 
 TIED_ROWS = 4096
 """How many rows of two copies of the embedding are compared at a time."""
+
+
+def check(directory: str | FilePath, config: Config | None = None) -> Config:
+    """The configuration of a checkpoint that `load` can read; no weights are read.
+
+    Raises:
+        InputError: the folder is no checkpoint of this model.
+    """
+    return _opened(FilePath(directory), config)[0]
 
 
 def load(
@@ -63,11 +82,9 @@ def load(
     directory = FilePath(directory)
     if mesh is not None:
         _check_mesh(mesh, axis)
-    config = config or config_from(directory)
-    stored = open_arrays(directory)
+    config, stored = _opened(directory, config)
     model = abstract(config)
     wanted = entries(model)
-    _check(directory, config, wanted.values(), stored)
     _check_tied(directory, config, stored)
     shown = track(
         wanted.items(),
@@ -105,25 +122,41 @@ def save(
             cannot express the configuration.
     """
     directory, config = FilePath(directory), model.config
-    description = config_dict(config)
-    if directory.exists() and any(map(is_weights, directory.iterdir())):
-        raise InputError(f"directory: {directory} holds weights already; give another one")
-    if source is not None and _public(config_from(source)) != _public(config):
-        raise InputError(f"source: {source} is a checkpoint of another model")
+    check_destination(directory, config, source)
     leaves = dict(nnx.to_flat_state(nnx.state(model)))
     wanted = {entry.key: (leaves[path][...], entry) for path, entry in entries(model).items()}
     directory.mkdir(parents=True, exist_ok=True)
     write_arrays(
         directory,
-        {key: partial(_stored, *pair) for key, pair in wanted.items()},
+        {key: partial(as_stored, *pair) for key, pair in wanted.items()},
         {key: array.nbytes for key, (array, _) in wanted.items()},
         max_shard_bytes,
     )
     # Last, so that a folder that lacks weights is not taken for a checkpoint.
     if source is None:
-        write_json(directory / "config.json", description)
+        write_json(directory / "config.json", config_dict(config))
     else:
-        _copy_others(FilePath(source), directory)
+        copy_others(FilePath(source), directory)
+
+
+def check_destination(
+    directory: str | FilePath, config: Config, source: str | FilePath | None = None
+) -> None:
+    """Whether `save` can write a model of this configuration there.
+
+    Raises:
+        InputError: it cannot.
+    """
+    directory = FilePath(directory).absolute()
+    config_dict(config)
+    there = next(path for path in (directory, *directory.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"directory: {directory} cannot be made in {there}; give another one")
+    inside = [directory, *(directory / part for part in PARTS)]
+    if any(is_weights(file) for place in inside if place.is_dir() for file in place.iterdir()):
+        raise InputError(f"directory: {directory} holds weights already; give another one")
+    if source is not None and _public(config_from(source)) != _public(config):
+        raise InputError(f"source: {source} is a checkpoint of another model")
 
 
 def _public(config: Config) -> Config:
@@ -131,7 +164,8 @@ def _public(config: Config) -> Config:
     return replace(config, context=0, num_frames=0, max_frames=0)
 
 
-def _copy_others(source: FilePath, directory: FilePath) -> None:
+def copy_others(source: FilePath, directory: FilePath) -> None:
+    """All files but weights."""
     for file in source.iterdir():
         if file.is_file() and not is_weights(file):
             shutil.copy2(file, directory / file.name)
@@ -156,15 +190,28 @@ def distribute(model: TinyLlavaVideo, mesh: Mesh, axis: str = "model") -> TinyLl
 # --- what a checkpoint must hold -----------------------------------------------------------------
 
 
+def _opened(directory: FilePath, config: Config | None) -> tuple[Config, dict[str, Stored]]:
+    """The configuration, and the arrays, of which only headers are read."""
+    given, config = config, config or config_from(directory)
+    stored = open_arrays(directory)
+    if (found := _found_variant(stored)) not in (None, variant(config)):
+        if given:
+            raise InputError(
+                f"config: it is of the variant {variant(config)!r}, but the checkpoint in "
+                f"{directory} is of {found!r}; leave config out, or give the other one"
+            )
+        raise InputError(
+            f"directory: the config.json in {directory} describes the variant {variant(config)!r}, "
+            f"but the weights are of {found!r}; download the one that belongs to them"
+        )
+    _check(directory, config, entries(abstract(config)).values(), stored)
+    return config, stored
+
+
 def _check(
     directory: FilePath, config: Config, wanted: Iterable[Entry], stored: Mapping[str, Stored]
 ) -> None:
     """Compares keys, shapes and dtypes; says all at once."""
-    if (found := _found_variant(stored)) not in (None, variant(config)):
-        raise InputError(
-            f"config: it is of the variant {variant(config)!r}, but the checkpoint in {directory} "
-            f"is of {found!r}; leave config out, or give the other one"
-        )
     shapes = {entry.key: entry.stored_shape for entry in wanted}
     if config.text.tie_word_embeddings and TIED[0] in stored:
         shapes[TIED[0]] = shapes[TIED[1]]
@@ -250,5 +297,6 @@ def _cast(part: np.ndarray, dtype: jax.typing.DTypeLike, key: str) -> np.ndarray
     return cast
 
 
-def _stored(array: jax.Array, entry: Entry) -> np.ndarray:
+def as_stored(array: jax.Array, entry: Entry) -> np.ndarray:
+    """A parameter as it lies in a checkpoint."""
     return np.asarray(array).transpose(entry.back)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,7 +17,8 @@ from flax import nnx
 import jax_lnfold
 from examples.tinyllava_video.config import CONFIGS, Config, ResamplerConfig, named
 from examples.tinyllava_video.errors import InputError
-from examples.tinyllava_video.model import TinyLlavaVideo, abstract, functional, next_token
+from examples.tinyllava_video.generation import Decoding
+from examples.tinyllava_video.model import TinyLlavaVideo, abstract, functional
 from examples.tinyllava_video.resampler import Resampler, position_encoding
 
 TINY = ("tiny-qwen2", "tiny-phi")
@@ -78,8 +80,9 @@ def test_resampler_folds_at_no_cost(name: str, frames: int) -> None:
     assert {path.partition("/")[0] for path in edited} == {"connector"}
 
 
-def test_naive_resampler_folds_too() -> None:
-    model = made(configured("tiny-qwen2", groups=1, position_encoding=False))
+@pytest.mark.parametrize("positions", ["media", "none"])
+def test_naive_resampler_folds_too(positions: str) -> None:
+    model = made(configured("tiny-qwen2", groups=1, positions=positions))
     function, params = functional(model, "encode_video")
     folded = checked(function, params, inputs(model.config)[0])
     assert counts(folded.report, "connector") == (7, 7)
@@ -155,10 +158,37 @@ def test_cache_gives_the_tokens_that_whole_sequences_give(name: str) -> None:
         assert (row[last + 1 :] == eos).all()
 
 
+def test_batches_of_unequal_prompts_are_as_one_by_one() -> None:
+    """However much they are filled up, and in pieces of the answer, too."""
+    model = made(configured("tiny-phi"))
+    pixels, before, _ = inputs(model.config, batch=1)
+    video = jax.jit(model.encode_video)(pixels)
+    rng, lengths, decoding = np.random.default_rng(7), (4, 9, 1), Decoding(6)
+    rows = [rng.integers(0, 256, n) for n in lengths]
+    generate, params = functional(model, "generate", max_new_tokens=6)
+    alone = [jax.jit(generate)(params, pixels, before, row[None])[0] for row in rows]
+    begin, advance = (
+        jax.jit(functional(model, name, decoding=decoding)[0]) for name in ("begin", "advance")
+    )
+    for longest in (9, 16):
+        empty = jnp.array([longest - n for n in lengths], jnp.int32)
+        after = np.stack([np.pad(row, (longest - len(row), 0), constant_values=9) for row in rows])
+        given = np.repeat(video, 3, axis=0), np.repeat(before, 3, axis=0), after, empty
+        state = begin(params, *given)
+        for limit in (3, 6):
+            state = advance(params, state, limit)
+            assert state.step == limit
+        np.testing.assert_array_equal(state.completed(), alone)
+    assert len({tuple(np.asarray(row).tolist()) for row in alone}) == 3
+
+
 def test_sampling_keeps_to_the_likeliest() -> None:
     probabilities = np.array([0.02, 0.5, 0.08, 0.1, 0.3])
     logits = jnp.broadcast_to(jnp.log(probabilities), (4000, 5))
-    draw = partial(next_token, logits, jax.random.key(0))
+
+    def draw(**options: float) -> jax.Array:
+        return Decoding(**options).next_token(logits, jax.random.key(0))
+
     share = np.bincount(draw(temperature=1.0, top_p=1.0), minlength=5) / 4000
     np.testing.assert_allclose(share, probabilities, atol=0.03)
     assert set(np.unique(draw(temperature=1.0, top_p=0.75))) == {1, 4}
@@ -166,7 +196,11 @@ def test_sampling_keeps_to_the_likeliest() -> None:
     assert set(np.unique(draw(temperature=1.0, top_p=1e-6))) == {1}
     sharper = np.bincount(draw(temperature=0.5, top_p=1.0), minlength=5) / 4000
     np.testing.assert_allclose(sharper, probabilities**2 / (probabilities**2).sum(), atol=0.03)
-    assert (next_token(logits, None, temperature=0.0, top_p=1.0) == 1).all()
+    assert (Decoding().next_token(logits, None) == 1).all()
+    assert set(np.unique(draw(temperature=1.0, top_k=3))) == {1, 3, 4}
+    assert set(np.unique(draw(temperature=9.0, top_k=0))) == {*range(5)}
+    # Of the three likeliest (0.9 together) the first has 0.56: the second is needed for 0.85.
+    assert set(np.unique(draw(temperature=1.0, top_k=3, top_p=0.85))) == {1, 4}
 
 
 def test_sampled_answers_fold() -> None:
@@ -218,7 +252,7 @@ def test_bad_input() -> None:
         generate(max_new_tokens=3, temperature=1.0, top_p=0.0)
     with pytest.raises(InputError, match="key: sampling needs one"):
         generate(max_new_tokens=3, temperature=1.0)
-    with pytest.raises(InputError, match=r"there is no 'gpt-5'; there are qwen2\.5-3b"):
+    with pytest.raises(InputError, match=r"there is no 'gpt-5'; there are TinyLLaVA-Video-Qw"):
         named("gpt-5")
     with pytest.raises(InputError, match="10 are not divisible by 4 groups"):
         ResamplerConfig(10, 4)
@@ -246,7 +280,10 @@ def test_public_models_have_their_published_sizes() -> None:
     def size(tree: Any) -> int:
         return sum(x.size for x in jax.tree.leaves(nnx.state(tree)))
 
-    qwen, phi = (abstract(CONFIGS[f"{name}-group-16-512"]) for name in ("qwen2.5-3b", "phi-2"))
+    qwen, phi = (
+        abstract(named(f"TinyLLaVA-Video-{name}-16-512"))
+        for name in ("Qwen2.5-3B-Group", "Phi2-Naive")
+    )
     assert size(qwen.vision_tower) == size(phi.vision_tower) == 428_225_600
     assert size(qwen.language_model) == 3_085_938_688
     assert size(phi.language_model) == 2_779_683_840
@@ -254,11 +291,41 @@ def test_public_models_have_their_published_sizes() -> None:
     assert qwen.config.vision.tokens * 16 == 11_648 == 16 * 728
 
 
-def test_public_resampler_folds_at_its_size() -> None:
-    """From shapes alone; the tower is read raw at its second-to-last stream."""
-    function, params = functional(abstract(named("qwen2.5-3b-group-16-512")), "encode_video")
-    pixels = jax.ShapeDtypeStruct((1, 16, 384, 384, 3), jnp.float32)
-    report = jax_lnfold.analyze(function, params, pixels)
-    assert counts(report, "connector") == (10, 10)
-    assert counts(report, "vision_tower") == (0, 52)
+PUBLISHED = [name for name in CONFIGS if not name.startswith("tiny")]
+
+
+def folds_of(name: str, functions: Iterable[str] = ("encode", "begin")) -> jax_lnfold.Report:
+    """What folds of a model at its size, from shapes alone."""
+    model = abstract(named(name))
+    frames = max(16, model.config.num_frames * -64)  # of one a second, 64
+    encode, params = functional(model, "encode_video")
+    begin, _ = functional(model, "begin", decoding=Decoding(64))
+    pixels = jax.ShapeDtypeStruct((1, frames, 384, 384, 3), jnp.float32)
+    ids = (jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (40, 32))
+    empty = jax.ShapeDtypeStruct((1,), jnp.int32)
+    given = {"encode": (pixels,), "begin": (jax.eval_shape(encode, params, pixels), *ids, empty)}
+    parts = {"encode": encode, "begin": begin}
+    return jax_lnfold.analyze(
+        {part: parts[part] for part in functions}, params, {part: given[part] for part in functions}
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name.endswith("up-16-512")])
+def test_public_resampler_folds_at_its_size(name: str) -> None:
+    """The tower is read raw at its second-to-last stream."""
+    report = folds_of(name, ["encode"])
+    assert counts(report, "encode/connector") == (10, 10)
+    assert counts(report, "encode/vision_tower") == (0, 52)
     assert report.n_inserted == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_are_as_the_readme_says(name: str) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    row = next(line for line in readme.splitlines() if f"`{name.rpartition('Video-')[2]}`" in line)
+    *_, parameters, norms, folded = (x.strip().replace(",", "") for x in row.strip("|").split("|"))
+    report = folds_of(name)
+    assert (len(report.norms), report.n_folded) == (int(norms), int(folded))
+    sizes = jax.tree.leaves(nnx.state(abstract(named(name))))
+    assert sum(x.size for x in sizes) == int(parameters)

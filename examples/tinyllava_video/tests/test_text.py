@@ -192,6 +192,11 @@ def test_decode(tokenizer: Any) -> None:
     assert decode(tokenizer, np.array(ids, np.int32)) == "A cat ."
     assert decode(tokenizer, iter(ids[:-1])) == "A cat ."
     assert decode(tokenizer, [256]) == decode(tokenizer, []) == ""
+    cleaned = byte_tokenizer()  # as Phi-2's files ask for, whatever version writes the answer
+    cleaned.init_kwargs["clean_up_tokenization_spaces"] = True
+    text = tokenizer("Is n't it , you 're here ? Yes ! A ' b ' c . 's").input_ids
+    assert decode(cleaned, text) == "Isn't it, you're here? Yes! A'b'c.'s"
+    assert decode(tokenizer, text) == "Is n't it , you 're here ? Yes ! A ' b ' c . 's"
     assert decode(tokenizer, tokenizer("é").input_ids[:1]) == "\ufffd", "half a letter"
 
 

@@ -129,10 +129,12 @@ def test_containers_that_round_times_do_not_lose_a_second(tmp_path: Path, rate: 
 
 
 def test_one_a_second_of_a_slide_show(tmp_path: Path) -> None:
-    """There are fewer frames than seconds: each is taken once."""
+    """There are fewer frames than seconds: they are taken again and again."""
     times = [0, 4000, 8000, 12000]
     path = write(tmp_path / "a.mkv", grey(4), milliseconds=times)
-    assert levels(read_video(path, num_frames=-1)) == [0, 1, 2, 3]
+    frames = read_video(path, num_frames=-1)
+    assert levels(frames) == np.linspace(0, 3, int(frames.duration), dtype=int).tolist()
+    assert len(frames.indices) > 10
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
@@ -238,8 +240,7 @@ def test_a_picture_is_a_video_of_one_frame(tmp_path: Path) -> None:
     Image.fromarray(grey(6)[5]).save(path := tmp_path / "a.png")
     assert levels(read_video(path, num_frames=1)) == [5]
     assert levels(read_video(path, num_frames=-1)) == [5]
-    with pytest.raises(InputError, match=r"^num_frames: 2 are asked for, but .*a\.png has 1;"):
-        read_video(path, num_frames=2)
+    assert levels(read_video(path, num_frames=2)) == [5, 5]
 
 
 def test_names_that_look_like_protocols(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,8 +279,6 @@ def test_a_damaged_packet_is_passed_over(tmp_path: Path) -> None:
     path.write_bytes(data)
     frames = read_video(path, num_frames=5)
     assert (frames.indices.tolist(), levels(frames)) == ([0, 4, 9, 13, 18], [0, 5, 10, 14, 19])
-    with pytest.raises(InputError, match=r"num_frames: 20 .* has 19; ask for at most 19"):
-        read_video(path, num_frames=20)
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.ts", "a.mkv"])
@@ -294,8 +293,6 @@ def test_cut_short(tmp_path: Path, name: str) -> None:
     assert frames.indices.tolist() == np.linspace(0, last, 4, dtype=int).tolist()
     np.testing.assert_allclose(levels(frames)[1:3], frames.indices[1:3], atol=0.5)
     assert last / 10 < frames.duration < (last + 3) / 10
-    with pytest.raises(InputError, match=rf"^num_frames: 50 are asked for, .* has {last + 1};"):
-        read_video(path, num_frames=50)
 
 
 def test_nothing_left(tmp_path: Path) -> None:
@@ -362,11 +359,8 @@ def test_not_a_video(
 def test_fewer_frames_than_asked_for(tmp_path: Path) -> None:
     path = write(tmp_path / "a.mp4", grey(5))
     assert levels(read_video(path, num_frames=5)) == [0, 1, 2, 3, 4]
-    with pytest.raises(
-        InputError, match=r"^num_frames: 6 are asked for, but .*a\.mp4 has 5; ask for at most 5$"
-    ):
-        read_video(path, num_frames=6)
-    with pytest.raises(InputError, match=r"^num_frames: 1000000000000 are asked for"):
+    assert levels(read_video(path, num_frames=8)) == np.linspace(0, 4, 8, dtype=int).tolist()
+    with pytest.raises(InputError, match=r"^num_frames: must be at most 4096, not 1000000000000$"):
         read_video(path, num_frames=10**12)  # without the memory for so many
 
 

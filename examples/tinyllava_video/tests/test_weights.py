@@ -21,10 +21,11 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from examples.tinyllava_video import weights
-from examples.tinyllava_video.config import CONFIGS, Config, named
+from examples.tinyllava_video.config import CONFIGS, Config, Qwen2Config, named
 from examples.tinyllava_video.errors import InputError
 from examples.tinyllava_video.keys import entries
 from examples.tinyllava_video.model import TinyLlavaVideo, abstract
+from examples.tinyllava_video.public_config import config_dict
 from examples.tinyllava_video.weights import config_from, load, save
 
 TINY = ("tiny-qwen2", "tiny-phi")
@@ -126,7 +127,7 @@ def expected_keys(config: Config, text: list[str], text_layer: list[str]) -> lis
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_parameter_has_one_key(name: str) -> None:
     config = named(name)
-    text = (QWEN2, QWEN2_LAYER) if "qwen2" in name else (PHI, PHI_LAYER)
+    text = (QWEN2, QWEN2_LAYER) if isinstance(config.text, Qwen2Config) else (PHI, PHI_LAYER)
     found = [entry.key for entry in entries(abstract(config)).values()]
     assert len(set(found)) == len(found)
     assert sorted(found) == sorted(expected_keys(config, *text))
@@ -393,6 +394,11 @@ def test_the_other_variant(given: str, stored: str, tmp_path: Path) -> None:
     one, other = (name.removeprefix("tiny-") for name in (given, stored))
     with pytest.raises(InputError, match=f"of the variant '{one}', but .* is of '{other}'"):
         load(tmp_path, named(given))
+    (tmp_path / "config.json").write_text(json.dumps(config_dict(named(given))))
+    said = f"the config.json in .* describes the variant '{one}', but the weights are of '{other}'"
+    with pytest.raises(InputError, match=said) as caught:  # nobody gave a config
+        load(tmp_path)
+    assert "leave config out" not in str(caught.value)
 
 
 def test_damaged_files(tmp_path: Path) -> None:
@@ -435,7 +441,8 @@ PUBLIC = {
     "hidden_size": 2048,
     "vision_feature_layer": -2,
     "vision_feature_select_strategy": "patch",
-    "tokenizer_model_max_length": 2048,
+    "tokenizer_model_max_length": 3072,
+    "image_aspect_ratio": "pad",  # for pictures; frames of videos are squeezed whatever it says
     "text_config": {
         "model_type": "qwen2",
         "hidden_size": 2048,
@@ -472,15 +479,18 @@ def read(directory: Path, description: Mapping[str, Any]) -> Config:
 
 
 def test_public_configurations(tmp_path: Path) -> None:
-    assert read(tmp_path, PUBLIC) == named("qwen2.5-3b-group-16-512")
+    assert read(tmp_path, PUBLIC) == named("TinyLLaVA-Video-Qwen2.5-3B-Group-16-512")
     phi = PUBLIC | {"text_config": PHI_TEXT, "hidden_size": 2560}
-    phi |= {"tokenizer_model_max_length": 3072}
-    assert read(tmp_path, phi) == named("phi-2-group-16-512")
+    for connector in ("naiveresampler", "resamplerwithpe"):
+        naive = {"connector_type": connector, "group": None}
+        assert read(tmp_path, phi | naive) == named("TinyLLaVA-Video-Phi2-Naive-16-512")
+        qwen = named("TinyLLaVA-Video-Qwen2.5-3B-Naive-16-512")
+        assert read(tmp_path, PUBLIC | naive) == qwen
     rope = {"rope_theta": 12.5, "partial_rotary_factor": 0.25, "rope_type": "default"}
     text = read(tmp_path, phi | {"text_config": PHI_TEXT | {"rope_parameters": rope}}).text
     assert (text.rope_theta, text.partial_rotary_factor) == (12.5, 0.25)
     naive = read(tmp_path, PUBLIC | {"connector_type": "resampler", "group": None}).resampler
-    assert (naive.groups, naive.position_encoding, naive.num_queries) == (1, False, 512)
+    assert (naive.groups, naive.positions, naive.num_queries) == (1, "none", 512)
     kept = read(tmp_path, PUBLIC | {"vision_feature_select_strategy": "cls_patch"}).vision
     assert not kept.drop_first_token
 
@@ -495,7 +505,7 @@ def phi_with(**fields: Any) -> Callable[[], dict[str, Any]]:
 
 REFUSED = {
     "model_type is 'llava'": lambda: PUBLIC | {"model_type": "llava"},
-    "connector_type is 'resamplerwithpe'": lambda: PUBLIC | {"connector_type": "resamplerwithpe"},
+    "connector_type is 'mlp'": lambda: PUBLIC | {"connector_type": "mlp"},
     "group is missing": lambda: {k: v for k, v in PUBLIC.items() if k != "group"},
     "num_queries is missing": lambda: {k: v for k, v in PUBLIC.items() if k != "num_queries"},
     "num_queries: 512 are not divisible by 7": lambda: PUBLIC | {"group": 7},
@@ -533,8 +543,8 @@ def test_other_models_are_refused(said: str, tmp_path: Path) -> None:
 
 def test_what_the_format_cannot_say(tmp_path: Path) -> None:
     model = abstract(named("tiny-phi"))
-    odd = replace(model.config.resampler, position_encoding=False)
+    odd = replace(model.config.resampler, positions="media")
     model.config = replace(model.config, resampler=odd)
-    with pytest.raises(InputError, match="4 groups without a position encoding"):
+    with pytest.raises(InputError, match="4 groups with positions='media'"):
         save(model, tmp_path / "x")
     assert not (tmp_path / "x").exists()

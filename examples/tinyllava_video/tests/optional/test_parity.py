@@ -5,7 +5,10 @@ Tower and language models are those of `transformers`; the resampler is written 
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -19,14 +22,17 @@ import pytest
 import torch
 import transformers as hf
 from flax import nnx
+from jax.sharding import Mesh
 from safetensors.torch import save_file
 from torch import Tensor
 
 import jax_lnfold
 from examples.tinyllava_video.config import Config, PhiConfig, Qwen2Config, named
 from examples.tinyllava_video.errors import InputError
+from examples.tinyllava_video.fitting import Batch, fit
 from examples.tinyllava_video.model import TinyLlavaVideo, functional
 from examples.tinyllava_video.resampler import position_encoding
+from examples.tinyllava_video.stage_folders import save_parts
 from examples.tinyllava_video.weights import config_from, load, save
 
 PLACEHOLDER = -200
@@ -61,12 +67,12 @@ class Attention(torch.nn.Module):
 
 
 class Resampler(torch.nn.Module):
-    """The group resampler; the naive one without positions and groups."""
+    """The group resampler; the naive one adds positions to the media instead."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         own, size = config.resampler, config.text.hidden_size
-        self.groups, self.positions = own.groups, own.position_encoding
+        self.groups, self.naive = own.groups, own.positions == "media"
         self.latents = torch.nn.Parameter(torch.zeros(own.num_queries // own.groups, size))
         self.linear = torch.nn.Linear(config.vision.hidden_size, size)
         self.layers = torch.nn.ModuleList(
@@ -95,16 +101,19 @@ class Resampler(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.linear(x)
+        if self.naive:
+            x = x + positions(*x.shape[1:]).to(x.dtype)
         short, remainder = divmod(x.shape[1], self.groups)
         lengths = [short + (i < remainder) for i in range(self.groups)]
         groups = torch.split(x, lengths, dim=1)
         y = torch.cat([self.norm(self.states(group)[-1]) for group in groups], dim=1)
-        return y + positions(*y.shape[1:]).to(y.dtype) if self.positions else y
+        return y if self.naive else y + positions(*y.shape[1:]).to(y.dtype)
 
 
 def positions(length: int, size: int) -> Tensor:
-    """In half precision."""
-    angles = torch.arange(length)[:, None] / 1e4 ** (torch.arange(0, size, 2) / size)
+    """In half precision, of angles in single precision."""
+    rates = torch.exp(torch.arange(0, size, 2).float() * (-math.log(1e4) / size))
+    angles = torch.arange(length).float()[:, None] * rates
     table = torch.zeros(length, size, dtype=torch.float16)
     table[:, 0::2], table[:, 1::2] = angles.sin(), angles.cos()
     return table
@@ -202,7 +211,8 @@ class Checkpoint:
 
 CASES = {
     "qwen2, tied": (QWEN2 | {"tie_word_embeddings": True}, "groupresampler", False),
-    "qwen2, naive resampler": (QWEN2 | {"tie_word_embeddings": False}, "resampler", True),
+    "qwen2, naive": (QWEN2 | {"tie_word_embeddings": False}, "resamplerwithpe", True),
+    "phi, naive": (PHI, "naiveresampler", True),
     "phi": (PHI, "groupresampler", True),
 }
 
@@ -311,10 +321,29 @@ def test_resampler(checkpoint: Checkpoint, frames: int, remainder: int) -> None:
         close(a, b)
 
 
-def test_positions_are_rounded_alike() -> None:
-    ours, theirs = position_encoding(512, 2048).astype(np.float16), positions(512, 2048).numpy()
-    assert np.mean(ours != theirs) < 0.01  # PyTorch computes angles in float32
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2**-11)  # half a unit: one rounding
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_resampler_by_dtype(checkpoint: Checkpoint, dtype: str) -> None:
+    """Computed in half precision, it is as far from what float32 gives as PyTorch is."""
+    wide = np.random.default_rng(2).normal(size=(2, 45, 24)).astype(np.float32)
+    theirs = copy.deepcopy(checkpoint.torch.resampler)
+    exact = theirs(torch.from_numpy(wide)).numpy()
+    graph, params = nnx.split(checkpoint.model.connector)
+    ours = nnx.merge(graph, jax.tree.map(lambda x: x.astype(dtype), params))
+    found = jax.jit(ours)(jnp.asarray(wide, dtype))
+    half = theirs.to(getattr(torch, dtype))(torch.from_numpy(wide).to(getattr(torch, dtype)))
+    assert found.dtype == dtype
+    off, expected = (np.abs(np.asarray(x, np.float32) - exact).max() for x in (found, half.float()))
+    assert off <= 2 * expected + 1e-5
+
+
+@pytest.mark.parametrize(("length", "size"), [(512, 2048), (16 * 728, 2560)])
+def test_positions_are_rounded_alike(length: int, size: int) -> None:
+    ours, theirs = position_encoding(length, size, "float16"), positions(length, size).numpy()
+    assert ours.dtype == theirs.dtype == np.float16
+    assert np.mean(ours != theirs) < 0.01
+    # One rounding to half precision, and the last bit of the largest angle in single precision.
+    atol = 2**-11 + float(np.spacing(np.float32(length)))
+    np.testing.assert_allclose(ours.astype(np.float32), theirs, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("length", [9, 600])
@@ -479,7 +508,7 @@ def test_configurations_of_transformers(checkpoint: Checkpoint) -> None:
     assert isinstance(ours.text, Qwen2Config if text.model_type == "qwen2" else PhiConfig)
     for name, value in vars(ours.text).items():
         assert getattr(text, name) == value
-    assert ours.resampler.groups == (4 if theirs.resampler.positions else 1)
+    assert ours.resampler.groups == (1 if theirs.resampler.naive else 4)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "phi"])
@@ -533,6 +562,40 @@ def read(directory: Path) -> Iterator[tuple[str, Tensor]]:
     yield from load_file(directory / "model.safetensors").items()
 
 
+# --- training ------------------------------------------------------------------------------------
+
+
+def test_the_first_stage_leaves_folders_that_both_read(phi: Checkpoint, tmp_path: Path) -> None:
+    """Keys as PyTorch's modules of each part have them; only the connector has learnt."""
+    config = phi.model.config
+    (clip,), (before, after, _) = pixels(3, 1)[0], prompt(103, 1)
+    given = Batch(np.array(clip)[None], *map(np.array, (before, after, np.ones((1, 3), bool))))
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    model = load(phi.directory)
+    found = fit(model, itertools.repeat(given), 3, parts=("connector",), rate=1e-2, mesh=mesh)
+    assert found.losses[-1] < found.losses[0]
+    save_parts(found.model, tmp_path / "stage1")
+    parts = {
+        "vision_tower": phi.torch.tower,
+        "language_model": phi.torch.language_model,
+        "connector": phi.torch.connector,
+    }
+    for name, module in parts.items():
+        held = torch.load(tmp_path / "stage1" / name / "pytorch_model.bin", weights_only=True)
+        shapes = {key: x.shape for key, x in module.named_parameters()}
+        assert {key: x.shape for key, x in held.items()} == shapes
+    again = load(tmp_path / "stage1")
+    assert again.config == config
+    for a, b in zip(*(jax.tree.leaves(nnx.state(x)) for x in (found.model, again)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    old, new = (nnx.state(x.language_model.lm_head) for x in (phi.model, again))
+    assert all(map(np.array_equal, *map(jax.tree.leaves, (old, new))))
+    change = phi.model.connector.layers[0].attention.to_q.kernel[...]
+    assert np.abs(change - again.connector.layers[0].attention.to_q.kernel[...]).max() > 1e-3
+    with pytest.raises(InputError, match="holds weights already"):
+        save_parts(found.model, tmp_path / "stage1")
+
+
 # --- files of PyTorch ----------------------------------------------------------------------------
 
 
@@ -555,14 +618,35 @@ def test_half_precision_in_files_of_pytorch(
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-def test_damaged_files_of_pytorch(phi: Checkpoint, tmp_path: Path) -> None:
+class Trap:
+    """Writes a file if it is ever unpickled."""
+
+    def __init__(self, sprung: Path) -> None:
+        self.sprung = sprung
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return Path.touch, (self.sprung,)
+
+
+def test_files_of_pytorch_that_are_no_weights(phi: Checkpoint, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((phi.directory / "config.json").read_text())
-    file = tmp_path / "pytorch_model.bin"
-    torch.save(phi.torch.state_dict(), file)
+    file, sprung, state = tmp_path / "pytorch_model.bin", tmp_path / "x", phi.torch.state_dict()
+    torch.save({"epoch": 3, "state_dict": state}, file)
     load(tmp_path)
-    file.write_bytes(file.read_bytes()[:5000])
-    with pytest.raises(InputError, match=r"pytorch_model\.bin is damaged .*download it again"):
-        load(tmp_path)
-    torch.save({"hook": print}, file)
-    with pytest.raises(InputError, match=r"pytorch_model\.bin is damaged"):
-        load(tmp_path)
+    cases: dict[str, Any] = {
+        r"is in the format from before PyTorch 1\.6.* convert it to safetensors": state,
+        r"is damaged or cut short; download it again": state,
+        r"holds more than arrays: loading all of it would run code, so none was": Trap(sprung),
+        r"holds a list; there should be arrays by name": [state],
+        r"holds 'epoch', which is no plain array by name": state | {"epoch": 3},
+        r"holds 7, which is no plain array": {7: torch.zeros(2)},
+        r"holds 'x', which is no plain array": {"x": torch.eye(2).to_sparse()},
+    }
+    for said, held in cases.items():
+        torch.save(held, file, _use_new_zipfile_serialization="before" not in said)
+        if "cut short" in said:
+            file.write_bytes(file.read_bytes()[:5000])
+        with pytest.raises(InputError, match=rf"pytorch_model\.bin {said}") as caught:
+            load(tmp_path)
+        assert "weights_only" not in str(caught.value)
+    assert not sprung.exists()

@@ -1,0 +1,1 @@
+"""Multiple-choice benchmarks of video understanding, asked as the authors of the model ask them."""
