@@ -18,12 +18,13 @@ from .fitting import RegressedNorm, Regression
 from .folded import Folded
 from .folded_functions import FoldedFunctions
 from .kernels.check import LayerNormCheck, check_layer_norm
-from .kernels.layer_norm import layer_norm
+from .kernels.declaration import layer_norm
 from .measuring import measure
 from .models.folded_model import FoldedModel
 from .models.rms_model import RMSModel, with_rms_norms
 from .plan.edits.affine import AffineEdit, AffineReader
 from .plan.edits.center import CenterEdit
+from .plan.edits.drop import DropEdit
 from .plan.edits.means import MeanEdit
 from .plan.edits.queries import QueryEdit
 from .plan.edits.scale import ScaleEdit
@@ -32,6 +33,7 @@ from .plan.file import LeafSpec
 from .plan.plan import FoldPlan
 from .program.graph import Location
 from .regression import regress
+from .report.approximation import Approximation
 from .report.cost import Cost
 from .report.norms import Insertion, Norm
 from .report.outcome import ScaleLeft, TiedLeaf, UntiedLeaf
@@ -48,11 +50,13 @@ __version__ = VERSION
 __all__ = [
     "AffineEdit",
     "AffineReader",
+    "Approximation",
     "AxisSet",
     "CenterEdit",
     "CenterState",
     "Cost",
     "Deferral",
+    "DropEdit",
     "FoldError",
     "FoldPlan",
     "Folded",

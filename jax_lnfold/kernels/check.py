@@ -21,7 +21,7 @@ from ..program.declared import DeclaredCall
 from ..program.flatten import flatten
 from ..program.graph import Graph
 from ..trees import first_line, is_editable
-from .layer_norm import Declared, arrays_of, layer_norm
+from .declaration import Declared, arrays_of, layer_norm
 
 LARGE, LARGE_IN_FLOAT16 = 2.0**16, 2.0**6
 """The spread at which an epsilon that a formula leaves out makes no difference."""
@@ -40,6 +40,12 @@ class LayerNormCheck:
     `shift`: of the function and what it is declared to be when x is shifted, or where that is not
     known, of its results before and after the shift. `twin`: of the function and its twin where x
     is zero-mean. The same of gradients, None if the function has none. `tolerance` is what passed.
+
+    Example:
+        >>> import jax_lnfold
+        >>> found = jax_lnfold.LayerNormCheck(1e-7, 2e-7, None, None, tolerance=5e-5)
+        >>> max(found.shift, found.twin) <= found.tolerance
+        True
     """
 
     shift: float
@@ -57,16 +63,23 @@ def check_layer_norm(fn: Any, *example: Any, **declaration: Any) -> LayerNormChe
     gradients: under a shift of x that is another number for each group of positions, and of the
     function with its twin where x is zero-mean. `fold` does the same once for the shapes it meets.
 
-        >>> def no_mean(x):
-        ...     return x / jnp.sqrt((x * x).mean(-1, keepdims=True))
-        >>> check_layer_norm(lambda x: no_mean(x - x.mean(-1, keepdims=True)), jnp.ones((3, 8)),
-        ...                  rms=no_mean).twin < 1e-6
-        True
-
     Args:
         fn: what `layer_norm` returns, or a function, and then the keywords of `layer_norm`.
         *example: the arguments of one call: arrays, `jax.ShapeDtypeStruct`, and all else.
         **declaration: the keywords of `layer_norm`, if `fn` is not declared yet.
+
+    Returns:
+        The differences that were found, which are within the tolerance.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jax_lnfold
+        >>> def no_mean(x):
+        ...     return x / jnp.sqrt((x * x).mean(-1, keepdims=True))
+        >>> def norm(x):
+        ...     return no_mean(x - x.mean(-1, keepdims=True))
+        >>> jax_lnfold.check_layer_norm(norm, jnp.ones((3, 8)), rms=no_mean).twin < 1e-6
+        True
 
     Raises:
         FoldError: it is none, or its twin is another function; the message has the numbers. Or the

@@ -2,6 +2,12 @@
 
 Importing this package fills the registry. `register` gives a rule to a primitive or kernel of your
 own, `check_rule` tries it on numbers, and `linear` writes the rule of anything that is linear.
+
+Example:
+    >>> from jax_lnfold import rules
+    >>> product = rules.linear("nk,km->nm")  # for a kernel of your own: rules.register(kernel, ...)
+    >>> isinstance(product, rules.Rule)
+    True
 """
 
 from ..axes.axis_set import AxisSet

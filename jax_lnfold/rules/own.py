@@ -142,6 +142,13 @@ def linear(spec: str, operands: Collection[int] | None = None) -> Rule:
         spec: one letter for each axis.
         operands: positions of the operands that it is linear in; by default each.
 
+    Returns:
+        The rule, for `register`.
+
+    Example:
+        >>> from jax_lnfold import rules
+        >>> product = rules.linear("nk,km->nm")
+
     Raises:
         FoldError: `spec` is not of this form, or has no such operands.
     """

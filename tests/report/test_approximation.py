@@ -46,7 +46,8 @@ def report() -> Any:
     return replace(made, norms=norms, approximation=told, statistics=statistics)
 
 
-def test_text(report: Any) -> None:
+def test_text(report: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     text = " ".join(str(report).split())
     assert report.n_dropped == 2
     assert report.n_folded == 3

@@ -17,6 +17,11 @@ class DropEdit(Edit):
 
     This changes no leaf, so that the original function remains exact. What it amounts to was
     measured on data when the plan was made (theory, section 12).
+
+    Example:
+        >>> from jax_lnfold import DropEdit
+        >>> print(DropEdit("block_0/norm"))
+        the mean of block_0/norm left out
     """
 
     norm: str

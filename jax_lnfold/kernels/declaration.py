@@ -53,14 +53,6 @@ def layer_norm(
     `grad`, `scan`, `shard_map` and `export`; only where `fold` proves that its mean is zero, the
     folded program calls `rms` with the same arguments instead. Both keep their own derivatives.
 
-        >>> @layer_norm(rms=lambda x, g, b: g * x / jnp.sqrt((x * x).mean(-1, keepdims=True)) + b,
-        ...             scale="g", shift="b")
-        ... def my_norm(x, g, b):
-        ...     c = x - x.mean(-1, keepdims=True)
-        ...     return g * c / jnp.sqrt((c * c).mean(-1, keepdims=True)) + b
-        >>> print(my_norm(jnp.arange(4.0), jnp.ones(4), jnp.zeros(4)).round(2))
-        [-1.34 -0.45  0.45  1.34]
-
     Args:
         fn: the function; without it the result is a decorator. Its first argument x is an array of
             floating-point numbers, arrays among its other arguments (or in trees of them) are
@@ -87,6 +79,18 @@ def layer_norm(
 
     Returns:
         The function that is declared, or a decorator.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jax_lnfold
+        >>> def without_mean(x, g, b):
+        ...     return g * x / jnp.sqrt((x * x).mean(-1, keepdims=True)) + b
+        >>> @jax_lnfold.layer_norm(rms=without_mean, scale="g", shift="b")
+        ... def my_norm(x, g, b):
+        ...     c = x - x.mean(-1, keepdims=True)
+        ...     return g * c / jnp.sqrt((c * c).mean(-1, keepdims=True)) + b
+        >>> print(my_norm(jnp.arange(4.0), jnp.ones(4), jnp.zeros(4)).round(2))
+        [-1.34 -0.45  0.45  1.34]
 
     Raises:
         FoldError: something is not callable, or an option has no such value. When it is traced:
