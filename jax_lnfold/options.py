@@ -20,7 +20,7 @@ APPROXIMATIONS = frozenset({"dropout"})
 
 DEFERRED_COST = {"cpu": 0.1, "gpu": 0.1, "tpu": 0.05}
 """What it costs to scale an element of a result, by platform: see `bench/README.md`."""
-PRESETS = {"tpu": frozenset({"fold_affine"})}
+PRESETS = {"tpu": frozenset({"fold_affine", "matrix_unit"})}
 """What `optimize` turns on, by platform: what was measured to pay (`bench/README.md`)."""
 
 
@@ -31,7 +31,7 @@ class Options:
     `deferred_cost` is None if nothing is deferred, `excludes` if no key path is excluded. With
     `only_leaves` the program stays as it is: LayerNorms fold if edited parameters alone allow it.
     With `reduce_means` parameters are centered for LayerNorms that keep their mean, too.
-    With `untie`, lookups may read copies of leaves.
+    With `untie`, lookups may read copies of leaves. With `matrix_unit`, statistics are products.
     """
 
     explicit_cost: float
@@ -42,6 +42,7 @@ class Options:
     only_leaves: bool = False
     reduce_means: bool = False
     untie: bool = False
+    matrix_unit: bool = False
 
 
 def check_options(
@@ -54,6 +55,7 @@ def check_options(
     exclude: Any = (),
     reduce_means: Any = False,
     untie: Any = False,
+    matrix_unit: Any = False,
 ) -> Options:
     """The options; raises a `FoldError` unless they have a meaning."""
     cost = _positive(explicit_cost)
@@ -62,6 +64,7 @@ def check_options(
     _require_bool("defer_scale", defer_scale)
     _require_bool("reduce_means", reduce_means)
     _require_bool("untie", untie)
+    _require_bool("matrix_unit", matrix_unit)
     platform = _platform(optimize)
     deferred = _deferred_cost(deferred_cost, platform or jax.default_backend())
     preset = PRESETS.get(platform, frozenset())
@@ -73,6 +76,7 @@ def check_options(
         _excluding(exclude),
         reduce_means=bool(reduce_means),
         untie=bool(untie),
+        matrix_unit=bool(matrix_unit) or "matrix_unit" in preset,
     )
 
 

@@ -12,7 +12,7 @@ from ..placement.place import Placement
 from ..plan.plan import FoldPlan
 from ..program.graph import OTHER_MEANING, ROWS, Graph, Op
 from ..program.primitives import EXCHANGES, MOVES, NOT_CARRYING
-from ..rewrite.defer import Deferral
+from ..rewrite.rewritten import Rewritten
 from ..rules import RULES
 from .events import find_events
 from .names import names_of
@@ -24,7 +24,7 @@ from .report import Report
 def make_report(
     placement: Placement,
     plan: FoldPlan,
-    deferred: tuple[Deferral, ...],
+    rewritten: Rewritten,
     programs: Programs | None,
 ) -> Report:
     """Put a placement into words."""
@@ -37,7 +37,8 @@ def make_report(
         insertions=insertions_of(placement, names),
         plan=plan,
         affine_left=tuple(ScaleLeft(path, why) for path, why in placement.affine_left.items()),
-        deferred=deferred,
+        deferred=rewritten.deferred,
+        on_matrix_unit=rewritten.sums,
         opaque=dict(Counter(op.eqn.primitive.name for op in unknown)),
         visits=facts.visits,
         rounded=_rounded(graph, plan),

@@ -13,6 +13,7 @@ from ..plan.edits.scale import ScaleEdit
 from ..plan.plan import FoldPlan
 from ..program.graph import Location
 from ..rewrite.defer import Deferral
+from ..rewrite.matrix_unit import MatrixSum
 from .events import Event
 from .norms import Insertion, Norm
 from .statistics import Statistics
@@ -64,7 +65,7 @@ class Outcome:
     stay. If parameters were excluded, `unrestricted` is how many LayerNorms would fold, and how
     many explicit centerings would be inserted, if none were. `untied` are the leaves of which
     lookups read a copy, and the bytes of each copy; with `untie`, `tied` are those in the way that
-    stay. `statistics` are those of `with_statistics`.
+    stay. `statistics` are those of `with_statistics`. `on_matrix_unit` are sums that are products.
     """
 
     norms: tuple[Norm, ...]
@@ -87,6 +88,7 @@ class Outcome:
     statistics: Statistics | None = field(default=None, compare=False)
     untied: tuple[UntiedLeaf, ...] = ()
     tied: tuple[TiedLeaf, ...] = ()
+    on_matrix_unit: tuple[MatrixSum, ...] = ()
 
     @property
     def edits(self) -> tuple[CenterEdit, ...]:
