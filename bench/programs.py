@@ -28,7 +28,8 @@ FOLDS: dict[str, dict[str, Any]] = {
 """Variants that are folds, with the arguments of `jax_lnfold.fold`."""
 FORWARD = (ORIGINAL, *FOLDS, BOUND)
 VARIANTS = (ORIGINAL, FOLDED, BOUND)  # those that are trained, too
-ONLY_THE_PROGRAM = {"defer_scale", "deferred_cost", "matrix_unit"}  # they change no parameters: no plan has them
+ONLY_THE_PROGRAM = {"defer_scale", "deferred_cost", "matrix_unit"}
+"""They change no parameters: no plan has them."""
 
 
 @dataclass(frozen=True)

@@ -151,9 +151,9 @@ def fold(
             such sums. Squares are split into parts of bfloat16 that add up to what they are
             (theory, section 12); sums are in float32, and derivatives what they were. float64 is
             left alone.
-        optimize: `fold_affine`, `defer_scale` and `matrix_unit` as they measured best on ``"tpu"``, ``"gpu"`` or
-            ``"cpu"``, whatever machine traces the function (for compilation ahead of time), or with
-            ``"auto"`` on the backend at hand (`jax.default_backend`).
+        optimize: `fold_affine`, `defer_scale` and `matrix_unit` as they measured best on ``"tpu"``,
+            ``"gpu"`` or ``"cpu"``, whatever machine traces the function (for compilation ahead of
+            time), or with ``"auto"`` on the backend at hand (`jax.default_backend`).
         plan: follow this one, of another function, process or shape, instead of looking for the
             best. `params` are then not edited, but must be what ``plan.center`` returns; their
             leaves may be `jax.ShapeDtypeStruct`, so that programs are compiled before there are

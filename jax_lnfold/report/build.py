@@ -33,7 +33,7 @@ def make_report(
     free = placement.unrestricted
     hiding = (op.location() for op in graph.ops if _may_hide_norms(graph, op))
     return Report(
-        norms=norms_of(placement, names),
+        norms=norms_of(placement, names, plan, rewritten),
         insertions=insertions_of(placement, names),
         plan=plan,
         affine_left=tuple(ScaleLeft(path, why) for path, why in placement.affine_left.items()),

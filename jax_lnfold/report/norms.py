@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..analysis.layer_norms import LayerNorm
 from ..axes.axis_set import AxisSet
 from ..placement.place import Placement
 from ..placement.reasons import Reason
+from ..plan.plan import FoldPlan
 from ..program.graph import Graph, Location
+from ..rewrite.rewritten import Rewritten
+from ..rewrite.roots import roots_of
 from .advice import advice
 from .names import Name
 
@@ -27,7 +30,9 @@ class Norm:
     the mean spans besides. `count` is how often it runs in one call. `reason` is empty when
     `folded`, and otherwise names the operation in the way with its module path and source line;
     `blocker` is that operation. `two_pass` if its variance takes a second pass over the input.
-    `approximate` if it is folded although dropout before it leaves it a mean.
+    `approximate` if it is folded although dropout before it leaves it a mean. `also` says what else
+    became of it: ``"affine"`` if linear layers, or queries, have taken up its scale, ``"deferred"``
+    if products are scaled in its place, ``"matrix unit"`` if its statistics are products.
     """
 
     path: str
@@ -45,6 +50,13 @@ class Norm:
     key_path: str = ""
     part: str = ""
     line: str = ""
+    also: tuple[str, ...] = ()
+
+    @property
+    def became(self) -> str:
+        """All of it in words: ``folded, affine, matrix unit``."""
+        first = "folded approximately" if self.approximate else "folded" if self.folded else "left"
+        return ", ".join((first, *self.also))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +79,29 @@ class Insertion:
         return words + (f" To do without, {self.advice}." if self.advice else "")
 
 
-def norms_of(placement: Placement, names: Sequence[Name]) -> tuple[Norm, ...]:
+def norms_of(
+    placement: Placement, names: Sequence[Name], plan: FoldPlan, rewritten: Rewritten
+) -> tuple[Norm, ...]:
     """All of them, in program order."""
-    return tuple(_norm(placement, i, names) for i in range(len(names)))
+    roots = roots_of(placement.graph)
+    taken = {edit.key_path for edit in (*plan.affine, *plan.queries)}
+    deferred = {each.root for each in rewritten.deferred}
+    products = {each.root for each in rewritten.sums}
+
+    def also(i: int) -> Iterator[str]:
+        root = placement.norms[i].root
+        known = None if root is None else roots.get(root.index)
+        if names[i].key_path in taken:
+            yield "affine"
+        if known is not None and known in deferred:
+            yield "deferred"
+        if known is not None and known in products:
+            yield "matrix unit"
+
+    return tuple(_norm(placement, i, names, tuple(also(i))) for i in range(len(names)))
 
 
-def _norm(placement: Placement, i: int, names: Sequence[Name]) -> Norm:
+def _norm(placement: Placement, i: int, names: Sequence[Name], also: tuple[str, ...]) -> Norm:
     """What became of the LayerNorm at position `i`."""
     name = names[i]
     graph, norm, reason = placement.graph, placement.norms[i], placement.left.get(i)
@@ -93,6 +122,7 @@ def _norm(placement: Placement, i: int, names: Sequence[Name]) -> Norm:
         key_path=name.key_path,
         part=name.part,
         line=name.line,
+        also=also,
     )
 
 

@@ -29,6 +29,7 @@ class Row:
     `count` is how many there are, `runs` how often each runs in one call, `place` is the source
     line of what blocks it, and `words` are the reason and what could be changed, maybe empty.
     `shares` are the shares of the mean that were measured before and after, as far as they were.
+    `also` is what else became of it.
     """
 
     path: str
@@ -42,6 +43,7 @@ class Row:
     count: int = 1
     approximate: bool = False
     shares: tuple[tuple[float, ...], ...] = ()
+    also: tuple[str, ...] = ()
 
     @property
     def share(self) -> str:
@@ -51,7 +53,13 @@ class Row:
     @property
     def outcome(self) -> str:
         """``folded`` or ``left``, with what else there is to say of it."""
-        return "folded approximately" if self.approximate else "folded" if self.folded else "left"
+        return self.with_number(None)
+
+    def with_number(self, number: int | None) -> str:
+        """The outcome, with the number of the reason why a LayerNorm is left."""
+        left = "left" if number is None else f"left ({number})"
+        first = "folded approximately" if self.approximate else "folded" if self.folded else left
+        return ", ".join((first, *self.also))
 
     @property
     def name(self) -> str:
@@ -120,8 +128,8 @@ def to_rich(rows: Sequence[Row], lines: Iterable[str]) -> Group:
     for title in (*TITLES, *[SHARE] * measured):
         table.add_column(title, overflow="fold")
     for row in rows:
-        left = Text(f"left ({numbers.get(row.words)})", "yellow")
-        outcome = Text(row.outcome, "green") if row.folded else left
+        words = row.with_number(numbers.get(row.words))
+        outcome = Text(words, "green" if row.folded else "yellow")
         cells = map(_text, (row.name, row.shape, row.axes, row.variance))
         table.add_row(*cells, outcome, *[_text(row.share)] * measured)
     reasons = Table.grid(padding=(0, 1))
@@ -157,9 +165,8 @@ def to_html(rows: Sequence[Row], lines: Iterable[str]) -> str:
     for row in rows:
         others = (*[row.share] * measured, row.shape, row.axes, row.variance)
         name, *cells = map(_html, (row.name, *others))
-        kind, outcome = "folded", row.outcome
-        if not row.folded:
-            kind, outcome = "left", f"left ({numbers[row.words]})"
+        kind = "folded" if row.folded else "left"
+        outcome = row.with_number(numbers.get(row.words))
         plain = "".join(f"<td>{cell}</td>" for cell in cells)
         body += f'<tr><td>{name}</td><td class="{kind}">{outcome}</td>{plain}</tr>'
     table = f"<table><tr>{head}</tr>{body}</table>" if body else ""

@@ -35,6 +35,7 @@ from ..rules import Opaque, rule_for
 from ..trees import is_editable
 from .inline import inlined
 from .jaxprs import live, same
+from .roots import Root, root_behind, roots_of
 from .walk import Walk
 
 _CONVERT = "convert_element_type"
@@ -45,12 +46,14 @@ _AROUND = frozenset({"dot_general", "integer_pow", "rsqrt", "sqrt", "square"})
 class Deferral:
     """A scale that is applied to results of matrix products, in place of what these read.
 
-    Shapes are those of what was scaled, and of the results that are scaled instead.
+    Shapes are those of what was scaled, and of the results that are scaled instead. `root` is that
+    of the norm.
     """
 
     module: str
     shape: tuple[int, ...]
     results: tuple[tuple[int, ...], ...]
+    root: Root | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,7 @@ class _Deferrer(Walk):
     def __init__(self, program: ClosedJaxpr, cost: float) -> None:
         super().__init__(flatten(program))
         self.cost = cost
-        self.facts = Facts(self.graph)
+        self.facts, self.roots = Facts(self.graph), roots_of(self.graph)
         self.deferred: list[Deferral] = []
 
     def body(self, jaxpr: Jaxpr, path: CallPath) -> Jaxpr:
@@ -108,7 +111,8 @@ class _Deferrer(Walk):
                 scale, readers = found
                 results = (self.graph.shape(r.product.outputs[0]) for r in readers)
                 shape = self.graph.shape(op.outputs[0])
-                self.deferred.append(Deferral(op.module, shape, tuple(results)))
+                root = self.roots.get(root_behind(self.graph, scale.values[1]))
+                self.deferred.append(Deferral(op.module, shape, tuple(results), root))
                 for reader in readers:
                     scales.setdefault(reader.product.index, []).append((scale, reader))
         eqns = []

@@ -16,9 +16,9 @@ import numpy as np
 
 from ..analysis.facts import Facts
 from ..axes.axis_set import AxisSet
-from ..axes.labels import canonical
+from ..axes.labels import FREE, canonical
 from ..program.graph import Op
-from ..program.primitives import TRANSPOSE
+from ..program.primitives import RESHAPE, SLICE, SPLIT, SQUEEZE, TRANSPOSE
 from ..rules import Opaque, rule_for
 
 Step = tuple[Op, int]
@@ -128,10 +128,10 @@ def _split(
 
 
 _MOVED: dict[str, Callable[..., np.ndarray | None]] = {
-    "reshape": _reshaped,
-    "squeeze": _squeezed,
-    "slice": _sliced,
-    "split": _split,
+    RESHAPE: _reshaped,
+    SQUEEZE: _squeezed,
+    SLICE: _sliced,
+    SPLIT: _split,
     "convert_element_type": lambda params, result, leading, numbers: numbers,
 }
 STEPS = frozenset({TRANSPOSE, *_MOVED})
@@ -139,8 +139,13 @@ STEPS = frozenset({TRANSPOSE, *_MOVED})
 
 
 def agree(
-    groups: Groups, facts: Facts, shape: Sequence[Any], leading: int, steps: Sequence[Step],
-    axes: Sequence[int], summed: Sequence[Any],
+    groups: Groups,
+    facts: Facts,
+    shape: Sequence[Any],
+    leading: int,
+    steps: Sequence[Step],
+    axes: Sequence[int],
+    summed: Sequence[Any],
 ) -> bool:
     """Whether the rules of transport, which know nothing of `groups_of`, find the same groups."""
     along = AxisSet.over(summed, axes)
@@ -154,4 +159,4 @@ def agree(
         return False
     *before, last = flat.entries
     labels = groups.labels(prod(shape[leading:]))
-    return all(entry == "free" for entry in before) and last == canonical(labels)
+    return all(entry == FREE for entry in before) and last == canonical(labels)

@@ -7,8 +7,9 @@ over heads reads slices of one product: the ones are then block-diagonal, over a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import jax
@@ -25,38 +26,39 @@ from ..program.primitives import (
     IDENTITIES,
     MOVES,
     PRODUCTS,
+    RESHAPE,
     SCALINGS,
 )
 from .groups import STEPS, Groups, Step, agree, groups_of
 from .inline import inlined
 from .jaxprs import live, same
 from .ones_products import as_before, group_sums, parts_of_squares
+from .roots import Root, roots_of, roots_reached
 from .walk import Walk
 
-_AROUND = frozenset("reduce_sum square integer_pow rsqrt sqrt split slice reshape".split())
+_AROUND = frozenset({"integer_pow", "reduce_sum", "rsqrt", "sqrt", "square"})
 _CONVERT = "convert_element_type"
-_ROOTS = frozenset({"rsqrt", "sqrt", "pow"})
 _TO_THE_ROOT = SCALINGS | MOVES | frozenset("add sub max min clamp select_n".split()) | IDENTITIES
-WIDEST_PART = 128
-"""The matrix unit sums at least so many numbers at once: narrower single sums gain nothing."""
+UNIT = 128
+"""Rows and columns of a matrix unit: with fewer tokens or features nothing is gained."""
 
 
 @dataclass(frozen=True, slots=True)
 class MatrixSum:
     """A sum that is a product with ones: of a norm's squares, or else of its input.
 
-    `root` is the operation that makes the norm's deviation of it, by its number in the program.
+    `root` is that of the norm.
     """
 
     module: str
     shape: tuple[int, ...]
     squares: bool
-    root: int | None = None
+    root: Root | None
 
 
 @dataclass(frozen=True, slots=True)
 class _Sum:
-    """The sum `op` of what is read of the value `base` after `steps`, squared by `square` if any."""
+    """The sum `op` of what is read of `base` after `steps`, squared by `square` if there is one."""
 
     op: Op
     base: int
@@ -84,7 +86,13 @@ class _Rewriter(Walk):
     def __init__(self, program: ClosedJaxpr, leaves: Sequence[str]) -> None:
         super().__init__(flatten(program, leaves))
         self.facts = Facts(self.graph)
-        self.means = {op.index for norm in find_norms(self.facts).found for op in norm.sums}
+        self.roots = roots_of(self.graph)
+        self.means = {
+            op.index: norm.root
+            for norm in find_norms(self.facts).found
+            if norm.root is not None
+            for op in norm.sums
+        }
         self.made: list[MatrixSum] = []
 
     def body(self, jaxpr: Jaxpr, path: CallPath) -> Jaxpr:
@@ -108,9 +116,9 @@ class _Rewriter(Walk):
         return jaxpr.replace(eqns=live(eqns, jaxpr.outvars))
 
     def _told(self, s: _Sum) -> MatrixSum:
-        root = self._root(s.op) if s.square else None
+        root = self._root(s.op) if s.square else self.means[s.op.index].index
         shape = self.graph.shape(s.op.inputs[0])
-        return MatrixSum(s.op.module, shape, s.square is not None, root)
+        return MatrixSum(s.op.module, shape, s.square is not None, self.roots.get(root))
 
     def _sum(self, op: Op) -> _Sum | None:
         """What the operation sums, if that is better done, and can be, by a product."""
@@ -119,26 +127,20 @@ class _Rewriter(Walk):
         made = self.graph.producer[op.inputs[0]]
         if op.index in self.means:
             square, start = None, op.inputs[0]
-        elif made is not None and made[0].is_square and self._root(op) is not None:
+        elif made is not None and made[0].is_square and self._root(op) >= 0:
             square, start = made[0], made[0].inputs[0]
         else:
             return None
         if square is not None and square.path != op.path:
             return None
         steps = self._steps(start, op.path)
-        return self._best(op, square, start, steps) if self._is_exact(square, start, steps) else None
+        return (
+            self._best(op, square, start, steps) if self._is_exact(square, start, steps) else None
+        )
 
-    def _root(self, op: Op) -> int | None:
-        """The root that the sum ends in, as that of a norm does; of several the first."""
-        todo, seen, roots = list(op.outputs), {*op.outputs}, []
-        while todo:
-            for use, _ in self.graph.uses[todo.pop()]:
-                if use.name in _ROOTS:
-                    roots.append(use.index)
-                elif use.name in _TO_THE_ROOT:
-                    todo += {*use.outputs} - seen
-                    seen |= {*use.outputs}
-        return min(roots, default=None)
+    def _root(self, op: Op) -> int:
+        """The root that the sum ends in, as that of a norm does; -1 if there is none."""
+        return min(roots_reached(self.graph, op.outputs, _TO_THE_ROOT), default=-1)
 
     def _steps(self, value: int, path: CallPath) -> list[Step]:
         """The moves and casts that make a value in one jaxpr, the last one last."""
@@ -178,9 +180,7 @@ class _Rewriter(Walk):
             and not any(is_explicit(self.graph.avals[v]) for v in values)
         )
 
-    def _best(
-        self, op: Op, square: Op | None, start: int, steps: Sequence[Step]
-    ) -> _Sum | None:
+    def _best(self, op: Op, square: Op | None, start: int, steps: Sequence[Step]) -> _Sum | None:
         """The sum over stretches of features of a product, or else of what is no product."""
         shape, axes = self.graph.shape(op.inputs[0]), op.params["axes"]
         for skipped in range(len(steps) + 1):
@@ -194,11 +194,15 @@ class _Rewriter(Walk):
             groups = groups_of(before, leading, rest, axes)
             if groups is None or not agree(groups, self.facts, before, leading, rest, axes, shape):
                 continue
-            if features is not None and groups.size == prod_of(before[leading:]):
+            if features is not None and groups.size == prod(before[leading:]):
                 return None  # the epilogue of that product
-            if features is None and groups.size < WIDEST_PART:
+            rows = [n for n in before[:leading] if isinstance(n, int)]  # others may be large
+            small = len(rows) == leading and prod(rows) < UNIT
+            if small or (features is None and groups.size < UNIT):
                 return None
             atom = rest[0][0].eqn.invars[0] if rest else (square or op).eqn.invars[0]
+            if not isinstance(atom, Var):
+                return None
             return _Sum(op, base, atom, leading, rest, square, groups)
         return None
 
@@ -208,33 +212,34 @@ class _Rewriter(Walk):
         Made by operations on each element alone, which the compiler makes in that product; not with
         a number per token, a mean or a deviation, which has to be there first.
         """
-        todo, seen = [value], {value}
+        todo, seen, limit = [value], {value}, len(self.graph.shape(value))
         while todo:
-            made = self.graph.producer[todo.pop()]
-            if made is None:
+            of = todo.pop()
+            if (made := self.graph.producer[of]) is None:
                 continue
-            op = made[0]
+            op, shape = made[0], self.graph.shape(of)
             if op.name in PRODUCTS:
-                return _features(op)
-            if op.name in ELEMENTWISE and not any(map(self._is_statistic, op.inputs)):
-                fresh = {v for v in op.inputs if self.graph.shape(v) == self.graph.shape(value)} - seen
-                seen |= fresh
-                todo += fresh
+                return min(limit, _features(op))
+            before = [v for v in op.inputs if self.graph.shape(v) == shape]
+            if op.name == RESHAPE and shape[-1:] == self.graph.shape(op.inputs[0])[-1:]:
+                before, limit = [op.inputs[0]], 1
+            elif op.name not in ELEMENTWISE or any(map(self._is_statistic, op.inputs)):
+                continue
+            todo += {*before} - seen
+            seen |= {*before}
         return None
 
     def _is_statistic(self, value: int) -> bool:
         """Whether a value is a smaller one repeated, which parameters alone do not give."""
         made = self.graph.producer[value]
-        repeated = made is not None and made[0].name in ("broadcast_in_dim", "reshape")
-        return repeated and not self.graph.data_free[value] and self.graph.scalar(value) is None
-
-
-def prod_of(sizes: Iterable[int]) -> int:
-    return int(np.prod([*sizes], dtype=np.int64))
+        if made is None or made[0].name not in MOVES or self.graph.data_free[value]:
+            return False
+        before = self.graph.shape(made[0].inputs[0])
+        return bool(before) and prod(before) != prod(self.graph.shape(value))
 
 
 def _features(product: Op) -> int:
-    """How many axes of the result are those of the second operand, a kernel; of a convolution one."""
+    """How many last axes of the result are those of the second operand, or channels."""
     numbers = product.params["dimension_numbers"]
     if product.name != "dot_general":
         return 1

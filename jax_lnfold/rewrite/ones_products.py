@@ -43,7 +43,10 @@ def group_sums(
     wide = x.astype(jnp.float32)
     wide = lax.square(wide) if squares else wide
     ones = _ones(groups, prod(features)).reshape(*features, -1)
-    total = _product(wide, ones, leading, number, apart=ones.shape[-1] > 1)
+    apart = ones.shape[-1] > 1
+    if not apart:  # a single column would be made a sum again
+        ones = jnp.broadcast_to(ones, (*features, _LANES))
+    total = _product(wide, ones, leading, number, apart)
     found, column = [], 0
     for g in groups:
         part = lax.slice_in_dim(total, column, column + g.count, axis=leading)
@@ -53,9 +56,7 @@ def group_sums(
     return tuple(found)
 
 
-def _within_lanes(
-    x: jax.Array, groups: Sequence[Groups]
-) -> tuple[jax.Array, Sequence[Groups]]:
+def _within_lanes(x: jax.Array, groups: Sequence[Groups]) -> tuple[jax.Array, Sequence[Groups]]:
     """Whole registers of features, from the first to the last that is in a group."""
     start = min(int(g.first.min()) for g in groups) // _LANES * _LANES
     end = max(int(g.first.max()) + g.size for g in groups)
