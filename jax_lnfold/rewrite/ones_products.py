@@ -42,10 +42,11 @@ def group_sums(
     features = x.shape[leading:]
     wide = x.astype(jnp.float32)
     wide = lax.square(wide) if squares else wide
-    ones = _ones(groups, prod(features)).reshape(*features, -1)
-    apart = ones.shape[-1] > 1
-    if not apart:  # a single column would be made a sum again
-        ones = jnp.broadcast_to(ones, (*features, _LANES))
+    apart = sum(g.count for g in groups) > 1
+    if apart:
+        ones = jnp.asarray(_ones(groups, prod(features)).reshape(*features, -1))
+    else:  # a single column would be made a sum again
+        ones = jnp.ones((*features, _LANES), _PART)
     total = _product(wide, ones, leading, number, apart)
     found, column = [], 0
     for g in groups:
@@ -67,14 +68,10 @@ def _within_lanes(x: jax.Array, groups: Sequence[Groups]) -> tuple[jax.Array, Se
     return lax.slice_in_dim(x, start, end, axis=x.ndim - 1), moved
 
 
-def _ones(groups: Sequence[Groups], features: int) -> jax.Array:
-    """One column for each group, which has ones where a feature is in it."""
-    columns = []
-    for g in groups:
-        feature = lax.broadcasted_iota(jnp.int32, (features, g.count), 0)
-        first = g.start + g.stride * lax.broadcasted_iota(jnp.int32, (features, g.count), 1)
-        columns.append((feature >= first) & (feature < first + g.size))
-    return lax.concatenate(columns, 1).astype(_PART)
+def _ones(groups: Sequence[Groups], features: int) -> np.ndarray:
+    """One column for each group, which has ones where a feature is in it: a constant."""
+    columns = [g.labels(features)[:, None] == np.arange(g.count) for g in groups]
+    return np.concatenate(columns, axis=1).astype(_PART)
 
 
 def _product(wide: jax.Array, ones: jax.Array, leading: int, number: int, apart: bool) -> jax.Array:
