@@ -66,6 +66,8 @@ def groups_of(
         if op.name == TRANSPOSE:
             axis_of = [axis_of[d] for d in op.params["permutation"]]
             continue
+        if op.name not in _MOVED:  # a cast
+            continue
         if axis_of != sorted(axis_of):
             return None
         moved = _MOVED[op.name](op.params, result, shape[:leading], numbers)
@@ -132,9 +134,8 @@ _MOVED: dict[str, Callable[..., np.ndarray | None]] = {
     SQUEEZE: _squeezed,
     SLICE: _sliced,
     SPLIT: _split,
-    "convert_element_type": lambda params, result, leading, numbers: numbers,
 }
-STEPS = frozenset({TRANSPOSE, *_MOVED})
+STEPS = frozenset({"convert_element_type", TRANSPOSE, *_MOVED})
 """Primitives that may stand between the value and the sum."""
 
 

@@ -131,12 +131,11 @@ class _Rewriter(Walk):
             square, start = made[0], made[0].inputs[0]
         else:
             return None
-        if square is not None and square.path != op.path:
-            return None
         steps = self._steps(start, op.path)
-        return (
-            self._best(op, square, start, steps) if self._is_exact(square, start, steps) else None
-        )
+        usable = square is None or square.path == op.path
+        if not (usable and self._is_exact(square, start, steps) and self._is_rounded(op)):
+            return None
+        return self._best(op, square, start, steps)
 
     def _root(self, op: Op) -> int:
         """The root that the sum ends in, as that of a norm does; -1 if there is none."""
@@ -180,53 +179,75 @@ class _Rewriter(Walk):
             and not any(is_explicit(self.graph.avals[v]) for v in values)
         )
 
+    def _is_rounded(self, op: Op) -> bool:
+        """Whether all that is made of a sum is rounded to 16 bits before anything else reads it.
+
+        In float32 it would show in which order a product sums.
+        """
+        todo, seen = list(op.outputs), {*op.outputs}
+        while todo:
+            value = todo.pop()
+            dtype = self.graph.avals[value].dtype
+            if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= 16:
+                continue
+            if value in self.graph.outputs:
+                return False
+            for use, _ in self.graph.uses[value]:
+                if use.name not in ELEMENTWISE | MOVES:
+                    return False
+                todo += {*use.outputs} - seen
+                seen |= {*use.outputs}
+        return True
+
     def _best(self, op: Op, square: Op | None, start: int, steps: Sequence[Step]) -> _Sum | None:
         """The sum over stretches of features of a product, or else of what is no product."""
-        shape, axes = self.graph.shape(op.inputs[0]), op.params["axes"]
+        summed, axes = self.graph.shape(op.inputs[0]), op.params["axes"]
         for skipped in range(len(steps) + 1):
             rest = tuple(steps[skipped:])
             base = rest[0][0].inputs[0] if rest else start
-            features = self._features_of_product(base)
-            if features is None and any(s[0].name != _CONVERT for s in rest):
+            shape, features = self.graph.shape(base), self._features_of_product(base)
+            moved = any(s[0].name != _CONVERT for s in rest)
+            leading = _leading(shape, features) if features else len(shape) - len(axes)
+            if leading is None or (moved and not features):
                 continue
-            before = self.graph.shape(base)
-            leading = len(before) - (features or len(axes))
-            groups = groups_of(before, leading, rest, axes)
-            if groups is None or not agree(groups, self.facts, before, leading, rest, axes, shape):
+            groups = groups_of(shape, leading, rest, axes)
+            if groups is None or not agree(groups, self.facts, shape, leading, rest, axes, summed):
                 continue
-            if features is not None and groups.size == prod(before[leading:]):
-                return None  # the epilogue of that product
-            rows = [n for n in before[:leading] if isinstance(n, int)]  # others may be large
-            small = len(rows) == leading and prod(rows) < UNIT
-            if small or (features is None and groups.size < UNIT):
-                return None
             atom = rest[0][0].eqn.invars[0] if rest else (square or op).eqn.invars[0]
-            if not isinstance(atom, Var):
-                return None
-            return _Sum(op, base, atom, leading, rest, square, groups)
+            if isinstance(atom, Var) and self._pays(groups, shape[:leading], features):
+                return _Sum(op, base, atom, leading, rest, square, groups)
+            return None
         return None
 
+    def _pays(self, groups: Groups, rows: Sequence[Any], features: int | None) -> bool:
+        """Whether the sums are no epilogue, and fill a part of a matrix unit."""
+        known = [n for n in rows if isinstance(n, int)]  # others may be large
+        if len(known) == len(rows) and prod(known) < UNIT:
+            return False
+        return groups.size != features if features else groups.size >= UNIT
+
     def _features_of_product(self, value: int) -> int | None:
-        """How many last axes of a value are those of the features of a product that it is made of.
+        """How many features the product has that a value is made of, if it is made of one.
 
         Made by operations on each element alone, which the compiler makes in that product; not with
         a number per token, a mean or a deviation, which has to be there first.
         """
-        todo, seen, limit = [value], {value}, len(self.graph.shape(value))
+        todo, seen = [value], {value}
         while todo:
             of = todo.pop()
             if (made := self.graph.producer[of]) is None:
                 continue
             op, shape = made[0], self.graph.shape(of)
             if op.name in PRODUCTS:
-                return min(limit, _features(op))
-            before = [v for v in op.inputs if self.graph.shape(v) == shape]
-            if op.name == RESHAPE and shape[-1:] == self.graph.shape(op.inputs[0])[-1:]:
-                before, limit = [op.inputs[0]], 1
-            elif op.name not in ELEMENTWISE or any(map(self._is_statistic, op.inputs)):
+                return _features(op)
+            if op.name == RESHAPE:
+                before = {op.inputs[0]}
+            elif op.name in ELEMENTWISE and not any(map(self._is_statistic, op.inputs)):
+                before = {v for v in op.inputs if self.graph.shape(v) == shape}
+            else:
                 continue
-            todo += {*before} - seen
-            seen |= {*before}
+            todo += before - seen
+            seen |= before
         return None
 
     def _is_statistic(self, value: int) -> bool:
@@ -238,13 +259,23 @@ class _Rewriter(Walk):
         return bool(before) and prod(before) != prod(self.graph.shape(value))
 
 
-def _features(product: Op) -> int:
-    """How many last axes of the result are those of the second operand, or channels."""
-    numbers = product.params["dimension_numbers"]
-    if product.name != "dot_general":
-        return 1
-    (_, summed), (_, batch) = numbers
-    return len(product.eqn.invars[1].aval.shape) - len(summed) - len(batch)
+def _features(product: Op) -> int | None:
+    """How many numbers of a result are those of one token: of a kernel's axes, or channels."""
+    axes, shape = 1, product.eqn.outvars[0].aval.shape
+    if product.name == "dot_general":
+        (_, summed), (_, batch) = product.params["dimension_numbers"]
+        axes = len(product.eqn.invars[1].aval.shape) - len(summed) - len(batch)
+    last = shape[len(shape) - axes :]
+    return prod(last) if all(isinstance(n, int) for n in last) else None
+
+
+def _leading(shape: Sequence[Any], features: int) -> int | None:
+    """Before how many axes the others hold so many features, if any do."""
+    for leading in range(len(shape) - 1, -1, -1):
+        last = shape[leading:]
+        if all(isinstance(n, int) for n in last) and prod(last) == features:
+            return leading
+    return None
 
 
 def _as_product(sums: Sequence[_Sum], avals: Sequence[Any]) -> JaxprEqn:

@@ -21,6 +21,7 @@ from .groups import Groups
 _PART = jnp.bfloat16
 _UPPER_HALF = np.uint32(0xFFFF0000)  # the bits of a float32 that a bfloat16 has
 _LANES = 128
+_OVERFLOWS = np.float32(2.0**120)  # with the largest number of bfloat16
 _FINITE = np.float32(np.finfo(np.float32).max)
 
 
@@ -80,9 +81,9 @@ def _product(wide: jax.Array, ones: jax.Array, leading: int, number: int, apart:
         lax.dot_general(part, ones, (axes, ((), ())), preferred_element_type=jnp.float32)
         for part in _parts(wide, number, apart)
     ]
-    total = sums[0]
-    for other in sums[1:]:
-        total = total + other
+    total = sums[-1]
+    for larger in sums[-2::-1]:  # the last sum rounds the most
+        total = larger + total
     if apart and number > 1:
         total = jnp.where(sums[1] < 0, np.float32(np.nan), total)
     return total
@@ -93,7 +94,7 @@ def _parts(wide: jax.Array, number: int, apart: bool) -> list[jax.Array]:
 
     The second one of an infinity is what the first, the largest of bfloat16, overflows with. Where
     groups are `apart`, no part is infinite or NaN, and a NaN has a second part below zero, which
-    no sum with fewer than 128 infinities makes up for.
+    up to 60 infinities in one group do not make up for.
     """
     if number == 1:
         return [wide.astype(_PART)]
@@ -103,18 +104,26 @@ def _parts(wide: jax.Array, number: int, apart: bool) -> list[jax.Array]:
         finite = lax.bitcast_convert_type(within, jnp.float32)
         is_nan = lax.bitcast_convert_type((bits - within) << np.uint32(8), jnp.float32)  # 2 or 0
     else:
-        finite, is_nan = lax.min(wide, _FINITE), None
+        finite = lax.min(wide, _FINITE)
     first = _upper_half(finite)
-    left = finite - first
-    second = left if number == 2 else left.astype(_PART).astype(jnp.float32)
-    third = [] if number == 2 else [left - second]
-    if is_nan is not None:
+    second = finite - first
+    third = []
+    if number == 3:
+        left, second = second, _upper_half(second)
+        third = [left - second]
+        # The three parts of the largest number of float32 do not overflow.
+        beyond = jnp.minimum(bits - within, 1).astype(jnp.float32) if apart else wide - finite
+        second = second + lax.min(beyond * _OVERFLOWS, _OVERFLOWS)
+    if apart:
         second = second - is_nan * np.float32(2.0**126)
     return [part.astype(_PART) for part in (first, second, *third)]
 
 
 def _upper_half(x: jax.Array) -> jax.Array:
-    """The number of bfloat16 next to one of float32, towards zero."""
+    """The number of bfloat16 next to one of float32, towards zero.
+
+    A cast there and back is what a compiler may leave out, for more precision.
+    """
     bits = lax.bitcast_convert_type(x, jnp.uint32) & _UPPER_HALF
     return lax.bitcast_convert_type(bits, jnp.float32)
 
