@@ -335,12 +335,7 @@ class Attention(nn.Module):
         for i in range(2):
             y = norm(name=f"norm_{i}")(x)
             qkv = dense(3 * 16, name=f"qkv_{i}")(y).reshape(*x.shape[:2], 3, 2, 8)
-                *x.shape[:2], 3, 2, 8
-            )
-            q, k = (
-                nn.LayerNorm(dtype=jnp.bfloat16, name=f"{n}_norm_{i}")(qkv[:, :, j])
-                for j, n in enumerate("qk")
-            )
+            q, k = (norm(name=f"{n}_norm_{i}")(qkv[:, :, j]) for j, n in enumerate("qk"))
             y = jax.nn.dot_product_attention(q, k, qkv[:, :, 2]).reshape(*x.shape[:2], 16)
             x = x + dense(x.shape[-1], name=f"out_{i}")(y)
         return x
