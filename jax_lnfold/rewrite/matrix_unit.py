@@ -261,10 +261,11 @@ class _Rewriter(Walk):
 
 def _features(product: Op) -> int | None:
     """How many numbers of a result are those of one token: of a kernel's axes, or channels."""
-    axes, shape = 1, product.eqn.outvars[0].aval.shape
+    axes, avals = 1, [product.eqn.invars[1].aval, product.eqn.outvars[0].aval]
+    kernel, shape = ((*getattr(aval, "shape", ()),) for aval in avals)
     if product.name == "dot_general":
         (_, summed), (_, batch) = product.params["dimension_numbers"]
-        axes = len(product.eqn.invars[1].aval.shape) - len(summed) - len(batch)
+        axes = len(kernel) - len(summed) - len(batch)
     last = shape[len(shape) - axes :]
     return prod(last) if all(isinstance(n, int) for n in last) else None
 

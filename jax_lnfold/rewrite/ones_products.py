@@ -98,13 +98,7 @@ def _parts(wide: jax.Array, number: int, apart: bool) -> list[jax.Array]:
     """
     if number == 1:
         return [wide.astype(_PART)]
-    if apart:  # as whole numbers, NaN is larger than infinity, whatever its sign
-        bits = lax.bitcast_convert_type(wide, jnp.uint32)
-        within = lax.min(bits, _FINITE.view(np.uint32))
-        finite = lax.bitcast_convert_type(within, jnp.float32)
-        is_nan = lax.bitcast_convert_type((bits - within) << np.uint32(8), jnp.float32)  # 2 or 0
-    else:
-        finite = lax.min(wide, _FINITE)
+    finite, beyond, is_nan = _cut_off(wide, apart)
     first = _upper_half(finite)
     second = finite - first
     third = []
@@ -112,11 +106,24 @@ def _parts(wide: jax.Array, number: int, apart: bool) -> list[jax.Array]:
         left, second = second, _upper_half(second)
         third = [left - second]
         # The three parts of the largest number of float32 do not overflow.
-        beyond = jnp.minimum(bits - within, 1).astype(jnp.float32) if apart else wide - finite
         second = second + lax.min(beyond * _OVERFLOWS, _OVERFLOWS)
-    if apart:
+    if is_nan is not None:
         second = second - is_nan * np.float32(2.0**126)
     return [part.astype(_PART) for part in (first, second, *third)]
+
+
+def _cut_off(wide: jax.Array, apart: bool) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """The number, or the largest finite one; above zero where it is beyond; and 2 for NaN, or 0."""
+    if not apart:
+        finite = lax.min(wide, _FINITE)
+        return finite, wide - finite, None
+    # As whole numbers, NaN is larger than infinity, whatever its sign.
+    bits = lax.bitcast_convert_type(wide, jnp.uint32)
+    within = lax.min(bits, _FINITE.view(np.uint32))
+    more = bits - within
+    is_nan = lax.bitcast_convert_type(more << np.uint32(8), jnp.float32)
+    beyond = lax.min(more, np.uint32(1)).astype(jnp.float32)
+    return lax.bitcast_convert_type(within, jnp.float32), beyond, is_nan
 
 
 def _upper_half(x: jax.Array) -> jax.Array:

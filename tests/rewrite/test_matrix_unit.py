@@ -130,7 +130,7 @@ def test_the_same_function(apply: Callable[..., Any], count: int, dtype: str) ->
     def both(f: jax_lnfold.Folded) -> Any:
         def loss(p: Any, x: Array) -> Array:
             results = jax.tree.leaves(f.apply(p, x))
-            return sum(jnp.sin(widened(y)).sum() for y in results)
+            return sum((jnp.sin(widened(y)).sum() for y in results), jnp.zeros(()))
 
         return jax.jit(f.apply)(f.params, x), jax.jit(jax.grad(loss, (0, 1)))(f.params, x)
 
@@ -259,7 +259,8 @@ def test_nan_wins_over_many_infinities() -> None:
     folded = fold(heads, p, x)
     b = p["b"].at[:7].set(np.inf).at[7].set(np.nan).at[8:24].set(np.inf)
     want, got = heads({**p, "b": b}, x), folded.apply({**p, "b": b}, x)
-    np.testing.assert_array_equal(*(np.asarray(y[0], np.float32) for y in (want, got)))
+    one, other = (np.asarray(y[0], np.float32) for y in (want, got))
+    np.testing.assert_array_equal(one, other)
 
 
 def test_parts_hold_all_digits() -> None:
@@ -292,7 +293,7 @@ def test_groups_of_random_views() -> None:
         traced = trace(lambda p, x, view=view, axis=axis: view(x).sum(axis), {}, (x,))
         graph = traced.graph()
         (op,) = (op for op in graph.ops if op.name == "reduce_sum")
-        steps = [(o, i) for o, i in map(graph.producer.__getitem__, chain(graph, op.inputs[0]))]
+        steps = chain(graph, op.inputs[0])
         shape, summed = graph.shape(0), graph.shape(op.inputs[0])
         groups = groups_of(shape, 2, steps, op.params["axes"])
         if groups is None:
@@ -312,12 +313,12 @@ def fields(groups: Any) -> dict[str, Any]:
     return {name: getattr(groups, name) for name in type(groups).__slots__}
 
 
-def chain(graph: Any, value: int) -> list[int]:
-    """The values between the array and what is summed, in order."""
-    found: list[int] = []
+def chain(graph: Any, value: int) -> list[Any]:
+    """The steps between the array and what is summed, in order."""
+    found: list[Any] = []
     while (made := graph.producer[value]) is not None:
         assert made[0].name in STEPS
-        found.append(value)
+        found.append(made)
         value = made[0].inputs[0]
     return found[::-1]
 
@@ -344,18 +345,20 @@ class Attention(nn.Module):
 def test_the_report_says_what_each_norm_became() -> None:
     model, x = Attention(), jnp.zeros((2, 70, 24), jnp.bfloat16)
     p = jax.eval_shape(model.init, jax.random.key(0), x)
-    report = jax_lnfold.analyze(
-        model.apply, p, x, fold_affine=True, defer_scale=True, deferred_cost=0.0, matrix_unit=True
-    )
-    became = {norm.path.split("/")[-1]: norm.became for norm in report.norms}
-    assert became["norm_0"].startswith("left")
-    assert became["norm_1"].startswith("left")
+
+    def became(**options: Any) -> dict[str, str]:
+        report = jax_lnfold.analyze(model.apply, p, x, fold_affine=True, **options)
+        assert all(norm.became in str(report) for norm in report.norms if norm.folded)
+        return {norm.path.split("/")[-1]: norm.became for norm in report.norms}
+
+    found = became(matrix_unit=True)
     for i in range(2):
-        assert became[f"q_norm_{i}"] == "folded, matrix unit"
-        assert became[f"k_norm_{i}"].startswith("folded, affine")
-        assert became[f"k_norm_{i}"].endswith("matrix unit")
-    assert "folded, matrix unit" in str(report)
-    assert "computed on the matrix unit" in str(report)
+        assert found[f"norm_{i}"].startswith("left")
+        assert found[f"q_norm_{i}"] == "folded, matrix unit"
+        assert found[f"k_norm_{i}"] == "folded, affine, matrix unit"
+    found = became(defer_scale=True, deferred_cost=0.0)
+    assert found["k_norm_1"] == "folded, affine, deferred"
+    assert found["q_norm_1"] == "folded"
 
 
 def test_one_product_for_queries_and_keys() -> None:
