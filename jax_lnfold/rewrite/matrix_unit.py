@@ -7,7 +7,7 @@ over heads reads slices of one product: the ones are then block-diagonal, over a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -39,8 +39,8 @@ from .walk import Walk
 _AROUND = frozenset({"integer_pow", "reduce_sum", "rsqrt", "sqrt", "square"})
 _CONVERT = "convert_element_type"
 _TO_THE_ROOT = SCALINGS | MOVES | frozenset("add sub max min clamp select_n".split()) | IDENTITIES
-UNIT = 128
-"""Rows and columns of a matrix unit: with fewer tokens or features nothing is gained."""
+TOKENS, FEATURES = 256, 128
+"""With fewer nothing is gained: measured, and the columns of a matrix unit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,23 +70,25 @@ class _Sum:
 
 
 def sums_on_matrix_unit(
-    closed: ClosedJaxpr, leaves: Sequence[str]
+    closed: ClosedJaxpr, leaves: Sequence[str], left: Collection[Root]
 ) -> tuple[ClosedJaxpr, tuple[MatrixSum, ...]]:
     """The program with statistics of norms as products wherever they are no product's epilogue.
 
-    Their derivatives stay what they were. The first inputs are the parameters named by `leaves`.
+    Their derivatives stay what they were. The first inputs are the parameters named by `leaves`;
+    `left` are roots of norms that stay as they are, as those that keep their mean: both of their
+    sums are one operation, which two products cost more than.
     """
     program = inlined(closed, _AROUND)
-    rewriter = _Rewriter(program, leaves)
+    rewriter = _Rewriter(program, leaves, left)
     result = rewriter.closed(program, ())
     return (closed if result is program else result), tuple(rewriter.made)
 
 
 class _Rewriter(Walk):
-    def __init__(self, program: ClosedJaxpr, leaves: Sequence[str]) -> None:
+    def __init__(self, program: ClosedJaxpr, leaves: Sequence[str], left: Collection[Root]) -> None:
         super().__init__(flatten(program, leaves))
         self.facts = Facts(self.graph)
-        self.roots = roots_of(self.graph)
+        self.roots, self.left = roots_of(self.graph), left
         self.means = {
             op.index: norm.root
             for norm in find_norms(self.facts).found
@@ -116,9 +118,13 @@ class _Rewriter(Walk):
         return jaxpr.replace(eqns=live(eqns, jaxpr.outvars))
 
     def _told(self, s: _Sum) -> MatrixSum:
-        root = self._root(s.op) if s.square else self.means[s.op.index].index
         shape = self.graph.shape(s.op.inputs[0])
-        return MatrixSum(s.op.module, shape, s.square is not None, self.roots.get(root))
+        return MatrixSum(s.op.module, shape, s.square is not None, self._norm(s.op))
+
+    def _norm(self, op: Op) -> Root | None:
+        """The root of the norm that a sum is of."""
+        mean_of = self.means.get(op.index)
+        return self.roots.get(self._root(op) if mean_of is None else mean_of.index)
 
     def _sum(self, op: Op) -> _Sum | None:
         """What the operation sums, if that is better done, and can be, by a product."""
@@ -133,6 +139,7 @@ class _Rewriter(Walk):
             return None
         steps = self._steps(start, op.path)
         usable = square is None or square.path == op.path
+        usable = usable and self._norm(op) not in self.left
         if not (usable and self._is_exact(square, start, steps) and self._is_rounded(op)):
             return None
         return self._best(op, square, start, steps)
@@ -222,9 +229,9 @@ class _Rewriter(Walk):
     def _pays(self, groups: Groups, rows: Sequence[Any], features: int | None) -> bool:
         """Whether the sums are no epilogue, and fill a part of a matrix unit."""
         known = [n for n in rows if isinstance(n, int)]  # others may be large
-        if len(known) == len(rows) and prod(known) < UNIT:
+        if len(known) == len(rows) and prod(known) < TOKENS:
             return False
-        return groups.size != features if features else groups.size >= UNIT
+        return groups.size != features if features else groups.size >= FEATURES
 
     def _features_of_product(self, value: int) -> int | None:
         """How many features the product has that a value is made of, if it is made of one.

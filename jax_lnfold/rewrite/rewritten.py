@@ -10,6 +10,7 @@ from ..placement.place import Placement
 from .defer import Deferral, defer_scales
 from .fold import rewrite
 from .matrix_unit import MatrixSum, sums_on_matrix_unit
+from .roots import Root, roots_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,5 +28,14 @@ def rewritten(closed: ClosedJaxpr, placement: Placement, options: Options) -> Re
     if options.deferred_cost is not None:
         program, deferred = defer_scales(program, options.deferred_cost)
     if options.matrix_unit:
-        program, sums = sums_on_matrix_unit(program, [*placement.graph.leaves.values()])
+        leaves = [*placement.graph.leaves.values()]
+        program, sums = sums_on_matrix_unit(program, leaves, _left(placement))
     return Rewritten(program, deferred, sums)
+
+
+def _left(placement: Placement) -> set[Root]:
+    """The roots of the LayerNorms that keep their mean."""
+    roots = roots_of(placement.graph)
+    norms = zip(placement.norms, placement.folded, strict=True)
+    kept = (norm.root for norm, folded in norms if not folded and norm.root is not None)
+    return {roots[root.index] for root in kept if root.index in roots}

@@ -60,7 +60,7 @@ def folds(
     """The network folded in these modes, but every plan and program only once."""
     seen: list[jax_lnfold.Folded] = []
     for mode in modes:
-        with mock.patch.object(matrix_unit, "UNIT", 1):  # whatever the sizes
+        with mock.patch.multiple(matrix_unit, TOKENS=1, FEATURES=1):  # whatever the sizes
             folded = jax_lnfold.fold(network.apply, network.params, *network.inputs, **MODES[mode])
         report = folded.report
         assert report.n_folded <= len(report.norms)
