@@ -74,6 +74,13 @@ def groups_of(
         if moved is None:
             return None
         numbers, axis_of = moved, list(range(leading + moved.ndim))
+    return _summed(numbers, axis_of, leading, axes)
+
+
+def _summed(
+    numbers: np.ndarray, axis_of: Sequence[int], leading: int, axes: Sequence[int]
+) -> Groups | None:
+    """The groups of sums over `axes` of a value whose axes are those of `axis_of`."""
     summed = [axis_of[d] - leading for d in axes]
     if any(d < 0 for d in summed):
         return None
