@@ -23,11 +23,13 @@ FOLDS: dict[str, dict[str, Any]] = {
     FOLDED: {},
     "folded, affine": {"fold_affine": True},
     "folded, affine, deferred": {"fold_affine": True, "defer_scale": True},
+    "folded, affine, matrix unit": {"fold_affine": True, "matrix_unit": True},
 }
 """Variants that are folds, with the arguments of `jax_lnfold.fold`."""
 FORWARD = (ORIGINAL, *FOLDS, BOUND)
 VARIANTS = (ORIGINAL, FOLDED, BOUND)  # those that are trained, too
-ONLY_THE_PROGRAM = {"defer_scale", "deferred_cost"}  # they change no parameters: no plan has them
+ONLY_THE_PROGRAM = {"defer_scale", "deferred_cost", "matrix_unit"}
+"""They change no parameters: no plan has them."""
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ from .report.outcome import ScaleLeft, TiedLeaf, UntiedLeaf
 from .report.report import Report
 from .report.statistics import MeanShare, NormStatistics, Statistics
 from .rewrite.defer import Deferral
+from .rewrite.matrix_unit import MatrixSum
 from .training import CenterState, center_gradients, center_updates
 from .untied import Untied
 from .verification import Verification, verify
@@ -66,6 +67,7 @@ __all__ = [
     "LayerNormCheck",
     "LeafSpec",
     "Location",
+    "MatrixSum",
     "MeanEdit",
     "MeanShare",
     "Norm",

@@ -11,7 +11,7 @@ import numpy as np
 from .approximation import approximated
 from .calibration import Calibration, check_calibration
 from .errors import FoldError, TreeError
-from .folded import Folded, analysed, is_abstract, planned, rewritten_program
+from .folded import Folded, analysed, is_abstract, planned
 from .folded_functions import (
     FoldedFunctions,
     are_functions,
@@ -33,6 +33,7 @@ from .program.tracing import Traced, trace
 from .report.approximation import Approximation
 from .report.build import make_report
 from .report.report import Report
+from .rewrite.rewritten import rewritten
 from .trees import MISSING, check_leaves
 
 
@@ -60,6 +61,7 @@ def fold(
     reduce_means: bool = ...,
     defer_scale: bool = ...,
     deferred_cost: float | None = ...,
+    matrix_unit: bool = ...,
     optimize: str | None = ...,
     plan: FoldPlan | None = ...,
     center: bool = ...,
@@ -85,6 +87,7 @@ def fold(
     reduce_means: bool = ...,
     defer_scale: bool = ...,
     deferred_cost: float | None = ...,
+    matrix_unit: bool = ...,
     optimize: str | None = ...,
     plan: FoldPlan | None = ...,
     center: bool = ...,
@@ -106,6 +109,7 @@ def fold(
     reduce_means: bool = False,
     defer_scale: bool = False,
     deferred_cost: float | None = None,
+    matrix_unit: bool = False,
     optimize: str | None = None,
     plan: FoldPlan | None = None,
     center: bool = False,
@@ -156,9 +160,15 @@ def fold(
         deferred_cost: cost of scaling one element of a result, where one element of the scaled
             copy costs 1 to write and read again: a scale is deferred if its results together cost
             less than its copy. 0 defers all scales; None is a value for the backend.
-        optimize: `fold_affine` and `defer_scale` as they measured best on ``"tpu"``, ``"gpu"`` or
-            ``"cpu"``, whatever machine traces the function (for compilation ahead of time), or with
-            ``"auto"`` on the backend at hand (`jax.default_backend`).
+        matrix_unit: compute statistics of norms as products with ones, where they are no epilogue
+            of the product that writes what they are of: norms over heads, the first norm of a
+            model, explicit centerings. For TPUs, whose compiler makes operations of their own of
+            such sums. Squares are split into parts of bfloat16 that add up to what they are
+            (theory, section 13); sums are in float32, and derivatives what they were. float64 is
+            left alone.
+        optimize: `fold_affine`, `defer_scale` and `matrix_unit` as they measured best on ``"tpu"``,
+            ``"gpu"`` or ``"cpu"``, whatever machine traces the function (for compilation ahead of
+            time), or with ``"auto"`` on the backend at hand (`jax.default_backend`).
         plan: follow this one, of another function, process or shape, instead of looking for the
             best. `params` are then not edited, but must be what ``plan.center`` returns; their
             leaves may be `jax.ShapeDtypeStruct`, so that programs are compiled before there are
@@ -222,6 +232,7 @@ def fold(
         exclude,
         reduce_means,
         untie,
+        matrix_unit,
     )
     check_donate(donate)
     _check_follow(plan, center, options)
@@ -295,6 +306,7 @@ def analyze(
     reduce_means: bool = False,
     defer_scale: bool = False,
     deferred_cost: float | None = None,
+    matrix_unit: bool = False,
     optimize: str | None = None,
     exclude: Collection[str] | Callable[[str], bool] = (),
     untie: bool = False,
@@ -313,6 +325,7 @@ def analyze(
         reduce_means: see `fold`.
         defer_scale: see `fold`.
         deferred_cost: see `fold`.
+        matrix_unit: see `fold`.
         optimize: see `fold`.
         exclude: see `fold`.
         untie: see `fold`.
@@ -344,13 +357,14 @@ def analyze(
         exclude,
         reduce_means,
         untie,
+        matrix_unit,
     )
     traced, placement, plan = _analysis(
         apply_fn, params, inputs, keywords, options, weights, exclude
     )
-    rewritten, deferred = rewritten_program(traced, placement, options)
-    programs = (lambda: (traced.closed, rewritten)) if traced.reusable else None
-    return make_report(placement, plan, deferred, programs)
+    made = rewritten(traced.closed, placement, options)
+    programs = (lambda: (traced.closed, made.program)) if traced.reusable else None
+    return make_report(placement, plan, made, programs)
 
 
 def plan_fold(

@@ -22,7 +22,7 @@ from .calibration import Calibration
 from .dropping import droppable, without_means
 from .errors import FoldError
 from .fitting import Fit
-from .folded import planned, rewritten_program
+from .folded import planned
 from .measurement.switched import Switched
 from .measurement.watched import Watched
 from .observing import observed
@@ -41,6 +41,7 @@ from .plan.edits.drop import DropEdit
 from .plan.plan import FoldPlan
 from .program.tracing import Traced, trace
 from .report.approximation import Approximation
+from .rewrite.rewritten import rewritten
 from .trees import first_line
 
 HELD_OUT = 5
@@ -229,8 +230,8 @@ class _Trial:
     def _folded(self, plan: FoldPlan) -> _Program:
         """What `fold` will return."""
         placement = without_means(self.placement, plan)
-        rewritten, _ = rewritten_program(self.traced, placement, self.options)
-        return _Program(_compiled(rewritten), jax.tree.leaves(self.edited))
+        made = rewritten(self.traced.closed, placement, self.options)
+        return _Program(_compiled(made.program), jax.tree.leaves(self.edited))
 
     def _error(self, program: _Program) -> float:
         found = []

@@ -28,8 +28,7 @@ from .report.approximation import Approximation
 from .report.build import make_report
 from .report.report import Report
 from .report.summary import in_short
-from .rewrite.defer import Deferral, defer_scales
-from .rewrite.rewriter import rewrite
+from .rewrite.rewritten import rewritten
 from .trees import check_devices, check_leaves
 from .untied import without_sharing
 
@@ -173,8 +172,8 @@ class Folded:
     ) -> tuple[Callable[..., Any], Any]:
         """The program for a new signature: later calls with the same one need no checks."""
         traced, placement = self._placed_again(params, inputs)
-        rewritten, _ = rewritten_program(traced, placement, self._options)
-        program = jaxpr_as_fun(rewritten), traced.out_tree
+        made = rewritten(traced.closed, placement, self._options)
+        program = jaxpr_as_fun(made.program), traced.out_tree
         if traced.reusable:
             self._programs.put(key, program)
         return program
@@ -217,10 +216,10 @@ class Folded:
             placement = follow(plan, graph, self._options.explicit_cost)
             placement = without_means(placement, plan)
         check_declared(placement.graph)
-        rewritten, deferred = rewritten_program(traced, placement, self._options)
-        program = jaxpr_as_fun(rewritten), traced.out_tree
-        programs = (lambda: (traced.closed, rewritten)) if traced.reusable else None
-        report = make_report(placement, plan, deferred, programs, self._told)
+        made = rewritten(traced.closed, placement, self._options)
+        program = jaxpr_as_fun(made.program), traced.out_tree
+        programs = (lambda: (traced.closed, made.program)) if traced.reusable else None
+        report = make_report(placement, plan, made, programs, self._told)
         key = signature(params, inputs)
         abstract = any(map(is_abstract, jax.tree.leaves((self._given, inputs))))
         measured = report.dropouts > 0 and not abstract
@@ -229,7 +228,7 @@ class Folded:
         def finish(edited: Any) -> None:
             self._params, self._report = edited, report
             if measured:
-                difference = largest_difference(original, _run(rewritten, edited, inputs))
+                difference = largest_difference(original, _run(made.program, edited, inputs))
                 deviation = difference / (largest(original) or 1.0)
                 self._report = replace(report, deviation=deviation)
             if traced.reusable:
@@ -281,16 +280,6 @@ def planned(placement: Placement, options: Options, params: Any) -> FoldPlan:
 def edited(plan: FoldPlan, params: Any, donate: bool) -> Any:
     """The tree that a fold returns: edited, with memory of its own for every copy."""
     return without_sharing(plan.center(plan.extend(params), donate=donate))
-
-
-def rewritten_program(
-    traced: Traced, placement: Placement, options: Options
-) -> tuple[ClosedJaxpr, tuple[Deferral, ...]]:
-    """The folded program."""
-    rewritten = rewrite(traced.closed, placement)
-    if options.deferred_cost is None:
-        return rewritten, ()
-    return defer_scales(rewritten, options.deferred_cost)
 
 
 def shapes_of(params: Any) -> Any:

@@ -17,6 +17,7 @@ from .report.build import make_report
 from .report.report import Report
 from .report.summary import in_short
 from .rewrite.rewriter import rewrite
+from .rewrite.rewritten import Rewritten
 from .trees import check_leaves
 
 
@@ -116,8 +117,8 @@ def fold_together(
         plan = plan.fitted(params, whole=True, abstract=not center)
         graph = joint.graph(options.see_through_dropout)
         placement = follow(plan, graph, options.explicit_cost)
-    programs = joint.closed, rewrite(joint.closed, placement)
-    report = make_report(placement, plan, (), lambda: programs)
+    made = Rewritten(rewrite(joint.closed, placement))
+    report = make_report(placement, plan, made, lambda: (joint.closed, made.program))
     folded = {
         n: Folded(fn, params, False, options, plan, edits=False) for n, fn in functions.items()
     }

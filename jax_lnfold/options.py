@@ -20,7 +20,7 @@ APPROXIMATIONS = frozenset({"dropout", "mean"})
 
 DEFERRED_COST = {"cpu": 0.1, "gpu": 0.1, "tpu": 0.05}
 """What it costs to scale an element of a result, by platform: see `bench/README.md`."""
-PRESETS = {"tpu": frozenset({"fold_affine"})}
+PRESETS = {"tpu": frozenset({"fold_affine", "matrix_unit"})}
 """What `optimize` turns on, by platform: what was measured to pay (`bench/README.md`)."""
 
 
@@ -32,7 +32,7 @@ class Options:
     `only_leaves` the program stays as it is: LayerNorms fold if edited parameters alone allow it.
     With `reduce_means` parameters are centered for LayerNorms that keep their mean, too.
     With `untie`, lookups may read copies of leaves. With `drop_means`, LayerNorms may do without a
-    mean that is not zero, if a plan says which.
+    mean that is not zero, if a plan says which. With `matrix_unit`, statistics are products.
     """
 
     explicit_cost: float
@@ -44,6 +44,7 @@ class Options:
     reduce_means: bool = False
     untie: bool = False
     drop_means: bool = False
+    matrix_unit: bool = False
 
 
 def check_options(
@@ -56,6 +57,7 @@ def check_options(
     exclude: Any = (),
     reduce_means: Any = False,
     untie: Any = False,
+    matrix_unit: Any = False,
 ) -> Options:
     """The options; raises a `FoldError` unless they have a meaning."""
     cost = _positive(explicit_cost)
@@ -64,6 +66,7 @@ def check_options(
     _require_bool("defer_scale", defer_scale)
     _require_bool("reduce_means", reduce_means)
     _require_bool("untie", untie)
+    _require_bool("matrix_unit", matrix_unit)
     platform = _platform(optimize)
     deferred = _deferred_cost(deferred_cost, platform or jax.default_backend())
     preset = PRESETS.get(platform, frozenset())
@@ -76,6 +79,7 @@ def check_options(
         reduce_means=bool(reduce_means),
         untie=bool(untie),
         drop_means="mean" in approximations,
+        matrix_unit=bool(matrix_unit) or "matrix_unit" in preset,
     )
 
 

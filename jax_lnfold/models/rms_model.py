@@ -18,6 +18,7 @@ from ..program.calls import with_keywords
 from ..program.tracing import Traced, trace
 from ..report.build import make_report
 from ..report.report import Report
+from ..rewrite.rewritten import Rewritten
 from ..trees import check_leaves, leaf_paths, unboxed
 from .kind import ModelKind, kind_of
 from .linen_modules import is_linen
@@ -119,7 +120,9 @@ def with_rms_norms(
     again, left = _placed(made, options)
     if len(left.norms) != len(placement.norms) - sum(norms.values()):
         raise Bug("a module that was replaced still takes a mean")
-    report = make_report(placement, plan, (), lambda: (traced.closed, again.closed))
+    report = make_report(
+        placement, plan, Rewritten(again.closed), lambda: (traced.closed, again.closed)
+    )
     leaves = tuple(LeafSpec(path, np.shape(x)) for path, x in leaf_paths(made.params))
     kept = FoldPlan(leaves, plan.edits, plan.scales)  # what was taken up is free again
     return RMSModel(made.model, made.params, tuple(sorted(norms)), kept, report)

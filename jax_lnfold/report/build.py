@@ -13,12 +13,12 @@ from ..placement.place import Placement
 from ..plan.plan import FoldPlan
 from ..program.graph import OTHER_MEANING, ROWS, Graph, Op
 from ..program.primitives import EXCHANGES, MOVES, NOT_CARRYING
-from ..rewrite.defer import Deferral
+from ..rewrite.rewritten import Rewritten
 from ..rules import has_rule
 from .approximation import Approximation
 from .events import find_events
 from .names import Name, names_of
-from .norms import insertions_of, norms_of
+from .norms import also_of, insertions_of, norms_of
 from .outcome import Programs, ScaleLeft, TiedLeaf, UntiedLeaf
 from .report import Report
 from .statistics import Statistics
@@ -27,21 +27,23 @@ from .statistics import Statistics
 def make_report(
     placement: Placement,
     plan: FoldPlan,
-    deferred: tuple[Deferral, ...],
+    rewritten: Rewritten,
     programs: Programs | None,
     told: Approximation | None = None,
 ) -> Report:
     """Put a placement into words, with what was measured of an approximation."""
     graph, facts, names = placement.graph, placement.facts, names_of(placement)
+    also = also_of(placement, names, plan, rewritten)
     unknown = (facts.unknown[i] for i in sorted(facts.unknown))
     free = placement.unrestricted
     hiding = (op.location() for op in graph.ops if _may_hide_norms(graph, op))
     return Report(
-        norms=norms_of(placement, names, told.damages if told else {}),
+        norms=norms_of(placement, names, told.damages if told else {}, also),
         insertions=insertions_of(placement, names),
         plan=plan,
         affine_left=tuple(ScaleLeft(path, why) for path, why in placement.affine_left.items()),
-        deferred=deferred,
+        deferred=rewritten.deferred,
+        on_matrix_unit=rewritten.sums,
         opaque=dict(Counter(op.eqn.primitive.name for op in unknown)),
         visits=facts.visits,
         rounded=_rounded(graph, plan),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..analysis.layer_norms import LayerNorm
 from ..axes.axis_set import AxisSet
 from ..placement.place import Placement
 from ..placement.reasons import Reason
+from ..plan.plan import FoldPlan
 from ..program.graph import Graph, Location
+from ..rewrite.rewritten import Rewritten
+from ..rewrite.roots import roots_of
 from .advice import advice
 from .names import Name
 
@@ -30,7 +33,10 @@ class Norm:
     `approximate` if it is folded although it has a mean: that dropout before it leaves, or if it is
     `dropped`, that no edit removes. `damage` is then the relative error of the outputs which this
     alone makes, None if that was not measured; also of LayerNorms that are left after all. `kernel`
-    is the name of the function that computes it, if that was declared to be a LayerNorm.
+    is the name of the function that computes it, if that was declared to be a LayerNorm. `also`
+    says what else became of it: ``"affine"`` if linear layers, or queries, have taken up its scale,
+    ``"deferred"`` if products are scaled in its place, ``"matrix unit"`` if its statistics are
+    products.
 
     Example:
         >>> import jax, jax.numpy as jnp, jax_lnfold
@@ -59,6 +65,20 @@ class Norm:
     dropped: bool = False
     damage: float | None = None
     kernel: str = ""
+    also: tuple[str, ...] = ()
+
+    @property
+    def became(self) -> str:
+        """All of it in words: ``folded, affine, matrix unit``."""
+        outcome = outcome_of(self.folded, self.approximate, self.dropped)
+        return ", ".join((outcome, *self.also))
+
+
+def outcome_of(folded: bool, approximate: bool, dropped: bool) -> str:
+    """What became of a mean."""
+    if dropped:
+        return "mean left out"
+    return "folded approximately" if approximate else "folded" if folded else "left"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +107,42 @@ class Insertion:
 
 
 def norms_of(
-    placement: Placement, names: Sequence[Name], damages: Mapping[str, float]
+    placement: Placement,
+    names: Sequence[Name],
+    damages: Mapping[str, float],
+    also: Sequence[tuple[str, ...]],
 ) -> tuple[Norm, ...]:
-    """All of them, in program order; damages are by name."""
-    return tuple(_norm(placement, i, names, damages) for i in range(len(names)))
+    """All of them, in program order; damages are by name, `also` is what else became of each."""
+    return tuple(_norm(placement, i, names, damages, more) for i, more in enumerate(also))
+
+
+def also_of(
+    placement: Placement, names: Sequence[Name], plan: FoldPlan, rewritten: Rewritten
+) -> list[tuple[str, ...]]:
+    """What else became of each LayerNorm, as far as its root in the program tells."""
+    roots = roots_of(placement.graph)
+    taken = {edit.key_path for edit in (*plan.affine, *plan.queries)}
+    deferred = {each.root for each in rewritten.deferred}
+    products = {each.root for each in rewritten.sums}
+
+    def also(norm: LayerNorm, name: Name) -> Iterator[str]:
+        root = None if norm.root is None else roots.get(norm.root.index)
+        if name.key_path in taken:
+            yield "affine"
+        if root is not None and root in deferred:
+            yield "deferred"
+        if root is not None and root in products:
+            yield "matrix unit"
+
+    return [(*also(norm, name),) for norm, name in zip(placement.norms, names, strict=True)]
 
 
 def _norm(
-    placement: Placement, i: int, names: Sequence[Name], damages: Mapping[str, float]
+    placement: Placement,
+    i: int,
+    names: Sequence[Name],
+    damages: Mapping[str, float],
+    also: tuple[str, ...],
 ) -> Norm:
     """What became of the LayerNorm at position `i`."""
     name, dropped = names[i], i in placement.dropped
@@ -120,6 +168,7 @@ def _norm(
         dropped=dropped,
         damage=None if placement.folded[i] else damages.get(name.text),
         kernel=name.kernel,
+        also=also,
     )
 
 

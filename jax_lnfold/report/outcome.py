@@ -13,6 +13,7 @@ from ..plan.edits.scale import ScaleEdit
 from ..plan.plan import FoldPlan
 from ..program.graph import Location
 from ..rewrite.defer import Deferral
+from ..rewrite.matrix_unit import MatrixSum
 from .approximation import Approximation
 from .events import Event
 from .norms import Insertion, Norm
@@ -84,7 +85,7 @@ class Outcome:
     many explicit centerings would be inserted, if none were. `untied` are the leaves of which
     lookups read a copy, and the bytes of each copy; with `untie`, `tied` are those in the way that
     stay. `statistics` are those of `with_statistics`. `approximation` is what was measured if
-    LayerNorms do without a mean that is not zero.
+    LayerNorms do without a mean that is not zero. `on_matrix_unit` are sums that are products.
     """
 
     norms: tuple[Norm, ...]
@@ -108,6 +109,7 @@ class Outcome:
     approximation: Approximation | None = None
     untied: tuple[UntiedLeaf, ...] = ()
     tied: tuple[TiedLeaf, ...] = ()
+    on_matrix_unit: tuple[MatrixSum, ...] = ()
 
     @property
     def edits(self) -> tuple[CenterEdit, ...]:

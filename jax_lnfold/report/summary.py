@@ -31,6 +31,7 @@ def rows(outcome: Outcome) -> list[Row]:
             shares=statistics.shares if statistics else (),
             dropped=norm.dropped,
             damages=() if norm.damage is None else (norm.damage,),
+            also=norm.also,
         )
         for norm, statistics in zip(outcome.norms, measured, strict=True)
     )
@@ -79,6 +80,12 @@ def _untied(outcome: Outcome) -> Iterable[str]:
 def _deferred(outcome: Outcome) -> Iterable[str]:
     if outcome.deferred:
         yield f"{counted(len(outcome.deferred), 'scale')} deferred behind matrix products."
+
+
+def _on_matrix_unit(outcome: Outcome) -> Iterable[str]:
+    if outcome.on_matrix_unit:
+        number = counted(len(outcome.on_matrix_unit), "sum")
+        yield f"{number} of statistics computed on the matrix unit, as products with ones."
 
 
 def _excluded(outcome: Outcome) -> Iterable[str]:
@@ -139,7 +146,7 @@ def _outcome(outcome: Outcome) -> Iterable[str]:
         edited.append(f"{counted(outcome.constants, 'constant')} centered")
     if outcome.norms:
         edited.append(f"{counted(outcome.n_inserted, 'explicit centering')} inserted")
-    elif not (edited or outcome.deferred):
+    elif not (edited or outcome.deferred or outcome.on_matrix_unit):
         return [f"{headline(outcome)}; nothing was changed."]
     return [f"{', '.join((headline(outcome), *edited))}."]
 
@@ -174,6 +181,7 @@ SECTIONS: tuple[Section, ...] = (
     _excluded,
     _untied,
     _deferred,
+    _on_matrix_unit,
     _scales_left,
     _approximation,
     _means_left_out,

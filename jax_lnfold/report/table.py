@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..printable import printable
+from .norms import outcome_of
 
 NARROWEST, WIDEST = 60, 200
 COLORS = {"folded": "green", "approximate": "magenta", "left": "yellow"}
@@ -37,7 +38,8 @@ class Row:
     `count` is how many there are, `runs` how often each runs in one call, `place` is the source
     line of what blocks it, and `words` are the reason and what could be changed, maybe empty.
     `shares` are the shares of the mean that were measured before and after, as far as they were,
-    `damages` what leaving out a mean was measured to do. `dropped` if it is left out.
+    `damages` what leaving out a mean was measured to do. `dropped` if it is left out. `also` is
+    what else became of it.
     """
 
     path: str
@@ -53,6 +55,7 @@ class Row:
     shares: tuple[tuple[float, ...], ...] = ()
     dropped: bool = False
     damages: tuple[float, ...] = ()
+    also: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -72,9 +75,13 @@ class Row:
     @property
     def outcome(self) -> str:
         """``folded`` or ``left``, with what else there is to say of it."""
-        if self.dropped:
-            return "mean left out"
-        return "folded approximately" if self.approximate else "folded" if self.folded else "left"
+        return self.with_number(None)
+
+    def with_number(self, number: int | None) -> str:
+        """The outcome, with the number of the reason why a LayerNorm is left."""
+        outcome = outcome_of(self.folded, self.approximate, self.dropped)
+        outcome += "" if number is None else f" ({number})"
+        return ", ".join((outcome, *self.also))
 
     @property
     def name(self) -> str:
@@ -179,7 +186,7 @@ def to_rich(rows: Sequence[Row], lines: Iterable[str]) -> Group:
     for title in (*TITLES, *more):
         table.add_column(title, overflow="fold")
     for row, *others in zip(rows, *more.values(), strict=True):
-        words = row.outcome if row.folded else f"left ({numbers[row.words]})"
+        words = row.with_number(numbers.get(row.words))
         cells = map(_text, (row.name, row.shape, row.axes, row.variance))
         table.add_row(*cells, Text(words, COLORS[row.kind]), *map(_text, others))
     listed = Table.grid(padding=(0, 1))
@@ -214,7 +221,7 @@ def to_html(rows: Sequence[Row], lines: Iterable[str]) -> str:
     body = ""
     for row, *others in zip(rows, *more.values(), strict=True):
         name, *cells = map(_html, (row.name, *others, row.shape, row.axes, row.variance))
-        outcome = row.outcome if row.folded else f"left ({numbers[row.words]})"
+        outcome = row.with_number(numbers.get(row.words))
         plain = "".join(f"<td>{cell}</td>" for cell in cells)
         body += f'<tr><td>{name}</td><td class="{row.kind}">{outcome}</td>{plain}</tr>'
     table = f"<table><tr>{head}</tr>{body}</table>" if body else ""

@@ -21,15 +21,8 @@ from .._compat import (
     Jaxpr,
     JaxprEqn,
     Var,
-    call_jaxpr,
-    close,
-    consts_of,
-    control_flow,
     is_explicit,
-    open_jaxpr,
     trace_like,
-    with_bodies,
-    with_call_jaxpr,
 )
 from ..analysis.facts import Facts
 from ..axes.axis_set import AxisSet
@@ -42,6 +35,8 @@ from ..rules import Opaque, rule_of
 from ..trees import is_editable
 from .inline import inlined
 from .jaxprs import live, same
+from .roots import Root, root_behind, roots_of
+from .walk import Walk
 
 _CONVERT = "convert_element_type"
 _AROUND = frozenset({"dot_general", "integer_pow", "rsqrt", "sqrt", "square"})
@@ -51,7 +46,8 @@ _AROUND = frozenset({"dot_general", "integer_pow", "rsqrt", "sqrt", "square"})
 class Deferral:
     """A scale that is applied to results of matrix products, in place of what these read.
 
-    Shapes are those of what was scaled, and of the results that are scaled instead.
+    Shapes are those of what was scaled, and of the results that are scaled instead. `root` is that
+    of the norm.
 
     Example:
         >>> from jax_lnfold import Deferral
@@ -62,6 +58,7 @@ class Deferral:
     module: str
     shape: tuple[int, ...]
     results: tuple[tuple[int, ...], ...]
+    root: Root | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,21 +100,15 @@ def defer_scales(closed: ClosedJaxpr, cost: float) -> tuple[ClosedJaxpr, tuple[D
     return (closed if result is program else result), tuple(deferrer.deferred)
 
 
-class _Deferrer:
+class _Deferrer(Walk):
     def __init__(self, program: ClosedJaxpr, cost: float) -> None:
-        self.graph, self.cost = flatten(program), cost
-        self.facts = Facts(self.graph)
+        super().__init__(flatten(program))
+        self.cost = cost
+        self.facts, self.roots = Facts(self.graph), roots_of(self.graph)
         self.deferred: list[Deferral] = []
 
-    def closed(self, closed: Any, path: CallPath) -> Any:
+    def body(self, jaxpr: Jaxpr, path: CallPath) -> Jaxpr:
         """The jaxpr with its scales deferred, the very same one where there are none."""
-        jaxpr = open_jaxpr(closed)
-        if path in self.graph.sealed or self.graph.mesh_axes.get(path, True):
-            return closed
-        body = self._body(jaxpr, path)
-        return closed if body is jaxpr else close(body, consts_of(closed))
-
-    def _body(self, jaxpr: Jaxpr, path: CallPath) -> Jaxpr:
         scales: dict[int, list[tuple[_Scale, _Reader]]] = {}  # by product
         ops = [self.graph.op_at.get((*path, index)) for index in range(len(jaxpr.eqns))]
         for op in ops:
@@ -125,7 +116,8 @@ class _Deferrer:
                 scale, readers = found
                 results = (self.graph.shape(r.product.outputs[0]) for r in readers)
                 shape = self.graph.shape(op.outputs[0])
-                self.deferred.append(Deferral(op.module, shape, tuple(results)))
+                root = self.roots.get(root_behind(self.graph, scale.values[1]))
+                self.deferred.append(Deferral(op.module, shape, tuple(results), root))
                 for reader in readers:
                     scales.setdefault(reader.product.index, []).append((scale, reader))
         eqns = []
@@ -133,24 +125,10 @@ class _Deferrer:
             if op is not None and op.index in scales:
                 eqns.append(_deferred(eqn, scales[op.index]))
             else:
-                eqns.append(self._inside(eqn, (*path, index)))
+                eqns.append(self.inside(eqn, (*path, index)))
         if same(eqns, jaxpr.eqns):
             return jaxpr
         return jaxpr.replace(eqns=live(eqns, jaxpr.outvars))
-
-    def _inside(self, eqn: JaxprEqn, site: CallPath) -> JaxprEqn:
-        """The equation with the scales in its own jaxprs deferred."""
-        if site in self.graph.op_at or site in self.graph.stand_ins:
-            return eqn
-        if (control := control_flow(eqn)) is not None:
-            new = {b.key: self.closed(b.jaxpr, (*site, i)) for i, b in enumerate(control.bodies)}
-            changed = any(new[b.key] is not b.jaxpr for b in control.bodies)
-            return eqn.replace(params=with_bodies(eqn, new)) if changed else eqn
-        inner = call_jaxpr(eqn)
-        body = None if inner is None else self.closed(inner, site)
-        if body is inner or body is None:
-            return eqn
-        return eqn.replace(params=with_call_jaxpr(eqn, body))
 
     def _deferrable(self, op: Op) -> tuple[_Scale, list[_Reader]] | None:
         """What the operation scales and who reads it, if the scale of a norm can be deferred."""

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from jax_lnfold.analysis.claims import Claim
 from jax_lnfold.folded import placed_again
 from jax_lnfold.placement.place import Placement, place
 from jax_lnfold.program.tracing import Traced, trace
+from jax_lnfold.rewrite import matrix_unit
 from jax_lnfold.rules.partitions import centered, is_uniform, is_zero_mean, uniform_shift
 from tests.helpers.contracts import assert_drop_in, assert_identical, relative_difference, snapshot
 from tests.helpers.interpreter import Interpreter
@@ -34,6 +36,13 @@ MODES: dict[str, dict[str, Any]] = {
     "reduce_and_affine": {"reduce_means": True, "fold_affine": True},
     "both": {"fold_affine": True, "defer_scale": True, "deferred_cost": 0.0},
     "untie": {"untie": True},
+    "matrix_unit": {"matrix_unit": True},
+    "matrix_unit_and_all": {
+        "fold_affine": True,
+        "defer_scale": True,
+        "deferred_cost": 0.0,
+        "matrix_unit": True,
+    },
 }
 ALONE = 2
 """Tolerance claims that are tested by themselves, besides all of them together."""
@@ -54,17 +63,22 @@ def folds(
     """The network folded in these modes, but every plan and program only once."""
     seen: list[jax_lnfold.Folded] = []
     for mode in modes:
-        folded = jax_lnfold.fold(network.apply, network.params, *network.inputs, **MODES[mode])
+        with mock.patch.multiple(matrix_unit, TOKENS=1, FEATURES=1):  # whatever the sizes
+            folded = jax_lnfold.fold(network.apply, network.params, *network.inputs, **MODES[mode])
         report = folded.report
         assert report.n_folded <= len(report.norms)
         found.update(folds=1, affine=len(report.affine), deferred=len(report.deferred))
-        found.update(untied=len(report.untied))
-        if not any(f.plan == folded.plan and f.report.deferred == report.deferred for f in seen):
+        found.update(untied=len(report.untied), products=len(report.on_matrix_unit))
+        if not any(f.plan == folded.plan and same_program(f.report, report) for f in seen):
             if not seen:
                 found.update(folded=report.n_folded, inserted=report.n_inserted)
                 found.update(programs=1, norms=len(report.norms))
             seen.append(folded)
             yield mode, folded
+
+
+def same_program(one: jax_lnfold.Report, other: jax_lnfold.Report) -> bool:
+    return (one.deferred, one.on_matrix_unit) == (other.deferred, other.on_matrix_unit)
 
 
 # Contracts.
