@@ -115,31 +115,43 @@ BETTER: dict[str, tuple[Callable[..., Any], int]] = {
 }
 
 
-@pytest.mark.parametrize(("apply", "count"), BETTER.values(), ids=BETTER)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+SAME = [
+    pytest.param(*BETTER[name], dtype, id=f"{name}-{dtype}", marks=marks)
+    for name in BETTER
+    for dtype, marks in (
+        ("bfloat16", ()),
+        ("float32", () if name in ("heads", "first norm") else pytest.mark.slow),
+    )
+]
+
+
+@pytest.mark.parametrize(("apply", "count", "dtype"), SAME)
 def test_the_same_function(apply: Callable[..., Any], count: int, dtype: str) -> None:
-    """Values, gradients, and other numbers of tokens."""
+    """Values and gradients."""
     p, x = params(jnp.dtype(dtype)), stream(jnp.dtype(dtype))
     folded, plain = fold(apply, p, x), jax_lnfold.fold(apply, p, x)
     sums = folded.report.on_matrix_unit
-    signed = sum(not s.squares for s in sums)  # these need numbers of bfloat16
     if dtype == "bfloat16":
         assert len(sums) == count
-    else:
-        assert signed == 0 < len(sums)
+    else:  # sums of both signs need numbers of bfloat16
+        assert sums
+        assert all(s.squares for s in sums)
 
-    def both(f: jax_lnfold.Folded) -> Any:
-        def loss(p: Any, x: Array) -> Array:
+    def all_of(f: jax_lnfold.Folded) -> Any:
+        def loss(p: Any, x: Array) -> tuple[Array, Any]:
             results = jax.tree.leaves(f.apply(p, x))
-            return sum((jnp.sin(widened(y)).sum() for y in results), jnp.zeros(()))
+            return sum((jnp.sin(widened(y)).sum() for y in results), jnp.zeros(())), results
 
-        return jax.jit(f.apply)(f.params, x), jax.jit(jax.grad(loss, (0, 1)))(f.params, x)
+        return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(f.params, x)
 
-    got, want = both(folded), both(plain)
-    limit = 2e-2
-    assert relative_difference(got, want) < limit
-    longer = jnp.concatenate([x, x[:, ::-1]], axis=1)
-    assert relative_difference(folded(longer), plain(longer)) < limit
+    assert relative_difference(all_of(folded), all_of(plain)) < 2e-2
+
+
+def test_other_numbers_of_tokens() -> None:
+    p, x = params(), stream()
+    folded, longer = fold(heads, p, x), jnp.concatenate([x, x[:, ::-1]], axis=1)
+    assert folded.report.on_matrix_unit
+    assert relative_difference(folded(longer), heads(p, longer)) < 2e-2
 
 
 def one_number(p: Params, x: Array) -> Any:
@@ -190,10 +202,8 @@ def test_shards_are_left_alone() -> None:
     spec = jax.sharding.PartitionSpec
     spread = partial(jax.shard_map, mesh=mesh, in_specs=(spec(), spec("batch")))
     apply = spread(heads, out_specs=spec("batch"))
-    p, x = params(), stream()
-    folded = fold(apply, p, x)
-    assert folded.report.on_matrix_unit == ()
-    assert relative_difference(folded(x), apply(p, x)) == 0
+    assert jax_lnfold.analyze(heads, params(), stream(), matrix_unit=True).on_matrix_unit
+    assert not jax_lnfold.analyze(apply, params(), stream(), matrix_unit=True).on_matrix_unit
 
 
 # --- as exact as a sum ----------------------------------------------------------------------------
@@ -209,52 +219,69 @@ SPREADS: dict[str, Callable[[np.random.Generator, np.ndarray], np.ndarray]] = {
 }
 
 
-@pytest.mark.parametrize("norm", [rms, one_pass])
-@pytest.mark.parametrize("spread", SPREADS)
+def one_projection(p: Params, x: Array) -> Any:
+    return one_pass((x @ p["w"].astype(x.dtype)).reshape(1, 280, 20, 8))
+
+
+def three_projections(p: Params, x: Array) -> Any:
+    qkv = (x @ p["w"].astype(x.dtype)).reshape(1, 280, 4, 5, 8)
+    return jnp.stack([rms(qkv[:, :, 0]), one_pass(qkv[:, :, 1]), qkv[:, :, 2]])
+
+
+def one_norm(p: Params, x: Array) -> Any:
+    return rms(x) @ p["w"].astype(x.dtype)
+
+
+# Every operation rounds to its dtype. Else a compiler may leave out the cast between a product and
+# a norm that it makes in one operation, and that differs from program to program.
+compiled = partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
+SEEDS = 3
+
+
+@pytest.mark.parametrize("apply", [one_projection, three_projections, one_norm])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_as_near_to_float64(norm: Callable[..., Any], spread: str, dtype: str) -> None:
-    """Of norms over heads and of all features; products by one keep what is summed."""
-    rng = np.random.default_rng(2)
-    x = SPREADS[spread](rng, rng.normal(size=(1, 280, 160)))
-    x = jnp.asarray(x, dtype)
-    eye = {"w": jnp.eye(160, dtype=dtype)}
-    for apply in (
-        lambda p, x: norm((x @ p["w"]).reshape(1, 280, 20, 8)),
-        lambda p, x: norm(x) @ p["w"],
-    ):
-        folded, plain = fold(apply, eye, x), jax_lnfold.fold(apply, eye, x)
-        left = any(not n.folded for n in folded.report.norms)
-        assert bool(folded.report.on_matrix_unit) != left
-        exact = np.asarray(apply({"w": jnp.eye(160)}, x.astype(jnp.float64)))
+def test_as_near_to_float64(apply: Callable[..., Any], dtype: str) -> None:
+    """As the original, in root mean squares, whose kernel is stored in float32."""
+    p = {"w": jnp.asarray(np.random.default_rng(0).normal(0, WIDTH**-0.5, (WIDTH, WIDTH)))}
+    low = {"w": p["w"].astype(jnp.float32)}
+    p = {"w": low["w"].astype(jnp.float64)}
+    folded = fold(apply, low, jnp.zeros((1, 280, WIDTH), dtype))
+    assert len(folded.report.on_matrix_unit) == (2 if apply is three_projections else 1)
+    assert all(norm.folded for norm in folded.report.norms)
+    exact, original, rewritten = map(compiled, (apply, apply, folded.apply))
+    for name, spread in SPREADS.items():
+        errors = []
+        for seed in range(SEEDS):
+            rng = np.random.default_rng(seed)
+            x = jnp.asarray(spread(rng, rng.normal(size=(1, 280, WIDTH))), dtype)
+            want = np.asarray(exact(p, x.astype(jnp.float64)))
+            outputs = original(low, x), rewritten(folded.params, x)
+            errors.append([float(np.sqrt(np.mean(np.square(y - want)))) for y in outputs])
+        before, after = np.array(errors).T
+        assert np.median(after / before) < 1.1, name
+        assert np.all(after < 1.3 * before), name
 
-        def error(f: jax_lnfold.Folded, exact: np.ndarray = exact) -> float:
-            got = np.asarray(f.apply(f.params, x), np.float64)  # fused, casts may be left out
-            return float(np.sqrt(np.mean(np.square(got - exact))))
 
-        assert error(folded) <= 1.1 * error(plain) + 2e-8
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("bad", [np.nan, -np.nan, -np.inf, "large"])
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow), "float32"]
+)
 @pytest.mark.parametrize("apply", [heads, first_norm])
-def test_what_is_not_finite_stays_where_it_is(
-    dtype: str, bad: float | str, apply: Callable[..., Any]
-) -> None:
+def test_what_is_not_finite_stays_where_it_is(dtype: str, apply: Callable[..., Any]) -> None:
     p, x = params(jnp.dtype(dtype)), stream(jnp.dtype(dtype))
     folded = fold(apply, p, x)
     assert folded.report.on_matrix_unit
-    largest = float(jnp.finfo(dtype).max)
-    for at in ((5, 6), (5, 70), (70,)):
-        spoilt = dict(p)
-        leaf = "b" if apply is heads else "w"
-        number = jnp.asarray(largest / 4 if bad == "large" else bad, dtype)
-        spoilt[leaf] = p[leaf].at[..., np.array(at)].set(number)
-        tokens = x.at[0, 3, 7].set(number) if apply is first_norm else x
-        want, got = apply(spoilt, tokens), folded.apply(spoilt, tokens)
-        for w, g in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
-            w, g = np.asarray(w, np.float64), np.asarray(g, np.float64)
-            np.testing.assert_array_equal(np.isfinite(g), np.isfinite(w))
-            np.testing.assert_allclose(g, w, rtol=2e-2, atol=2e-2)
+    original, rewritten = jax.jit(apply), jax.jit(folded.apply)
+    leaf = "b" if apply is heads else "w"
+    for bad in (np.nan, -np.nan, -np.inf, float(jnp.finfo(dtype).max) / 4):
+        for at in ((5, 6), (5, 70), (70,)):
+            number = jnp.asarray(bad, dtype)
+            spoilt = {**p, leaf: p[leaf].at[..., np.array(at)].set(number)}
+            tokens = x.at[0, 3, 7].set(number) if apply is first_norm else x
+            want, got = original(spoilt, tokens), rewritten(spoilt, tokens)
+            for w, g in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+                w, g = np.asarray(w, np.float64), np.asarray(g, np.float64)
+                np.testing.assert_array_equal(np.isfinite(g), np.isfinite(w))
+                np.testing.assert_allclose(g, w, rtol=2e-2, atol=2e-2)
 
 
 def test_nan_wins_over_many_infinities() -> None:
@@ -290,7 +317,7 @@ def random_view(rng: np.random.Generator) -> tuple[Callable[[Any], Any], int]:
 def test_groups_of_random_views() -> None:
     """Numbers put into the groups come out of the sums; the rules of transport agree."""
     rng, found = np.random.default_rng(0), 0
-    for _ in range(60):
+    for _ in range(40):
         view, axis = random_view(rng)
         x = rng.normal(size=(3, 5, 24))
         traced = trace(lambda p, x, view=view, axis=axis: view(x).sum(axis), {}, (x,))
@@ -309,7 +336,7 @@ def test_groups_of_random_views() -> None:
         for wrong in ({"start": groups.start + 1}, {"size": groups.size - 1}):
             other = type(groups)(**{**fields(groups), **wrong})
             assert not agree(other, Facts(graph), shape, 2, steps, op.params["axes"], summed)
-    assert 20 < found < 60
+    assert 10 < found < 40
 
 
 def fields(groups: Any) -> dict[str, Any]:
