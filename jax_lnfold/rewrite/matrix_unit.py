@@ -41,6 +41,8 @@ _CONVERT = "convert_element_type"
 _TO_THE_ROOT = SCALINGS | MOVES | frozenset("add sub max min clamp select_n".split()) | IDENTITIES
 TOKENS, FEATURES = 256, 128
 """With fewer nothing is gained: measured, and the columns of a matrix unit."""
+SHORT = 16
+"""Bits of a number that does not show in which order a product sums in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,15 +194,12 @@ class _Rewriter(Walk):
         )
 
     def _is_rounded(self, op: Op) -> bool:
-        """Whether all that is made of a sum is rounded to 16 bits before anything else reads it.
-
-        In float32 it would show in which order a product sums.
-        """
+        """Whether all that is made of a sum is rounded to few bits before anything else reads it."""
         todo, seen = list(op.outputs), {*op.outputs}
         while todo:
             value = todo.pop()
             dtype = self.graph.avals[value].dtype
-            if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= 16:
+            if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= SHORT:
                 continue
             if value in self.graph.outputs:
                 return False

@@ -62,8 +62,12 @@ def folds(
 ) -> Iterator[tuple[str, jax_lnfold.Folded]]:
     """The network folded in these modes, but every plan and program only once."""
     seen: list[jax_lnfold.Folded] = []
+    is_double = any(x.dtype == np.float64 for x in jax.tree.leaves(network.params))
     for mode in modes:
-        with mock.patch.multiple(matrix_unit, TOKENS=1, FEATURES=1):  # whatever the sizes
+        if is_double and "matrix_unit" in MODES[mode]:
+            continue  # left alone
+        # Whatever the sizes, and whether or not the order of summation shows.
+        with mock.patch.multiple(matrix_unit, TOKENS=1, FEATURES=1, SHORT=32):
             folded = jax_lnfold.fold(network.apply, network.params, *network.inputs, **MODES[mode])
         report = folded.report
         assert report.n_folded <= len(report.norms)
