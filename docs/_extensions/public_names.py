@@ -48,7 +48,7 @@ class OtherNames(SphinxDirective):
         """An entry for each, or a line that says that there are none."""
         folder = Path(self.env.doc2path(self.env.docname)).parent
         pages = "".join(page.read_text("utf-8") for page in folder.glob("*.md"))
-        names = re.findall(r"^\.\. auto(?:function|class|exception):: ([\w.]+)", pages, re.M)
+        names = re.findall(r"^\.\. auto(?:function|class|exception|module):: ([\w.]+)", pages, re.M)
         told = [locate(n if "." in n else f"jax_lnfold.{n}") for n in names]
         others = [n for n in jax_lnfold.__all__ if getattr(jax_lnfold, n) not in told]
         if not others:
