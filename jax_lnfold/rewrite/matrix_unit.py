@@ -194,7 +194,7 @@ class _Rewriter(Walk):
         )
 
     def _is_rounded(self, op: Op) -> bool:
-        """Whether all that is made of a sum is rounded to few bits before anything else reads it."""
+        """Whether all that is made of a sum is rounded to few bits before it is read otherwise."""
         todo, seen = list(op.outputs), {*op.outputs}
         while todo:
             value = todo.pop()
