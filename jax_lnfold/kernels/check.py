@@ -25,6 +25,8 @@ from .layer_norm import Declared, arrays_of, layer_norm
 
 LARGE, LARGE_IN_FLOAT16 = 2.0**16, 2.0**6
 """The spread at which an epsilon that a formula leaves out makes no difference."""
+SMALL, SMALL_IN_FLOAT16 = (2.0**-10, 2.0**-20), (2.0**-8,)
+"""Spreads at which two epsilons that differ do make one."""
 BLOCK = 2**20 - 3
 """So many random numbers are drawn; larger arrays repeat them."""
 Sets = dict[int, tuple[AxisSet, ...]]
