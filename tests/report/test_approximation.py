@@ -59,7 +59,10 @@ def test_text(report: Any) -> None:
         "divergence 2.1e-05, argmax agrees 99.70%) on 1 of 5 batches, to which nothing was fitted "
         "(budget 0.05, what a cast of the weights to bfloat16 does; 3e-08 with all means)."
     ) in text
-    assert "Cannot do without a mean: other, as something else reads its mean or its deviation, too." in text
+    assert (
+        "Cannot do without a mean: other, as something else reads its mean or its deviation, too."
+        in text
+    )
     assert pickle.loads(pickle.dumps(report)) == report
 
 
