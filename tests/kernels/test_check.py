@@ -161,7 +161,7 @@ def test_the_epsilon_of_a_twin_counts(dtype: str) -> None:
         return kernel
 
     check_layer_norm(of(1e-5, True), x, g, rms=of(1e-5, False), scale=1)
-    with pytest.raises(FoldError, match="rms differs from .* with a spread of 0.00"):
+    with pytest.raises(FoldError, match=r"rms differs from .* with a spread of 0\.00"):
         check_layer_norm(of(1e-5, True), x, g, rms=of(1e-6, False), scale=1)
 
 
@@ -230,6 +230,42 @@ def test_fold_tests_once_and_before_anything_is_edited() -> None:
     for _ in range(2):
         assert jax_lnfold.fold(partial(model, norm=right), PARAMS, INPUT).report.n_folded == 1
     assert len(right.passed) == 1
+
+
+class Settings:
+    """All look alike when they are printed."""
+
+    def __init__(self, eps: float) -> None:
+        self.eps = eps
+
+    def __repr__(self) -> str:
+        return "Settings()"
+
+
+def test_a_test_speaks_for_the_programs_that_it_saw() -> None:
+    """Not for what a function does with other settings, or when what it reads has changed."""
+    own = {"eps": 1e-6, "array": np.full(6, 2.0)}
+
+    def twin(x: Any, settings: Any) -> Any:
+        return normalised(x, False, own["eps"] + settings.eps) * own["array"]
+
+    kernel = layer_norm(lambda x, settings: normalised(x, True) * np.full(6, 2.0), rms=twin)
+
+    def fold(settings: Any) -> int:
+        def fn(p: Any, x: Any) -> Any:
+            return kernel(x @ p["w"], settings)
+
+        return jax_lnfold.fold(fn, {"w": np.eye(4, 6) + 0.3}, INPUT).report.n_folded
+
+    assert [fold(Settings(0.0)), fold(Settings(0.0))] == [1, 1]
+    assert len(kernel.passed) == 1
+    for change in ({"eps": 1e-2}, {"array": np.arange(6.0)}):
+        own |= change
+        with pytest.raises(FoldError, match="rms differs"):
+            fold(Settings(0.0))
+        own |= {"eps": 1e-6, "array": np.full(6, 2.0)}
+    with pytest.raises(FoldError, match="rms differs"):
+        fold(Settings(0.1))
 
 
 def test_the_test_can_be_switched_off() -> None:
