@@ -172,12 +172,12 @@ def _tested(
         if spread != 1 and not _is_finite(one):  # powers of what is small, in float16
             one, other = (one[0], {}), (other[0], {})
         twin.append(_compared(call, what, one, other, sets, tolerance))
-    shift_value, shift_slope = _largest(shift)
-    twin_value, twin_slope = _largest(twin)
+    shift_value, shift_slope = _worst(shift)
+    twin_value, twin_slope = _worst(twin)
     return LayerNormCheck(shift_value, twin_value, shift_slope, twin_slope, tolerance)
 
 
-def _largest(found: Sequence[tuple[float, float | None]]) -> tuple[float, float | None]:
+def _worst(found: Sequence[tuple[float, float | None]]) -> tuple[float, float | None]:
     """Of values, and of gradients if there are any."""
     slopes = [slope for _, slope in found if slope is not None]
     return max(value for value, _ in found), max(slopes, default=None)
