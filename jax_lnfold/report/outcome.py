@@ -86,7 +86,7 @@ class Outcome:
     lookups read a copy, and the bytes of each copy; with `untie`, `tied` are those in the way that
     stay. `statistics` are those of `with_statistics`. `approximation` is what was measured if
     LayerNorms do without a mean that is not zero. `on_matrix_unit` are sums that are products. With
-    `assume_values`, `unknown` are the leaves of which nothing is assumed, as their values are not at
+    `assume_values`, `unknown` are the leaves of which nothing is assumed: their values are not at
     hand.
     """
 

@@ -292,7 +292,8 @@ def test_training_keeps_leaves_as_they_must_be(dtype: str) -> None:
         updates, state = tx.update(jax.grad(loss)(params), state, params)
         return optax.apply_updates(params, updates), state
 
-    trained, state = folded.params, tx.init(folded.params)
+    trained: Any = folded.params
+    state: Any = tx.init(trained)
     for _ in range(5):
         trained, state = step(trained, state)
     g, s = trained[0]["g"], trained[0]["s"]
@@ -309,7 +310,8 @@ def test_training_keeps_leaves_as_they_must_be(dtype: str) -> None:
             for f in (lambda p: post_ln(p, X).sum(), lambda p: folded.apply(p, X).sum())
         )
         projected = [
-            jax_lnfold.center_gradients(folded.plan).update(g, None)[0] for g in (original, own)
+            jax_lnfold.center_gradients(folded.plan).update(g, optax.EmptyState())[0]
+            for g in (original, own)
         ]
         assert relative_difference(*projected) < 1e-11
     with pytest.raises(jax_lnfold.TreeError, match="leaf '0/g' is not"):
@@ -333,7 +335,7 @@ def test_functions_that_are_folded_together() -> None:
 
 
 def test_scales_that_are_taken_up_are_not_assumed_besides() -> None:
-    def pre_ln(params: Any, x: jax.Array) -> jax.Array:
+    def pre_ln(params: Any, x: jax.Array) -> Any:
         first, second = params
         y = norm(first, x) @ second["in"]
         return post_ln(params, x), y

@@ -91,7 +91,7 @@ def test_versions_of_the_kinds_are_read(version: int) -> None:
 
 def test_kinds_are_found_with_the_centerings_or_by_a_finder() -> None:
     """Copies are found by what makes the tree that the others are about; means are chosen later."""
-    assert {*KINDS} == {"edits", "scales", "untied", "means", "dropped", *FINDERS}
+    assert {*KINDS} == {"edits", "scales", "untied", "means", "dropped", "assumed", *FINDERS}
 
 
 # --- what leaves are multiplied by ---------------------------------------------------------------
