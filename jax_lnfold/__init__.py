@@ -23,6 +23,7 @@ from .measuring import measure
 from .models.folded_model import FoldedModel
 from .models.rms_model import RMSModel, with_rms_norms
 from .plan.edits.affine import AffineEdit, AffineReader
+from .plan.edits.assumed import AssumedEdit
 from .plan.edits.center import CenterEdit
 from .plan.edits.drop import DropEdit
 from .plan.edits.means import MeanEdit
@@ -52,6 +53,7 @@ __all__ = [
     "AffineEdit",
     "AffineReader",
     "Approximation",
+    "AssumedEdit",
     "AxisSet",
     "CenterEdit",
     "CenterState",

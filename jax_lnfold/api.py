@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple, overload
 
 import jax
@@ -24,6 +25,7 @@ from .models.folded_model import FoldedModel, taken_apart
 from .models.kind import EquinoxModel, LinenModule, NnxModel
 from .models.linen_modules import apply_of
 from .options import Options, check_excluded, check_options
+from .placement.assuming import values_of
 from .placement.place import Placement
 from .placement.planning import make_plan
 from .plan.plan import FoldPlan, check_donate
@@ -67,6 +69,7 @@ def fold(
     center: bool = ...,
     exclude: Collection[str] | Callable[[str], bool] = ...,
     untie: bool = ...,
+    assume_values: bool = ...,
     weights: Mapping[str, float] | None = ...,
     calibrate: Iterable[Any] | None = ...,
     budget: float | None = ...,
@@ -93,6 +96,7 @@ def fold(
     center: bool = ...,
     exclude: Collection[str] | Callable[[str], bool] = ...,
     untie: bool = ...,
+    assume_values: bool = ...,
     weights: Mapping[str, float] | None = ...,
     **keywords: Any,
 ) -> FoldedFunctions: ...
@@ -115,6 +119,7 @@ def fold(
     center: bool = False,
     exclude: Collection[str] | Callable[[str], bool] = (),
     untie: bool = False,
+    assume_values: bool = False,
     weights: Mapping[str, float] | None = None,
     calibrate: Iterable[Any] | None = None,
     budget: float | None = None,
@@ -182,6 +187,12 @@ def fold(
             the result is then an `Untied` tree: the original's part of it, which the original
             function takes, and the copies. The report says which leaves and how many bytes. Not
             for models that hold their parameters.
+        assume_values: also rely on what the values of parameters are: numbers that are all equal
+            along an axis (exactly: the scale of a LayerNorm in post-LN, ones after initialisation),
+            or all zero (its shift). The plan says which leaves must stay so, as few as the
+            LayerNorms need that would not fold otherwise (`FoldPlan.assumed`): constant, or
+            without a mean. Trees in which they are otherwise are refused, and `center_updates`
+            keeps them so. Nothing is assumed of leaves without values, nor of those in `exclude`.
         weights: with several functions, how often each of them runs, by name; by default alike.
             The report counts them. The plan does not depend on them: an edit costs no function
             anything, and what is paid for, each function pays for itself.
@@ -233,6 +244,7 @@ def fold(
         reduce_means,
         untie,
         matrix_unit,
+        assume_values,
     )
     check_donate(donate)
     _check_follow(plan, center, options)
@@ -242,6 +254,7 @@ def fold(
     wanted = _Wanted(options, bool(donate), plan, bool(center), exclude, weights, calibration)
     apply_fn, model = apply_of(apply_fn), taken_apart(apply_fn, params, example_inputs)
     _check_untie(options, model, plan)
+    _check_assume(options, plan)
     if model is not None:
         inputs = model.inputs
         if calibration is not None and model.methods is None:
@@ -275,6 +288,7 @@ def _fold(
     _check_given(apply_fn, params, example_inputs)
     found = check_leaves(params, "params", abstract=plan is not None and not center)
     check_excluded(exclude, (path for path, _ in found))
+    options = _with_values(options, found)
     params = params if plan is None else _followed(plan, params, center)
     if isinstance(apply_fn, Mapping):
         inputs = _inputs_of_each(apply_fn, example_inputs, keywords, "example_inputs")
@@ -310,6 +324,7 @@ def analyze(
     optimize: str | None = None,
     exclude: Collection[str] | Callable[[str], bool] = (),
     untie: bool = False,
+    assume_values: bool = False,
     weights: Mapping[str, float] | None = None,
     **keywords: Any,
 ) -> Report:
@@ -329,6 +344,7 @@ def analyze(
         optimize: see `fold`.
         exclude: see `fold`.
         untie: see `fold`.
+        assume_values: see `fold`.
         weights: see `fold`.
         **keywords: keyword arguments of `apply_fn`.
 
@@ -358,6 +374,7 @@ def analyze(
         reduce_means,
         untie,
         matrix_unit,
+        assume_values,
     )
     traced, placement, plan = _analysis(
         apply_fn, params, inputs, keywords, options, weights, exclude
@@ -378,6 +395,7 @@ def plan_fold(
     optimize: str | None = None,
     exclude: Collection[str] | Callable[[str], bool] = (),
     untie: bool = False,
+    assume_values: bool = False,
     weights: Mapping[str, float] | None = None,
     **keywords: Any,
 ) -> FoldPlan:
@@ -394,6 +412,7 @@ def plan_fold(
         optimize: see `fold`.
         exclude: see `fold`.
         untie: see `fold`.
+        assume_values: see `fold`.
         weights: see `fold`.
         **keywords: keyword arguments of `apply_fn`.
 
@@ -420,6 +439,7 @@ def plan_fold(
         exclude=exclude,
         reduce_means=reduce_means,
         untie=untie,
+        assume_values=assume_values,
     )
     return _analysis(apply_fn, params, inputs, keywords, options, weights, exclude)[2]
 
@@ -436,10 +456,11 @@ def _analysis(
     _check_no_means(options)
     apply_fn, model = apply_of(apply_fn), taken_apart(apply_fn, params, inputs)
     _check_untie(options, model, None)
+    _check_assume(options, None)
     if model is not None:
         apply_fn, params, inputs = model.functions, model.params, model.inputs
     _check_given(apply_fn, params, inputs)
-    check_leaves(params, "params", abstract=True)
+    options = _with_values(options, check_leaves(params, "params", abstract=True))
     if are_functions(apply_fn):
         each = _inputs_of_each(apply_fn, inputs, keywords, "inputs")
         traced = trace_together(apply_fn, params, each, weights)
@@ -469,6 +490,21 @@ def _check_untie(options: Options, model: Any, plan: FoldPlan | None) -> None:
         )
     if options.untie and plan is not None:
         raise FoldError("untie: a plan is followed with the copies it has; leave one of both out")
+
+
+def _check_assume(options: Options, plan: FoldPlan | None) -> None:
+    if not options.assume_values:
+        return
+    other = 'approximate={"mean"}' if options.drop_means else "untie" if options.untie else None
+    if other is not None:
+        raise FoldError(f"assume_values: not together with {other}; leave one of both out")
+    if plan is not None:
+        raise FoldError("assume_values: a plan is followed as it is; leave one of both out")
+
+
+def _with_values(options: Options, leaves: list[tuple[str, Any]]) -> Options:
+    """The options with what there is to assume of the leaves, if it was asked for."""
+    return replace(options, values=values_of(leaves)) if options.assume_values else options
 
 
 def _inputs_of_each(
@@ -537,7 +573,9 @@ def _followed(plan: FoldPlan, params: Any, center: Any) -> Any:
         return plan.extend(params)
     if any(map(is_abstract, jax.tree.leaves(params))):
         plan.fitted(params, abstract=True)
-    elif (path := plan.not_centered(params)) is not None:
+        return params
+    plan.fitted(params).check_assumed(params)
+    if (path := plan.not_centered(params)) is not None:
         raise TreeError(
             f"params: leaf {path!r} is not centered as the plan says; pass center=True to edit it, "
             "or plan.center(params)"

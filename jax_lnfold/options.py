@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,6 +27,13 @@ PRESETS = {
 """What `optimize` turns on, by platform: what was measured to pay (`bench/README.md`)."""
 
 
+class Values(NamedTuple):
+    """What the numbers of a leaf are: all equal along the `constant` axes, or all zero."""
+
+    constant: frozenset[int]
+    zero: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """The checked options of a fold, see `fold`.
@@ -36,6 +43,8 @@ class Options:
     With `reduce_means` parameters are centered for LayerNorms that keep their mean, too.
     With `untie`, lookups may read copies of leaves. With `drop_means`, LayerNorms may do without a
     mean that is not zero, if a plan says which. With `matrix_unit`, statistics are products.
+    With `assume_values`, leaves may be taken to stay what their `values` are, by key path; None is
+    what nobody here can see.
     """
 
     explicit_cost: float
@@ -48,6 +57,8 @@ class Options:
     untie: bool = False
     drop_means: bool = False
     matrix_unit: bool = False
+    assume_values: bool = False
+    values: Mapping[str, Values | None] = field(default_factory=dict)
 
 
 def check_options(
@@ -61,6 +72,7 @@ def check_options(
     reduce_means: Any = False,
     untie: Any = False,
     matrix_unit: Any = False,
+    assume_values: Any = False,
 ) -> Options:
     """The options; raises a `FoldError` unless they have a meaning."""
     cost = _positive(explicit_cost)
@@ -70,6 +82,7 @@ def check_options(
     _require_bool("reduce_means", reduce_means)
     _require_bool("untie", untie)
     _require_bool("matrix_unit", matrix_unit)
+    _require_bool("assume_values", assume_values)
     platform = _platform(optimize)
     deferred = _deferred_cost(deferred_cost, platform or jax.default_backend())
     preset = PRESETS.get(platform, frozenset())
@@ -83,6 +96,7 @@ def check_options(
         untie=bool(untie),
         drop_means="mean" in approximations,
         matrix_unit=bool(matrix_unit) or "matrix_unit" in preset,
+        assume_values=bool(assume_values),
     )
 
 

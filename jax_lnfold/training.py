@@ -16,7 +16,7 @@ import numpy as np
 from ._compat import is_tracer
 from .centering import group_means, widened
 from .errors import FoldError, TreeError
-from .plan.leaf import Recipe
+from .plan.leaf import Recipe, first_of_each
 from .plan.plan import FoldPlan
 from .plan.tree_fit import names_in
 from .trees import FLOATS, is_editable, is_numeric, leaf_paths
@@ -302,6 +302,9 @@ def _centered_update(u: Any, p: Any, recipe: Recipe) -> Any:
     # Without the barrier compilers would rather compute the gradient's product twice.
     new = jnp.asarray(jax.lax.optimization_barrier(u), wide)
     means = recipe.means_for(wide)
+    for along in recipe.constant:
+        mean = group_means(new, along, jnp)
+        new = jnp.where(jnp.isfinite(mean), mean, new)
     for along in recipe.sets:
         mean = group_means(new, along, jnp)
         rest = 0 if p is None else group_means(_without(p, means, wide), along, jnp)
@@ -332,6 +335,10 @@ def _drift(p: Any, recipe: Recipe) -> jax.Array:
         size = group_means(jnp.abs(x), along, jnp)
         means = jnp.abs(group_means(rest, along, jnp)) / jnp.where(size == 0, 1, size)
         largest.append(jnp.max(jnp.where(jnp.isfinite(means), means, 0)))
+    for along in recipe.constant:
+        first = first_of_each(x, along)
+        varies = (x != first) & jnp.isfinite(x) & jnp.isfinite(first)
+        largest.append(jnp.where(varies.any(), jnp.inf, 0).astype(wide))
     return (jnp.max(jnp.stack(largest)) / tolerance).astype(jnp.float32)
 
 

@@ -17,6 +17,7 @@ from ..axes.labels import FREE
 from ..program.graph import DROPOUT, Graph, Op
 from ..program.primitives import NOT_CARRYING
 from ..rules import Context, Opaque, has_rule, rule_of
+from .assumptions import NOTHING, Assumptions
 from .claims import Blocker, Claim, solve
 from .shift_tracker import RETURNED, Tracker
 
@@ -24,14 +25,19 @@ from .shift_tracker import RETURNED, Tracker
 class Facts:
     """Answers about one program. `ones` are parameter leaves known to be all ones.
 
+    They hold for all values of other parameters, but for those that something is `assumed` of.
+
     `unknown` collects the operations met for which there is no rule, `dropouts` those taken for the
     identity; `visits` counts how often a rule was asked about an equation.
     """
 
-    def __init__(self, graph: Graph, ones: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self, graph: Graph, ones: frozenset[int] = frozenset(), assumed: Assumptions = NOTHING
+    ) -> None:
         """Answer about `graph`."""
         self.graph = graph
         self.ones = ones
+        self.assumed = assumed
         self.unknown: dict[int, Op] = {}
         self.dropouts: set[int] = set()
         self.visits = 0
@@ -112,6 +118,8 @@ class Facts:
     def _why_uniform(self, claim: Claim) -> Blocker | Iterable[Claim]:
         value, along = claim
         if along.widened().trivial or along.empty or value in self.ones:
+            return ()
+        if self.assumed.is_constant(value, along):
             return ()
         if (constant := self.graph.constants.get(value)) is not None:
             varies = Blocker(None, "a constant varies along the mean")

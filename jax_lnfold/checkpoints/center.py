@@ -13,8 +13,8 @@ import numpy as np
 
 from ..errors import FoldError
 from ..plan.edits.edit import LeafEdit, fills_of
-from ..plan.leaf import edit_leaf, look_at
-from ..plan.plan import FoldPlan, overflow_error
+from ..plan.leaf import edit_leaf, is_edited, look_at
+from ..plan.plan import FoldPlan, assumed_error, overflow_error
 from .formats import open_store
 from .key_map import KeyMap
 from .leaf_store import real_path
@@ -58,7 +58,8 @@ def center_checkpoint(
 
     Raises:
         FoldError: `source` is no such checkpoint, does not hold the tree of the plan (where `keys`
-            say), or a leaf would overflow; `dest` cannot be made.
+            say), or a leaf would overflow, or is not what the plan takes it to be; `dest` cannot be
+            made.
     """
     _check_dest(source, dest)
     store = open_store(source)
@@ -68,6 +69,7 @@ def center_checkpoint(
     else:
         views = keys.located(plan, store.leaves)
     edits = _in_order(plan.leaf_edits(), views)
+    assumed = {path: edits.pop(path) for path in [*edits] if edits[path].recipe.assumed}
     written = [views[path] for path in edits]
     with ExitStack() as stack:
         with undisturbed():
@@ -76,6 +78,9 @@ def center_checkpoint(
         copy = folder / source.resolve().name
         store.copy(copy, {part.name for view in written for part in view.parts})
         rewriter = Rewriter(store, open_store(copy), written)
+        for path, edit in assumed.items():
+            if not is_edited(rewriter.read(views[path]), edit.recipe, slack=2.0):
+                raise assumed_error("source", str(views[path]), edit.recipe)
         for path, edit in track(edits.items()):
             new = _edited(rewriter, views, path, edit, fills_of(edits, edit))
             with undisturbed():  # some stores go on writing in other threads

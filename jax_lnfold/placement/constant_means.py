@@ -64,7 +64,7 @@ def _balanced(
     values: Mapping[str, Any],
 ) -> Iterator[tuple[int, MeanEdit]]:
     """For each LayerNorm a bias, if it has one, with minus the mean of all shifts."""
-    edited = plan.leaf_edits()
+    edited = {path for path, edit in plan.leaf_edits().items() if not edit.recipe.assumed}
     for terms in found:
         bias = next((t for t in terms if t.leaf in free and t.whole), None)
         shifts = [t for t in terms if names[t.leaf] not in edited]

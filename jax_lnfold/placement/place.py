@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
+from ..analysis.assumptions import NOTHING, Assumptions
 from ..analysis.claims import Claim
 from ..analysis.facts import Facts
 from ..analysis.layer_norms import LayerNorm, find_norms
@@ -37,7 +38,8 @@ class Placement:
     `dropped` of norms that are not folded, but lose their mean on request. Edits that
     serve no LayerNorm are in `found`, by the section of a plan; `affine_left` says of scales, by
     key path, why no linear layer behind them takes them up; `tied` says of leaves why they are not
-    untied by a copy. If leaves are excluded, `unrestricted` is the placement without that.
+    untied by a copy; `unknown` are leaves whose values are not at hand. If leaves are excluded,
+    `unrestricted` is the placement without that.
     """
 
     search: ZeroMeanGraph
@@ -56,6 +58,7 @@ class Placement:
     unrestricted: Placement | None = None
     tied: dict[str, str] = field(default_factory=dict)
     dropped: frozenset[int] = frozenset()
+    unknown: tuple[str, ...] = ()
 
     @property
     def facts(self) -> Facts:
@@ -75,18 +78,23 @@ class Placement:
         return self.facts.graph
 
 
-def place(graph: Graph, explicit_cost: float = 2.0, reduce_means: bool = False) -> Placement:
+def place(
+    graph: Graph,
+    explicit_cost: float = 2.0,
+    reduce_means: bool = False,
+    assumed: Assumptions = NOTHING,
+) -> Placement:
     """The cheapest centerings for a program, with the fewest scales merged that they need.
 
     With `reduce_means`, leaves that feed LayerNorms which keep their mean are centered, too.
     """
     merges = find_merges(graph)
-    facts = Facts(graph, frozenset(merges))
+    facts = Facts(graph, frozenset(merges), assumed)
     placement = place_within(facts, merges, explicit_cost, reduce_means=reduce_means)
     needed = {v: m for v, m in merges.items() if _is_needed(m, placement)}
     if len(needed) == len(merges):
         return placement
-    facts = Facts(graph, frozenset(needed))
+    facts = Facts(graph, frozenset(needed), assumed)
     fewer = place_within(facts, needed, explicit_cost, reduce_means=reduce_means)
     return fewer if fewer.folded == placement.folded else placement
 

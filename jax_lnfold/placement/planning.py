@@ -6,6 +6,7 @@ from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from ..analysis.assumptions import NOTHING, Assumptions
 from ..analysis.facts import Facts
 from ..axes.axis_set import AxisSet
 from ..errors import Bug, PlanFormatError, PlanMismatchError
@@ -18,6 +19,7 @@ from ..program.graph import Graph
 from ..program.tracing import Traced
 from .absorbing import are_seen
 from .affine import check_affine, with_affine
+from .assuming import assuming, assumptions_of
 from .layer_scale import find_merges
 from .place import Placement, place, place_within
 from .queries import check_queries, with_queries
@@ -49,10 +51,15 @@ FINDERS: dict[str, Finder] = {
 
 def place_all(graph: Graph, options: Options) -> Placement:
     """The cheapest centerings for a program, and all other edits that the options ask for."""
-    placement = place(graph, options.explicit_cost, options.reduce_means)
-    for finder in FINDERS.values():
-        placement = finder.find(placement, options)
-    return placement
+
+    def placed(assumed: Assumptions) -> Placement:
+        placement = place(graph, options.explicit_cost, options.reduce_means, assumed)
+        for finder in FINDERS.values():
+            placement = finder.find(placement, options)
+        return placement
+
+    plain = placed(NOTHING)
+    return assuming(plain, placed, options.values) if options.values else plain
 
 
 def placement_of(traced: Traced, options: Options, kept: Container[str] = frozenset()) -> Placement:
@@ -108,7 +115,8 @@ def place_again(plan: FoldPlan, graph: Graph, explicit_cost: float) -> Placement
     for edit in plan.edits:
         leaf = value[edit.key_path]
         fixed[leaf] = (*fixed.get(leaf, ()), edit.along)
-    facts = Facts(graph, frozenset(value[s.key_path] for s in plan.scales))
+    ones = frozenset(value[s.key_path] for s in plan.scales)
+    facts = Facts(graph, ones, assumptions_of(plan.assumed, value))
     merges = _merges_again(plan, value, graph)
     _check_centerings(facts, fixed)
     # Not `fixed`: no LayerNorm may rest on a leaf whose mean is another number than zero.
@@ -118,7 +126,8 @@ def place_again(plan: FoldPlan, graph: Graph, explicit_cost: float) -> Placement
     for name, edits in found.items():
         for edit in edits:
             FINDERS[name].check(edit, value, graph)
-    return replace(placement, found={**found, "means": plan.means, "dropped": plan.dropped})
+    rest = {"means": plan.means, "dropped": plan.dropped, "assumed": plan.assumed}
+    return replace(placement, found={**found, **rest})
 
 
 def _merges_again(plan: FoldPlan, value: Mapping[str, int], graph: Graph) -> dict[int, ScaleEdit]:

@@ -31,12 +31,14 @@ UNIT = 1000
 class Node:
     """How a value can be zero-mean along a set: it is, by edit, by insertion, or by its operands.
 
-    `needs` is None where the operands cannot help; `obstacle` then says why. The costs are None
-    where the way is barred. `approximate` if it is so by its operands on request only.
+    `assumed` says that it is so because of the numbers of a leaf. `needs` is None where the
+    operands cannot help; `obstacle` then says why. The costs are None where the way is barred.
+    `approximate` if it is so by its operands on request only.
     """
 
     is_zero: bool = False
     edit: bool = False
+    assumed: bool = False
     insert: int | None = None
     needs: list[Claim] | None = None
     obstacle: Blocker | None = None
@@ -108,6 +110,8 @@ class ZeroMeanGraph:
             edit = self._editable(value, along, intolerant)
             why = "is excluded" if value in graph.excluded else "is not edited by the plan"
             otherwise = Blocker(None, f"it {why}")
+            if not edit and self.facts.assumed.is_centered(value, along):
+                return Node(is_zero=True, assumed=True, intolerant=intolerant)
         elif value in graph.constants:
             edit = intolerant is None and graph.is_editable_constant(value)
             edit = edit and not graph.only_leaves

@@ -89,6 +89,7 @@ def check_plan(leaves: Sequence[LeafSpec], sections: Sections) -> None:
         roles.update(paths)
     _check_filled(sections, roles)
     _check_means(sections)
+    _check_assumed(sections, roles)
 
 
 def _check_filled(sections: Sections, roles: Mapping[str, int]) -> None:
@@ -106,3 +107,11 @@ def _check_means(sections: Sections) -> None:
     given = (path for path, edit in changes if edit.recipe.means is not None)
     if twice := [path for path in given if sets[path] > 1]:
         raise ValueError(f"leaf {min(twice)!r} gets means, and is centered besides")
+
+
+def _check_assumed(sections: Sections, roles: Mapping[str, int]) -> None:
+    """What is taken as it is stays so: nothing else is done to it."""
+    changes = (change for edits in sections.values() for e in edits for change in e.changes())
+    times = Counter(path for path, edit in changes if edit.recipe.assumed)
+    if twice := [path for path, n in times.items() if roles[path] > n]:
+        raise ValueError(f"leaf {min(twice)!r} has to stay as it is, and is edited besides")

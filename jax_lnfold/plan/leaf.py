@@ -74,7 +74,8 @@ class Recipe:
     product of a shift and a kernel is added: the shift runs along `axes` of the kernel, `summed`
     axes are summed over and the leaf's own axes run along the rest. Then the leaf is scaled along
     each of `factors`, centered along `sets`, and at last gets the `means` of the groups of the only
-    set, one for each, in row-major order.
+    set, one for each, in row-major order. What is `assumed` is edited in training only: it has no
+    means along `sets`, and is constant along each of `constant`, whatever is done.
     """
 
     fill: float | None = None
@@ -83,6 +84,8 @@ class Recipe:
     factors: tuple[Multiplier, ...] = ()
     sets: tuple[AxisSet, ...] = ()
     means: tuple[float, ...] | None = None
+    constant: tuple[AxisSet, ...] = ()
+    assumed: bool = False
 
     @property
     def alike(self) -> Recipe:
@@ -174,7 +177,14 @@ def _looks_edited(
     for along in recipe.sets:
         bound = slack * rounding_of_means(wide, x.dtype, along, xp, part)
         found &= (abs(group_means(rest, along, xp, part)) <= bound).all()
+    for along in recipe.constant:
+        found &= (x == first_of_each(x, along)).all()
     return found
+
+
+def first_of_each(x: Any, along: AxisSet) -> Any:
+    """The first number of every group along whole axes; NaN equals none, so it is not constant."""
+    return x[tuple(slice(1) if entry == ALL else slice(None) for entry in along.entries)]
 
 
 def overflows(x: Any, sources: Sequence[Any], recipe: Recipe) -> bool:
@@ -269,7 +279,8 @@ def _blocks(shape: Shape, axis: int) -> Iterator[tuple[slice, ...]]:
 
 def _free_axis(shape: Shape, recipe: Recipe) -> int | None:
     """The longest axis that no mean is taken over, if there is one."""
-    free = [d for d in range(len(shape)) if all(s.entries[d] == FREE for s in recipe.sets)]
+    every = (*recipe.sets, *recipe.constant)
+    free = [d for d in range(len(shape)) if all(s.entries[d] == FREE for s in every)]
     return max(free, key=lambda d: shape[d], default=None)
 
 

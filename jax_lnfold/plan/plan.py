@@ -16,11 +16,12 @@ import jax
 import numpy as np
 
 from .._compat import is_tracer
-from ..errors import FoldError, PlanFormatError, TreeError
+from ..errors import FoldError, PlanFormatError, PlanMismatchError, TreeError
 from ..printable import printable, written
 from ..trees import FLOATS, check_leaves, committed_to, is_editable
 from ..untied import copied_in, extended
 from .edits.affine import AffineEdit
+from .edits.assumed import AssumedEdit
 from .edits.center import CenterEdit
 from .edits.drop import DropEdit
 from .edits.edit import Edit, LeafEdit, fills_of
@@ -39,7 +40,8 @@ class FoldPlan:
 
     `leaves` describes the tree that the plan fits; `affine` is applied before `scales`, and these
     before `edits` and `means`, of which a leaf has one kind. `dropped` edits no leaf, but makes the
-    folded program an approximation: see `exact`. If leaves are `untied`, the tree is an
+    folded program an approximation: see `exact`. What is `assumed` of leaves is not edited either:
+    trees that are otherwise are refused. If leaves are `untied`, the tree is an
     `Untied` one, see `extend`. Where `from_json` would not read it back, it cannot be made:
     `PlanFormatError`.
 
@@ -65,6 +67,7 @@ class FoldPlan:
     queries: tuple[QueryEdit, ...] = ()
     means: tuple[MeanEdit, ...] = ()
     dropped: tuple[DropEdit, ...] = ()
+    assumed: tuple[AssumedEdit, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the parts against each other."""
@@ -150,10 +153,13 @@ class FoldPlan:
         Raises:
             TreeError: key paths or shapes do not fit the plan's, a leaf is no array or a deleted
                 one, or a leaf to edit is no floating-point array or would overflow its dtype.
+            PlanMismatchError: a leaf is not as the plan takes it to be, or traced, so that nobody
+                can tell.
             FoldError: `donate` is not a bool.
         """
         check_donate(donate)
         plan = self.fitted(params)
+        plan.check_assumed(params)
         leaves, treedef = jax.tree.flatten(params)
         jobs = plan._jobs(leaves)
         places = Counter(map(id, leaves))  # an array at two key paths keeps its memory
@@ -173,6 +179,8 @@ class FoldPlan:
         position = {leaf.key_path: i for i, leaf in enumerate(self.leaves)}
         edits, jobs = self.leaf_edits(), dict[int, tuple[list[Any], Recipe]]()
         for path, edit in edits.items():
+            if edit.recipe.assumed:
+                continue
             sources = [leaves[position[source]] for source in edit.sources]
             jobs[i := position[path]] = (sources, edit.recipe)
             if len({committed_to(x) for x in (leaves[i], *sources)} - {None}) > 1:
@@ -186,6 +194,7 @@ class FoldPlan:
             {
                 position[path]: look_at(leaves[position[path]], *jobs[position[path]], fills)
                 for path, edit in edits.items()
+                if not edit.recipe.assumed
                 if (fills := fills_of(edits, edit)) is not None
             }
         )
@@ -219,6 +228,21 @@ class FoldPlan:
             if leaf.key_path in edits
         }
         return next((path for path, done in jax.device_get(looks).items() if not done), None)
+
+    def check_assumed(self, params: Any, argument: str = "params") -> None:
+        """See to it that leaves are what this plan, which fits them, takes them to be.
+
+        Raises:
+            PlanMismatchError: one is not, or is traced, so that nobody can tell.
+        """
+        edits = {path: e for path, e in self.leaf_edits().items() if e.recipe.assumed}
+        leaves = zip(self.leaves, jax.tree.leaves(params), strict=True)
+        found = {leaf.key_path: x for leaf, x in leaves if leaf.key_path in edits}
+        unknown = next((path for path, x in found.items() if is_tracer(x)), None)
+        looks = {} if unknown else {p: is_edited(x, edits[p].recipe, 2.0) for p, x in found.items()}
+        path = next((p for p, done in jax.device_get(looks).items() if not done), unknown)
+        if path is not None:
+            raise assumed_error(argument, path, edits[path].recipe, unknown is not None)
 
     def leaf_edits(self) -> dict[str, LeafEdit]:
         """What is done to each leaf, by key path.
@@ -333,9 +357,13 @@ class FoldPlan:
         - ``means`` (since version 7): like ``edits``, of other leaves, and ``along`` whole axes
           only; then a number of ``means`` is added to all of each group. These are finite, and one
           for each position of the ``"free"`` axes, in row-major order.
+        - ``dropped`` (since version 8): the LayerNorm of the name ``norm`` does without its mean.
+        - ``assumed`` (since version 9): like ``edits``, but the leaf is not edited: it is so
+          already, and must be. With the ``state`` ``"centered"`` its means are zero, with
+          ``"constant"`` it does not vary along the axes ``"all"``, to the last bit.
         - ``version``: 2; 3 if there is an ``affine``; 4 if in one of these ``one`` is 0; 5 if
           leaves are ``untied``; 6 if there are ``queries``; 7 if there are ``means``; 8 if means
-          are ``dropped``.
+          are ``dropped``; 9 if something is ``assumed``.
         """
         version = self.version
         sections = {
@@ -389,6 +417,16 @@ def overflow_error(name: str, path: str) -> TreeError:
         f"{name}: leaf {path!r} would overflow its dtype when it is edited; convert it to a wider "
         "one, or make its numbers smaller"
     )
+
+
+def assumed_error(name: str, path: str, recipe: Recipe, traced: bool = False) -> PlanMismatchError:
+    """What to raise if a leaf of the argument `name` is not as the plan takes it to be."""
+    facts = [f"constant along {along}" for along in recipe.constant]
+    facts += ["zero" if s.trivial else f"centered along {s}" for s in recipe.sets]
+    told = f"{name}: leaf {path!r} must be {' and '.join(facts)}, on which the plan rests"
+    if traced:
+        return PlanMismatchError(f"{told}, and nobody can tell while it is traced; do this outside")
+    return PlanMismatchError(f"{told}, and is not; make a plan for these parameters")
 
 
 def _some(paths: set[str]) -> str:

@@ -59,6 +59,7 @@ def make_report(
         tied=tuple(TiedLeaf(path, why) for path, why in placement.tied.items()),
         statistics=_statistics(told, names),
         approximation=told,
+        unknown=placement.unknown,
     )
 
 
@@ -71,7 +72,8 @@ def _statistics(told: Approximation | None, names: Sequence[Name]) -> Statistics
 
 def _rounded(graph: Graph, plan: FoldPlan) -> tuple[str, ...]:
     """Key paths of edited leaves that are used with more digits than they are stored with."""
-    computed = {p for p, edit in plan.leaf_edits().items() if edit.recipe.fill is None}
+    recipes = {path: edit.recipe for path, edit in plan.leaf_edits().items()}
+    computed = {p for p, r in recipes.items() if r.fill is None and not r.assumed}
     return tuple(p for v, p in graph.leaves.items() if p in computed and _is_widened(graph, v))
 
 
@@ -94,7 +96,7 @@ def _is_real(graph: Graph, value: int) -> bool:
 
 
 def _edited_bytes(graph: Graph, plan: FoldPlan) -> int:
-    edited = plan.leaf_edits()
+    edited = {path for path, edit in plan.leaf_edits().items() if not edit.recipe.assumed}
     return sum(_bytes(graph, v) for v, path in graph.leaves.items() if path in edited)
 
 

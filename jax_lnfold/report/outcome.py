@@ -85,7 +85,9 @@ class Outcome:
     many explicit centerings would be inserted, if none were. `untied` are the leaves of which
     lookups read a copy, and the bytes of each copy; with `untie`, `tied` are those in the way that
     stay. `statistics` are those of `with_statistics`. `approximation` is what was measured if
-    LayerNorms do without a mean that is not zero. `on_matrix_unit` are sums that are products.
+    LayerNorms do without a mean that is not zero. `on_matrix_unit` are sums that are products. With
+    `assume_values`, `unknown` are the leaves of which nothing is assumed: their values are not at
+    hand.
     """
 
     norms: tuple[Norm, ...]
@@ -110,6 +112,7 @@ class Outcome:
     untied: tuple[UntiedLeaf, ...] = ()
     tied: tuple[TiedLeaf, ...] = ()
     on_matrix_unit: tuple[MatrixSum, ...] = ()
+    unknown: tuple[str, ...] = ()
 
     @property
     def edits(self) -> tuple[CenterEdit, ...]:

@@ -77,6 +77,18 @@ def _untied(outcome: Outcome) -> Iterable[str]:
         yield f"`{leaf.key_path}` stays tied: {leaf.reason}."
 
 
+def _assumed(outcome: Outcome) -> Iterable[str]:
+    """What else than the program the fold rests on: a line for all leaves that are alike."""
+    groups: dict[str, list[str]] = {}
+    for edit in outcome.plan.assumed:
+        groups.setdefault(template(str(edit)), []).append(str(edit))
+    if groups:
+        yield f"Exact as long as these stay so: {'; '.join(map(merged, groups.values()))}."
+    if outcome.unknown:
+        leaves = counted(len(outcome.unknown), "parameter")
+        yield f"Nothing is assumed of {leaves}, whose values are not at hand."
+
+
 def _deferred(outcome: Outcome) -> Iterable[str]:
     if outcome.deferred:
         yield f"{counted(len(outcome.deferred), 'scale')} deferred behind matrix products."
@@ -180,6 +192,7 @@ SECTIONS: tuple[Section, ...] = (
     _insertions,
     _excluded,
     _untied,
+    _assumed,
     _deferred,
     _on_matrix_unit,
     _scales_left,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -44,6 +45,8 @@ MODES: dict[str, dict[str, Any]] = {
         "matrix_unit": True,
     },
 }
+ASSUMING = [{}, {"fold_affine": True}, {"reduce_means": True, "defer_scale": True}]
+"""Options that values are assumed with."""
 ALONE = 2
 """Tolerance claims that are tested by themselves, besides all of them together."""
 JITTERS = 4
@@ -215,6 +218,62 @@ def check_tolerance(traced: Traced, placement: Placement, network: Network, para
         difference = relative_difference(got, want)
         assert difference < network.digits, f"{describe(chosen)} noticed: {difference:.1e}"
     return len(floats)
+
+
+# Values that are assumed.
+
+
+def check_assumed(network: Network) -> Counter[str]:
+    """Of constant leaves, a fold rests on no more than its plan says: all else may be anything."""
+    rng = np.random.default_rng(len(repr(network)))
+    some = {name: with_equal_numbers(rng, x) for name, x in network.params.items()}
+    network = replace(network, params=some)
+    traced, found = trace(network.apply, some, network.inputs), Counter(programs=1)
+    want = run(traced, some, network.inputs)
+    for options in ASSUMING:
+        plain = jax_lnfold.fold(network.apply, some, *network.inputs, **options)
+        folded = jax_lnfold.fold(
+            network.apply, some, *network.inputs, assume_values=True, **options
+        )
+        check_same(network, traced, folded, folded.params, want, f"values, {options}")
+        plan, gained = folded.plan, folded.report.n_folded - plain.report.n_folded
+        assert jax_lnfold.FoldPlan.from_json(plan.to_json()) == plan
+        assert plan.assumed or plan == plain.plan
+        found.update(folds=1, gained=gained, assumed=len(plan.assumed))
+        if plan.assumed:
+            other = replace(network, params={p: other_of(rng, plan, p, x) for p, x in some.items()})
+            again = jax_lnfold.fold(
+                other.apply, other.params, *other.inputs, plan=plan, center=True, **options
+            )
+            assert again.report.n_folded == folded.report.n_folded
+            own = trace(other.apply, other.params, other.inputs)
+            check_same(other, own, again, again.params, run(own, other.params, other.inputs), "own")
+    return found
+
+
+def with_equal_numbers(rng: np.random.Generator, x: np.ndarray) -> np.ndarray:
+    """The leaf, or one that is zero, or constant along some axes."""
+    kind = rng.integers(4)
+    axes = tuple(d for d in range(x.ndim) if rng.integers(2) or x.ndim == 1)
+    first = x[tuple(slice(1) if d in axes else slice(None) for d in range(x.ndim))]
+    return x if kind == 0 else 0 * x if kind == 1 else np.broadcast_to(first, x.shape).copy()
+
+
+def other_of(
+    rng: np.random.Generator, plan: jax_lnfold.FoldPlan, path: str, x: np.ndarray
+) -> np.ndarray:
+    """Other numbers for a leaf, which are what the plan takes them to be."""
+    new = rng.standard_normal(x.shape) / 2 + 0.1
+    for edit in plan.assumed:
+        if edit.key_path == path and edit.state == "constant":
+            new = np.broadcast_to(
+                new[tuple(slice(1) if e == "all" else slice(None) for e in edit.along.entries)],
+                x.shape,
+            ).copy()
+    for edit in plan.assumed:
+        if edit.key_path == path and edit.state == "centered":
+            new = centered(new, edit.along)
+    return new.astype(x.dtype)
 
 
 # Means left out.

@@ -324,6 +324,7 @@ BAD_OPTIONS: dict[str, tuple[tuple[Any, ...], str, str]] = {
     "donate": (("no", None, 1, []), *BOOL),
     "fold_affine": ((None, "yes", 2, {"g"}), *BOOL),
     "reduce_means": ((None, "yes", 2, {"g"}), *BOOL),
+    "assume_values": ((None, "yes", 2, {"g"}), *BOOL),
     "approximate": (
         ("dropout", {"noise"}, 1, [1], None, ["dropout", "x"]),
         ".* is no set of names",

@@ -26,6 +26,7 @@ from jax_lnfold.placement.droppable import why_kept
 from jax_lnfold.plan.plan import FoldPlan
 from tests.helpers.network_checks import (
     MODES,
+    check_assumed,
     check_contracts,
     check_facts,
     check_gradients,
@@ -35,7 +36,12 @@ from tests.helpers.network_checks import (
 )
 from tests.models.networks import Network, random_network
 
-ALONE = {"facts": check_facts, "left_out": check_left_out, "no_budget": check_no_budget}
+ALONE = {
+    "facts": check_facts,
+    "left_out": check_left_out,
+    "no_budget": check_no_budget,
+    "assumed": check_assumed,
+}
 """Checks that choose their options themselves."""
 CHECKS = ("contracts", "gradients", "float32", "bfloat16", *ALONE)
 SHOWN = (0.01, 0.5, 0.9, 0.99, 1.0)
@@ -137,6 +143,13 @@ def test_means_left_out(count: int) -> None:
     found = check_many(["left_out"], range(0, 3 * count, 3))
     assert not found.failures
     assert min(found.counts[name] for name in ("left_out", "exact", "changed")) > 5
+
+
+@pytest.mark.parametrize("count", [16, pytest.param(300, marks=pytest.mark.slow)])
+def test_values_that_are_assumed(count: int) -> None:
+    found = check_many(["assumed"], range(0, 3 * count, 3))
+    assert not found.failures
+    assert min(found.counts["gained"], found.counts["assumed"]) > 5
 
 
 @pytest.mark.wide

@@ -33,6 +33,8 @@ class LeafEdit:
             factors=one.factors + two.factors,
             sets=one.sets + two.sets,
             means=one.means if two.means is None else two.means,
+            constant=one.constant + two.constant,
+            assumed=one.assumed or two.assumed,
         )
         return LeafEdit(sources, recipe)
 
