@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 
 import jax_lnfold
 
@@ -18,6 +21,15 @@ Array = jax.Array
 def normalised(x: Array, mean: bool, eps: float = 1e-6) -> Array:
     c = x - x.mean(-1, keepdims=True) if mean else x
     return c * jax.lax.rsqrt((c * c).mean(-1, keepdims=True) + eps)
+
+
+def primitive_of(name: str, fn: Callable[..., Any]) -> Primitive:
+    """A primitive that computes a function, and has no rule anywhere."""
+    made = Primitive(name)
+    made.def_impl(fn)
+    made.def_abstract_eval(lambda *avals: jax.make_jaxpr(fn)(*avals).out_avals[0])
+    mlir.register_lowering(made, mlir.lower_fun(fn, multiple_results=False))
+    return made
 
 
 def hidden(fn: Any) -> Any:

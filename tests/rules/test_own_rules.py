@@ -11,29 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import batching
 
 import jax_lnfold
 from jax_lnfold import FoldError, rules
 from jax_lnfold.program.flatten import flatten
 from jax_lnfold.rules import Opaque, Pull, Rule, check_rule, linear, register
 from tests.helpers.contracts import counts, fold_checked
-from tests.kernels.kernels import norm, pallas_product, product_kernel
+from tests.kernels.kernels import norm, pallas_product, primitive_of, product_kernel
 
 RNG = np.random.default_rng(0)
 
 
 def draw(*shape: int) -> Any:
     return jnp.asarray(RNG.normal(size=shape))
-
-
-def primitive_of(name: str, fn: Callable[..., Any]) -> Primitive:
-    """A primitive that computes a function, and has no rule anywhere."""
-    made = Primitive(name)
-    made.def_impl(fn)
-    made.def_abstract_eval(lambda *avals: jax.make_jaxpr(fn)(*avals).out_avals[0])
-    mlir.register_lowering(made, mlir.lower_fun(fn, multiple_results=False))
-    return made
 
 
 def doubled(x: Any) -> Any:
