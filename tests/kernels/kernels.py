@@ -148,3 +148,25 @@ def product_kernel(x_ref: Any, w_ref: Any, y_ref: Any) -> None:
 def pallas_product(x: Array, w: Array) -> Array:
     shape = jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), x.dtype)
     return pl.pallas_call(product_kernel, out_shape=shape, interpret=True)(x, w)
+
+
+def lookup_kernel(ids_ref: Any, table_ref: Any, y_ref: Any) -> None:
+    y_ref[...] = table_ref[...][ids_ref[...]]
+
+
+def pallas_lookup(ids: Array, table: Array) -> Array:
+    shape = jax.ShapeDtypeStruct((*ids.shape, table.shape[1]), table.dtype)
+    return pl.pallas_call(lookup_kernel, out_shape=shape, interpret=True)(ids, table)
+
+
+def patch_kernel(x_ref: Any, w_ref: Any, y_ref: Any) -> None:
+    """A convolution whose windows, of 2 by 2, do not overlap."""
+    b, h, w, _ = x_ref.shape
+    x = x_ref[...].reshape(b, h // 2, 2, w // 2, 2, -1)
+    y_ref[...] = jnp.einsum("bjxkyi,xyio->bjko", x, w_ref[...])
+
+
+def pallas_patches(x: Array, w: Array) -> Array:
+    b, height, width, _ = x.shape
+    shape = jax.ShapeDtypeStruct((b, height // 2, width // 2, w.shape[-1]), x.dtype)
+    return pl.pallas_call(patch_kernel, out_shape=shape, interpret=True)(x, w)
