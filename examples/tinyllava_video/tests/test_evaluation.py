@@ -174,7 +174,7 @@ def test_mlvu_is_a_file_for_each_task(tmp_path: Path) -> None:
     (needle,) = items("mlvu", tmp_path / "json", tmp_path, Asking(only="needle", thinking=True))
     assert needle.question == f"2?\n(A) red\n(B) blue\n{THINKING}"
     (tmp_path / "json/3_ego.json").unlink()
-    with pytest.raises(InputError, match="3_ego.json"):
+    with pytest.raises(InputError, match=r"3_ego\.json"):
         items("mlvu", tmp_path / "json", tmp_path, Asking())
 
 
