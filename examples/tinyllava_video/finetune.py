@@ -26,6 +26,7 @@ from .conversations import batches, examples
 from .errors import InputError
 from .fitting import Trained, fit
 from .model import TinyLlavaVideo
+from .pipeline import check_ids
 from .separate import CONNECTORS, QUERIES, joined
 from .stage_folders import check_parts, save_parts
 from .text import load_tokenizer
@@ -117,6 +118,7 @@ def trained(options: argparse.Namespace) -> Trained:
         if options.lora:
             raise InputError("lora: stage 1 does not train the language model; give it in stage 2")
     found = examples(options.data, options.videos, load_tokenizer(start.texts), options.stage)
+    check_ids((part for each in found for part in (each.before, each.after)), config)
     if options.frames < 1:
         raise InputError(f"frames: must be at least 1 in training, not {options.frames}")
     size = options.batch or BATCHES[options.stage]

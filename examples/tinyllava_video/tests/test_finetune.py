@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from examples.tinyllava_video.config import named
+from examples.tinyllava_video.config import Config, named
 from examples.tinyllava_video.conversations import batches, captions, dialogues, examples
 from examples.tinyllava_video.errors import InputError
 from examples.tinyllava_video.finetune import main
@@ -41,8 +42,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A video and three conversations about it."""
-    where = tmp_path_factory.mktemp("data")
+    return conversations_in(tmp_path_factory.mktemp("data"))
+
+
+def conversations_in(where: Path) -> Path:
+    """Writes a video and three conversations about it."""
     with av.open(str(where / "v.mp4"), "w") as container:
         stream = container.add_stream("mpeg4", rate=4)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
@@ -201,8 +205,17 @@ def test_parts_and_a_fresh_connector_are_a_model(
     assert found.encode_video(pixels).shape == (1, 8, config.text.hidden_size)
 
 
+def few_words() -> Config:
+    config = named("tiny-phi")
+    return replace(config, text=replace(config.text, vocab_size=99))
+
+
 def test_parts_that_do_not_fit(
-    checkpoint: Path, parts: tuple[Path, Path], data: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path,
+    parts: tuple[Path, Path],
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     tower, language_model = map(str, parts)
     given = ["--data", str(data / "data.json"), "--videos", str(data), "--output", "never"]
@@ -220,6 +233,12 @@ def test_parts_that_do_not_fit(
         shown = capsys.readouterr().err
         assert said in shown
         assert len(shown.splitlines()) == 1
+    small = tmp_path / "small"
+    save(TinyLlavaVideo(few_words(), nnx.Rngs(0)), small)
+    byte_tokenizer().save_pretrained(small)
+    with pytest.raises(SystemExit):
+        main([*given, "--stage", "2", "--weights", str(small)])
+    assert "and the model knows 99 tokens" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*given, "--stage", "2", *both])
     assert "stage 2 goes on with what stage 1 wrote" in capsys.readouterr().err

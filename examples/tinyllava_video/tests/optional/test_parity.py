@@ -34,7 +34,7 @@ from examples.tinyllava_video.fitting import Batch, fit
 from examples.tinyllava_video.model import TinyLlavaVideo, functional
 from examples.tinyllava_video.resampler import position_encoding
 from examples.tinyllava_video.stage_folders import save_parts
-from examples.tinyllava_video.tests.test_finetune import data  # noqa: F401  a fixture
+from examples.tinyllava_video.tests.test_finetune import conversations_in
 from examples.tinyllava_video.text import byte_tokenizer, load_tokenizer
 from examples.tinyllava_video.weights import config_from, load, save
 
@@ -600,9 +600,12 @@ def test_the_first_stage_leaves_folders_that_both_read(phi: Checkpoint, tmp_path
 
 
 def test_the_first_stage_begins_with_parts_as_on_the_hub(
-    phi: Checkpoint, data: Path, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
-    """SigLIP with its half for texts, Phi, and a fresh connector."""
+    """SigLIP with its half for texts, Phi, and a fresh connector; the rest is as it was."""
+    clips = conversations_in(tmp_path)
+    (tmp_path / "whole").mkdir()
+    phi = saved(tmp_path / "whole", PHI | {"vocab_size": 300}, "groupresampler")
     phi.torch.language_model.save_pretrained(tmp_path / "phi")
     byte_tokenizer().save_pretrained(tmp_path / "phi")
     words = {"hidden_size": VISION["hidden_size"], "num_hidden_layers": 1, "vocab_size": 9}
@@ -610,7 +613,7 @@ def test_the_first_stage_begins_with_parts_as_on_the_hub(
     siglip.vision_model.load_state_dict(phi.torch.tower.vision_model.state_dict())
     siglip.save_pretrained(tmp_path / "siglip")
     given = ["--tower", str(tmp_path / "siglip"), "--language-model", str(tmp_path / "phi")]
-    given += ["--data", str(data / "data.json"), "--videos", str(data), "--frames", "4"]
+    given += ["--data", str(clips / "data.json"), "--videos", str(clips), "--frames", "4"]
     given += ["--stage", "1", "--connector", "naive", "--queries", "8", "--batch", "8"]
     with jax.enable_x64(False):
         finetune([*given, "--steps", "2", "--output", str(tmp_path / "stage1")])
@@ -620,9 +623,12 @@ def test_the_first_stage_begins_with_parts_as_on_the_hub(
         phi.model.config.text,
     )
     assert (found.config.resampler.positions, found.connector.latents.shape[0]) == ("media", 8)
-    for part in ("vision_tower", "language_model"):
-        leaves = [jax.tree.leaves(nnx.state(getattr(m, part))) for m in (found, phi.model)]
-        assert all(map(np.array_equal, *leaves))
+    towers, heads = (
+        [jax.tree.leaves(nnx.state(part(m))) for m in (found, phi.model)]
+        for part in (lambda m: m.vision_tower, lambda m: m.language_model.lm_head)
+    )
+    assert all(map(np.array_equal, *towers))
+    assert all(map(np.array_equal, *heads))
     assert load_tokenizer(tmp_path / "stage1").eos_token
 
 
