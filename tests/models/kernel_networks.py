@@ -128,4 +128,6 @@ class KernelBuilder(Builder):
 def random_kernel_network(number: int, least: int = 3, most: int = 11) -> Network:
     """The network of this number."""
     rng = np.random.default_rng(number)
-    return KernelBuilder(rng, SIZES[number % len(SIZES)], smooth=False).network(least, most, statistics=False)
+    return KernelBuilder(rng, SIZES[number % len(SIZES)], smooth=False).network(
+        least, most, statistics=False
+    )
