@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--models", nargs="+", metavar="NAME", help="only these (default: a table)")
     made.add_argument("--batch", nargs="+", type=int, metavar="N", help="instead of the table's")
     made.add_argument("--length", nargs="+", type=int, metavar="N", help="positions, or image side")
-    made.add_argument("--spellings", nargs="+", choices=["one_pass", "two_pass"])
+    made.add_argument("--spellings", nargs="+", choices=["one_pass", "two_pass", "pallas"])
     made.add_argument("--dtypes", nargs="+", metavar="NAME")
     made.add_argument("--variants", nargs="+", choices=FORWARD, default=FORWARD)
     made.add_argument("--rounds", type=int, help="rounds of timing (default: 11, fewer if large)")

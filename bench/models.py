@@ -1,6 +1,7 @@
 """Models at their published sizes, each with the norm it is given, random weights and inputs.
 
-The norm is a factory of modules: LayerNorm in two spellings, or nothing at all for the bound.
+The norm is a factory of modules: LayerNorm in two spellings or as a Pallas kernel, or nothing at
+all for the bound.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from .pallas_norm import PallasNorm
 
 Array = jax.Array
 Factory = Callable[..., Any]
@@ -35,8 +38,10 @@ class NoNorm(nn.Module):
 NORMS: dict[str, Factory] = {
     "one_pass": nn.LayerNorm,
     "two_pass": partial(nn.LayerNorm, use_fast_variance=False),
+    "pallas": PallasNorm,
     "none": NoNorm,
 }
+"""By the name of the spelling; what is called pallas compiles for TPU only."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -48,6 +48,20 @@ class Inputs(NamedTuple):
     empty: np.ndarray
 
 
+def check_ids(ids: Iterable[np.ndarray], config: Config) -> None:
+    """Whether the embedding has a row for each of them: JAX reads past its end without a word.
+
+    Raises:
+        InputError: it has not.
+    """
+    largest = max(int(part.max(initial=0)) for part in ids)
+    if largest >= config.text.vocab_size:
+        raise InputError(
+            f"tokenizer: it gives the id {largest}, and the model knows {config.text.vocab_size} "
+            "tokens; take the tokenizer that belongs to the checkpoint"
+        )
+
+
 def batch_of(prompts: Sequence[Prompt], config: Config, max_new_tokens: int) -> Inputs:
     """Prompts of unequal lengths, filled up in front of what is behind the video.
 
@@ -62,12 +76,7 @@ def batch_of(prompts: Sequence[Prompt], config: Config, max_new_tokens: int) -> 
             f"{max_new_tokens}, and the context has {config.context}; shorten the question or the "
             "history, or ask for fewer tokens"
         )
-    largest = max(int(part.max(initial=0)) for p in prompts for part in (p.before, p.after))
-    if largest >= config.text.vocab_size:
-        raise InputError(
-            f"tokenizer: it gives the id {largest}, and the model knows {config.text.vocab_size} "
-            "tokens; take the tokenizer that belongs to the checkpoint"
-        )
+    check_ids((part for p in prompts for part in (p.before, p.after)), config)
     length = min(room, SHORTEST << ((longest - 1) // SHORTEST).bit_length())
     empty = np.array([length - len(p.after) for p in prompts], np.int32)
     after = [np.pad(p.after, (n, 0)) for p, n in zip(prompts, empty, strict=True)]

@@ -123,7 +123,7 @@ def config_from(directory: str | Path) -> Config:
             f"directory: {file} does not exist; give the folder of a TinyLLaVA-Video checkpoint"
         )
     try:
-        return _parsed(read_json(file))
+        return parsed(read_json(file))
     except InputError as error:
         raise InputError(f"{error}; it was read from {file}") from None
 
@@ -163,7 +163,12 @@ def config_dict(config: Config) -> dict[str, Any]:
     }
 
 
-def _parsed(given: dict[str, Any]) -> Config:
+def parsed(given: dict[str, Any]) -> Config:
+    """The configuration that the contents of a `config.json` describe.
+
+    Raises:
+        InputError: a field is missing, or it describes another model.
+    """
     given = TOP_DEFAULTS | given
     _one_of(given, "model_type", ("tinyllava",))
     own, text, vision = (_typed(given, name, {}) for name in (OWN, "text_config", "vision_config"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path as FilePath
@@ -79,13 +79,31 @@ def load(
         InputError: the folder is no checkpoint of this model, a file is damaged, a number is too
             large for `dtype`, or the mesh cannot be used.
     """
-    directory = FilePath(directory)
     if mesh is not None:
         _check_mesh(mesh, axis)
-    config, stored = _opened(directory, config)
+    config, stored = _opened(FilePath(directory), config)
+    return placed(directory, config, stored, dtype=dtype, mesh=mesh, axis=axis)
+
+
+def placed(
+    where: str | FilePath,
+    config: Config,
+    stored: Mapping[str, Stored],
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    axis: str = "model",
+) -> TinyLlavaVideo:
+    """The model with arrays that `check_arrays` passed; the rest is as for `load`.
+
+    Raises:
+        InputError: as `load`; what was read is called `where`.
+    """
+    if mesh is not None:
+        _check_mesh(mesh, axis)
     model = abstract(config)
     wanted = entries(model)
-    _check_tied(directory, config, stored)
+    _check_tied(where, config, stored)
     shown = track(
         wanted.items(),
         "Loading weights",
@@ -164,10 +182,10 @@ def _public(config: Config) -> Config:
     return replace(config, context=0, num_frames=0, max_frames=0)
 
 
-def copy_others(source: FilePath, directory: FilePath) -> None:
-    """All files but weights."""
+def copy_others(source: FilePath, directory: FilePath, without: str = "") -> None:
+    """All files but weights, and but the one of this name."""
     for file in source.iterdir():
-        if file.is_file() and not is_weights(file):
+        if file.is_file() and not is_weights(file) and file.name != without:
             shutil.copy2(file, directory / file.name)
 
 
@@ -204,15 +222,17 @@ def _opened(directory: FilePath, config: Config | None) -> tuple[Config, dict[st
             f"directory: the config.json in {directory} describes the variant {variant(config)!r}, "
             f"but the weights are of {found!r}; download the one that belongs to them"
         )
-    _check(directory, config, entries(abstract(config)).values(), stored)
+    check_arrays(directory, config, stored)
     return config, stored
 
 
-def _check(
-    directory: FilePath, config: Config, wanted: Iterable[Entry], stored: Mapping[str, Stored]
-) -> None:
-    """Compares keys, shapes and dtypes; says all at once."""
-    shapes = {entry.key: entry.stored_shape for entry in wanted}
+def check_arrays(where: str | FilePath, config: Config, stored: Mapping[str, Stored]) -> None:
+    """Whether the arrays that were found are those of this model.
+
+    Raises:
+        InputError: keys, shapes or dtypes differ; all that do are said at once.
+    """
+    shapes = {entry.key: entry.stored_shape for entry in entries(abstract(config)).values()}
     if config.text.tie_word_embeddings and TIED[0] in stored:
         shapes[TIED[0]] = shapes[TIED[1]]
     problems = {
@@ -231,7 +251,7 @@ def _check(
     }
     if said := [f"{len(x)} {kind}: {shortened(x)}" for kind, x in problems.items() if x]:
         raise InputError(
-            f"directory: {directory} does not hold the weights of this model; " + "; ".join(said)
+            f"directory: {where} does not hold the weights of this model; " + "; ".join(said)
         )
 
 
@@ -241,7 +261,7 @@ def _found_variant(stored: Mapping[str, Stored]) -> Variant | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _check_tied(directory: FilePath, config: Config, stored: Mapping[str, Stored]) -> None:
+def _check_tied(where: str | FilePath, config: Config, stored: Mapping[str, Stored]) -> None:
     """A copy of the embedding must be one: bit by bit, some rows at a time."""
     if not config.text.tie_word_embeddings or TIED[0] not in stored:
         return
@@ -250,7 +270,7 @@ def _check_tied(directory: FilePath, config: Config, stored: Mapping[str, Stored
         rows = (slice(start, min(start + TIED_ROWS, one.shape[0])), slice(None))
         if one.read(rows).tobytes() != other.read(rows).tobytes():
             raise InputError(
-                f"directory: in {directory} {TIED[0]} differs from {TIED[1]}, but the "
+                f"directory: in {where} {TIED[0]} differs from {TIED[1]}, but the "
                 "configuration ties them; set tie_word_embeddings to false if they are two"
             )
 

@@ -10,14 +10,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bench import card, gpu, sharded
+import jax_lnfold
+from bench import card, gpu, pallas_norm, sharded
 from bench.__main__ import RESULTS, main, missing
 from bench.cases import AHEAD_OF_TIME_GPU, CPU, GPU, TPU, Case, pick, sweep
 from bench.models import GPT, NORMS, Config, Decoder, Swin, WindowBlock
@@ -293,6 +296,22 @@ def test_models_fold_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {leaf.dtype for leaf in jax.tree.leaves(folded.params)} == {jnp.dtype(jnp.bfloat16)}
 
 
+def test_the_kernel_of_pallas_is_a_layer_norm_and_folds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its values in interpret mode; in a model, from shapes alone, the twin takes its place."""
+    x, g = jax.ShapeDtypeStruct((3, 5, 24), jnp.float32), jax.ShapeDtypeStruct((24,), jnp.float32)
+    with pltpu.force_tpu_interpret_mode():
+        assert jax_lnfold.check_layer_norm(pallas_norm.layer_norm, x, g, g).twin < 1e-5
+        x, g, b = random_arrays((x, g, g))
+        want = nn.LayerNorm().apply({"params": {"scale": g, "bias": b}}, x)
+        found = pallas_norm.PallasNorm().apply({"params": {"scale": g, "bias": b}}, x)
+        assert relative_difference(found, want) < 1e-5
+    shallow(monkeypatch, "vit_b")
+    programs = variants("vit_b", 2, "pallas", "bfloat16", stored="bfloat16")
+    kernels = [str(jax.make_jaxpr(p.apply)(p.params, p.x)) for p in programs]
+    assert [text.count("twin=None") for text in kernels] == [0, 5, 0]
+    assert ["pallas_call" in text for text in kernels] == [True, True, False]
+
+
 def test_swin_folds_its_last_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     shallow(monkeypatch, "swin_t")
     original, folded, bound = variants("swin_t", 1, "one_pass", "float32", length=112)
@@ -322,7 +341,7 @@ def test_variants_compute_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -
         assert jax.tree.structure(fold.apply(edited, x)) == jax.tree.structure(want)
         assert relative_difference(jax.jit(fold.apply)(edited, x), want) < 1e-5, fold.variant
     assert relative_difference(jax.jit(bound.apply)(random_arrays(bound.params), x), want) > 0.1
-    assert {*NORMS} == {"one_pass", "two_pass", "none"}
+    assert {*NORMS} == {"one_pass", "two_pass", "pallas", "none"}
 
 
 @pytest.mark.parametrize("name", ["video_encoder_normed", "video_first_token_phi"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 
 import jax_lnfold
 
@@ -18,6 +21,15 @@ Array = jax.Array
 def normalised(x: Array, mean: bool, eps: float = 1e-6) -> Array:
     c = x - x.mean(-1, keepdims=True) if mean else x
     return c * jax.lax.rsqrt((c * c).mean(-1, keepdims=True) + eps)
+
+
+def primitive_of(name: str, fn: Callable[..., Any]) -> Primitive:
+    """A primitive that computes a function, and has no rule anywhere."""
+    made = Primitive(name)
+    made.def_impl(fn)
+    made.def_abstract_eval(lambda *avals: jax.make_jaxpr(fn)(*avals).out_avals[0])
+    mlir.register_lowering(made, mlir.lower_fun(fn, multiple_results=False))
+    return made
 
 
 def hidden(fn: Any) -> Any:
@@ -136,3 +148,25 @@ def product_kernel(x_ref: Any, w_ref: Any, y_ref: Any) -> None:
 def pallas_product(x: Array, w: Array) -> Array:
     shape = jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), x.dtype)
     return pl.pallas_call(product_kernel, out_shape=shape, interpret=True)(x, w)
+
+
+def lookup_kernel(ids_ref: Any, table_ref: Any, y_ref: Any) -> None:
+    y_ref[...] = table_ref[...][ids_ref[...]]
+
+
+def pallas_lookup(ids: Array, table: Array) -> Array:
+    shape = jax.ShapeDtypeStruct((*ids.shape, table.shape[1]), table.dtype)
+    return pl.pallas_call(lookup_kernel, out_shape=shape, interpret=True)(ids, table)
+
+
+def patch_kernel(x_ref: Any, w_ref: Any, y_ref: Any) -> None:
+    """A convolution whose windows, of 2 by 2, do not overlap."""
+    b, h, w, _ = x_ref.shape
+    x = x_ref[...].reshape(b, h // 2, 2, w // 2, 2, -1)
+    y_ref[...] = jnp.einsum("bjxkyi,xyio->bjko", x, w_ref[...])
+
+
+def pallas_patches(x: Array, w: Array) -> Array:
+    b, height, width, _ = x.shape
+    shape = jax.ShapeDtypeStruct((b, height // 2, width // 2, w.shape[-1]), x.dtype)
+    return pl.pallas_call(patch_kernel, out_shape=shape, interpret=True)(x, w)

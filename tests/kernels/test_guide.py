@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import pytest
 
-from jax_lnfold.kernels import check, layer_norm
+from jax_lnfold.kernels import check, declaration
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guide" / "kernels.md"
 TEXT = GUIDE.read_text("utf-8")
@@ -18,7 +18,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
 SHOWN = re.findall(r"^```text\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("module", [check, layer_norm])
+@pytest.mark.parametrize("module", [check, declaration])
 def test_examples_of_docstrings(module: Any) -> None:
     found = doctest.testmod(module)
     assert found.attempted

@@ -24,7 +24,7 @@ def _one_pass(x: Array, axis: Any) -> Array:
     return (x - mean) * lax.rsqrt(second + 0.1)
 
 
-def _two_pass(x: Array, axis: Any) -> Array:
+def two_pass(x: Array, axis: Any) -> Array:
     return (x - x.mean(axis, keepdims=True)) / jnp.sqrt(x.var(axis, keepdims=True) + 0.1)
 
 
@@ -60,7 +60,7 @@ def _single_statistics(x: Array, axis: Any) -> Array:
     )
 
 
-def _rms(x: Array, axis: Any) -> Array:
+def rms(x: Array, axis: Any) -> Array:
     return x * lax.rsqrt(jnp.mean(x * x, axis, keepdims=True) + 0.1)
 
 
@@ -94,19 +94,19 @@ def _statistics_of_stopped(x: Array, axis: Any) -> Array:
 
 
 def _stopped(x: Array, axis: Any) -> Array:
-    return lax.stop_gradient(_two_pass(x, axis))
+    return lax.stop_gradient(two_pass(x, axis))
 
 
 SMOOTH: list[Callable[..., Array]] = [
     _one_pass,
-    _two_pass,
+    two_pass,
     _standardize,
     _own_variance,
     _unbiased,
     _flax,
     _distributed,
     _single_statistics,
-    _rms,
+    rms,
     _rms_of_centered,
     _mean_stopped,
     _variance_stopped,

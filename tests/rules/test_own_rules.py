@@ -11,29 +11,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import batching
 
 import jax_lnfold
 from jax_lnfold import FoldError, rules
 from jax_lnfold.program.flatten import flatten
 from jax_lnfold.rules import Opaque, Pull, Rule, check_rule, linear, register
 from tests.helpers.contracts import counts, fold_checked
-from tests.kernels.kernels import norm, pallas_product, product_kernel
+from tests.kernels.kernels import (
+    lookup_kernel,
+    norm,
+    pallas_lookup,
+    pallas_patches,
+    pallas_product,
+    patch_kernel,
+    primitive_of,
+    product_kernel,
+)
 
 RNG = np.random.default_rng(0)
 
 
 def draw(*shape: int) -> Any:
     return jnp.asarray(RNG.normal(size=shape))
-
-
-def primitive_of(name: str, fn: Callable[..., Any]) -> Primitive:
-    """A primitive that computes a function, and has no rule anywhere."""
-    made = Primitive(name)
-    made.def_impl(fn)
-    made.def_abstract_eval(lambda *avals: jax.make_jaxpr(fn)(*avals).out_avals[0])
-    mlir.register_lowering(made, mlir.lower_fun(fn, multiple_results=False))
-    return made
 
 
 def doubled(x: Any) -> Any:
@@ -181,6 +181,46 @@ def test_pallas_kernels_are_known_by_their_function() -> None:
     register(rules.pallas_kernel(partial(product_kernel)), linear("nk,km->nm"))
     assert counts(fold_checked(model, p, x).report) == (1, 1, 0)
     found = check_rule(pallas_product, (3, 4), (4, 5), seeds=1)
+    assert min(found.pulls, found.pushes, found.axes) > 0
+
+
+EMBEDDINGS: dict[str, tuple[Any, Any, str, Any, Any]] = {
+    "lookup": (
+        pallas_lookup,
+        lookup_kernel,
+        "bt,vd->btd",
+        np.array([[1, 0, 3], [2, 4, 1]]),
+        (5, 6),
+    ),
+    "convolution": (
+        pallas_patches,
+        patch_kernel,
+        "bhwi,xyio->bjko",
+        draw(2, 4, 6, 3),
+        (2, 2, 3, 6),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EMBEDDINGS)
+def test_kernels_that_embed_fold_in_a_model(name: str) -> None:
+    """Lookups and convolutions: the stream that they begin, with a norm that reads it."""
+    fn, kernel, letters, x, shape = EMBEDDINGS[name]
+
+    def model(p: Any, x: Any) -> Any:
+        h = fn(x, p["embed"])
+        h = h + jnp.tanh(norm(h, p["g"], p["b"])) @ p["w"]
+        return norm(h, p["b"], p["g"]) @ p["head"]
+
+    p = {"embed": draw(*shape), "g": draw(6), "b": draw(6), "w": draw(6, 6), "head": draw(6, 3)}
+    before = fold_checked(model, p, x).report
+    assert (before.n_folded, len(before.opaque)) == (0, 1)
+    register(rules.pallas_kernel(kernel), linear(letters, [1]))
+    folded = fold_checked(model, p, x)
+    assert counts(folded.report) == (2, 2, 0)
+    assert {edit.key_path for edit in folded.plan.edits} == {"embed", "w"}
+    assert not folded.report.opaque
+    found = check_rule(fn, x, shape, seeds=1)
     assert min(found.pulls, found.pushes, found.axes) > 0
 
 

@@ -34,6 +34,7 @@ from tests.helpers.network_checks import (
     check_no_budget,
     check_precision,
 )
+from tests.models.kernel_networks import random_kernel_network
 from tests.models.networks import Network, random_network
 
 ALONE = {
@@ -43,7 +44,7 @@ ALONE = {
     "assumed": check_assumed,
 }
 """Checks that choose their options themselves."""
-CHECKS = ("contracts", "gradients", "float32", "bfloat16", *ALONE)
+CHECKS = ("contracts", "kernels", "gradients", "float32", "bfloat16", *ALONE)
 SHOWN = (0.01, 0.5, 0.9, 0.99, 1.0)
 
 
@@ -67,10 +68,9 @@ class Found:
 
 def check(name: str, network: Network, modes: Sequence[str], found: Found) -> None:
     """One of `CHECKS`; a failure raises."""
-    if name in ("contracts", "gradients"):
-        found.counts += {"contracts": check_contracts, "gradients": check_gradients}[name](
-            network, modes
-        )
+    if name in ("contracts", "kernels", "gradients"):
+        checked = check_gradients if name == "gradients" else check_contracts
+        found.counts += checked(network, modes)
     elif name in ALONE:
         found.counts += ALONE[name](network)
     else:
@@ -80,6 +80,8 @@ def check(name: str, network: Network, modes: Sequence[str], found: Found) -> No
 
 
 def network_for(name: str, number: int) -> Network:
+    if name == "kernels":
+        return random_kernel_network(number)
     statistics = name in ("left_out", "no_budget")
     return random_network(number, smooth=name not in ("contracts", *ALONE), statistics=statistics)
 
@@ -128,6 +130,14 @@ def test_contracts(count: int) -> None:
     share = counts["folded"] / counts["norms"]
     assert 0.1 < share < 0.9, "the programs should have something to find and to refuse"
     assert min(counts["affine"], counts["deferred"]) > 5
+
+
+@pytest.mark.parametrize("count", [9, pytest.param(300, marks=pytest.mark.slow)])
+def test_kernels(count: int) -> None:
+    found = check_many(["kernels"], range(0, 3 * count, 3), ["plain", "both"])
+    assert not found.failures
+    assert found.counts["folded"] > found.counts["norms"] / 10
+    assert min(found.counts["affine"], found.counts["deferred"]) > 0
 
 
 @pytest.mark.parametrize("count", [40, pytest.param(300, marks=pytest.mark.slow)])

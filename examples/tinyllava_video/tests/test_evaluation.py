@@ -16,7 +16,7 @@ from PIL import Image
 from examples.tinyllava_video.config import named
 from examples.tinyllava_video.errors import InputError
 from examples.tinyllava_video.evaluation.__main__ import main
-from examples.tinyllava_video.evaluation.benchmarks import DIRECT, THINKING, Asking, items
+from examples.tinyllava_video.evaluation.benchmarks import DIRECT, MLVU, THINKING, Asking, items
 from examples.tinyllava_video.evaluation.choices import (
     chosen,
     chosen_after_thinking,
@@ -155,6 +155,27 @@ def test_prompts(tmp_path: Path) -> None:
     assert opened.question == "Who?\nAnswer the question directly without explanation."
     assert closed.video == tmp_path / "videos/v.mp4"
     assert not opened.choices
+
+
+def test_mlvu_is_a_file_for_each_task(tmp_path: Path) -> None:
+    """Each task has its own folder of videos; frames of short videos are taken once."""
+    for k, name in enumerate(MLVU):
+        row = QUESTION | {"question": f"{k}?", "duration": 480.0, "question_type": name[2:]}
+        written(tmp_path / f"json/{name}.json", [row] if k else [row, row | {"answer": "red"}])
+    found = items("mlvu", tmp_path / "json", tmp_path / "video", Asking(frames=4))
+    assert [item.question for item in found[1:]] == [
+        BRACKETED.replace("Which?", f"{k}?") for k in range(7)
+    ]
+    tasks = "count ego needle order plotQA anomaly_reco topic_reasoning".split()
+    assert [item.group for item in found] == ["count", *tasks]
+    assert [item.answer for item in found] == ["B", "A", *"BBBBBB"]
+    assert found[-1].video == tmp_path / "video/7_topic_reasoning/v.mp4"
+    assert found[0].choose(2, 2.0) == [0, 1]
+    (needle,) = items("mlvu", tmp_path / "json", tmp_path, Asking(only="needle", thinking=True))
+    assert needle.question == f"2?\n(A) red\n(B) blue\n{THINKING}"
+    (tmp_path / "json/3_ego.json").unlink()
+    with pytest.raises(InputError, match=r"3_ego\.json"):
+        items("mlvu", tmp_path / "json", tmp_path, Asking())
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

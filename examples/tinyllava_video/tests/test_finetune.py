@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,16 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
-from examples.tinyllava_video.config import named
+from examples.tinyllava_video.config import Config, named
 from examples.tinyllava_video.conversations import batches, captions, dialogues, examples
 from examples.tinyllava_video.errors import InputError
 from examples.tinyllava_video.finetune import main
 from examples.tinyllava_video.model import TinyLlavaVideo
+from examples.tinyllava_video.separate import fresh_connector, joined
 from examples.tinyllava_video.text import byte_tokenizer
-from examples.tinyllava_video.weights import load, save
+from examples.tinyllava_video.weights import load, placed, save
 
 ROUNDS = [("<image>\nWhat is it?", "A cat."), ("And where?", "There, of course.")]
 
@@ -39,8 +42,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A video and three conversations about it."""
-    where = tmp_path_factory.mktemp("data")
+    return conversations_in(tmp_path_factory.mktemp("data"))
+
+
+def conversations_in(where: Path) -> Path:
+    """Writes a video and three conversations about it."""
     with av.open(str(where / "v.mp4"), "w") as container:
         stream = container.add_stream("mpeg4", rate=4)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
@@ -155,3 +161,84 @@ def test_adapters_keep_the_constraint_on_eight_devices(
     with pytest.raises(SystemExit):
         main(given)
     assert "holds weights already" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def parts(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tower and a language model as they are on the hub, with the arrays of the checkpoint."""
+    where = tmp_path_factory.mktemp("parts")
+    tower, language_model = where / "siglip", where / "phi"
+    described = json.loads((checkpoint / "config.json").read_text())
+    arrays = load_file(checkpoint / "model.safetensors")
+    begins = "vision_tower._vision_tower.", "language_model."
+    for part, begin in zip((tower, language_model), begins, strict=True):
+        part.mkdir()
+        held = {k.removeprefix(begin): x for k, x in arrays.items() if k.startswith(begin)}
+        if part is tower:  # of which the half for texts is not read
+            held |= {"text_model.head.bias": np.ones(3, np.float32), "logit_scale": np.ones(1)}
+        save_file(held, part / "model.safetensors")
+    both = {"model_type": "siglip", "vision_config": described["vision_config"]}
+    (tower / "config.json").write_text(json.dumps(both | {"text_config": {}}))
+    (language_model / "config.json").write_text(json.dumps(described["text_config"]))
+    byte_tokenizer().save_pretrained(language_model)
+    return tower, language_model
+
+
+def test_parts_and_a_fresh_connector_are_a_model(
+    checkpoint: Path, parts: tuple[Path, Path]
+) -> None:
+    config, stored = joined(*parts, "naive", seed=3, queries=8)
+    found, known = placed("parts", config, stored), load(checkpoint)
+    assert (config.resampler.positions, config.resampler.num_queries) == ("media", 8)
+    assert (config.vision, config.text) == (known.config.vision, known.config.text)
+    for part in ("vision_tower", "language_model"):
+        leaves = [jax.tree.leaves(nnx.state(getattr(m, part))) for m in (found, known)]
+        assert all(map(np.array_equal, *leaves))
+    again, other = (fresh_connector(config, seed) for seed in (3, 4))
+    assert {key for key in stored if key.startswith("connector.")} == {*again}
+    key = "connector._connector.linear.weight"
+    one, same, another = (x[key].read((slice(None),) * 2) for x in (stored, again, other))
+    assert np.array_equal(one, same)
+    assert not np.array_equal(one, another)
+    assert np.array_equal(found.connector.linear.kernel[...], one.T)
+    pixels = np.zeros((1, 4, 30, 30, 3), np.float32)
+    assert found.encode_video(pixels).shape == (1, 8, config.text.hidden_size)
+
+
+def few_words() -> Config:
+    config = named("tiny-phi")
+    return replace(config, text=replace(config.text, vocab_size=99))
+
+
+def test_parts_that_do_not_fit(
+    checkpoint: Path,
+    parts: tuple[Path, Path],
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tower, language_model = map(str, parts)
+    given = ["--data", str(data / "data.json"), "--videos", str(data), "--output", "never"]
+    both = ["--tower", tower, "--language-model", language_model]
+    for more, said in (
+        ([], "give either --weights, or both --tower and --language-model"),
+        (["--tower", tower], "give either --weights"),
+        ([*both, "--weights", str(checkpoint)], "give either --weights"),
+        (["--tower", tower, "--language-model", tower], "config: model_type is 'siglip'"),
+        (["--tower", language_model, "--language-model", language_model], "config: "),
+        (["--tower", str(data), "--language-model", language_model], "config.json cannot be read"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*given, "--stage", "1", *more])
+        shown = capsys.readouterr().err
+        assert said in shown
+        assert len(shown.splitlines()) == 1
+    small = tmp_path / "small"
+    save(TinyLlavaVideo(few_words(), nnx.Rngs(0)), small)
+    byte_tokenizer().save_pretrained(small)
+    with pytest.raises(SystemExit):
+        main([*given, "--stage", "2", "--weights", str(small)])
+    assert "and the model knows 99 tokens" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*given, "--stage", "2", *both])
+    assert "stage 2 goes on with what stage 1 wrote" in capsys.readouterr().err

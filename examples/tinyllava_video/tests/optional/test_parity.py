@@ -29,10 +29,13 @@ from torch import Tensor
 import jax_lnfold
 from examples.tinyllava_video.config import Config, PhiConfig, Qwen2Config, named
 from examples.tinyllava_video.errors import InputError
+from examples.tinyllava_video.finetune import main as finetune
 from examples.tinyllava_video.fitting import Batch, fit
 from examples.tinyllava_video.model import TinyLlavaVideo, functional
 from examples.tinyllava_video.resampler import position_encoding
 from examples.tinyllava_video.stage_folders import save_parts
+from examples.tinyllava_video.tests.test_finetune import conversations_in
+from examples.tinyllava_video.text import byte_tokenizer, load_tokenizer
 from examples.tinyllava_video.weights import config_from, load, save
 
 PLACEHOLDER = -200
@@ -594,6 +597,39 @@ def test_the_first_stage_leaves_folders_that_both_read(phi: Checkpoint, tmp_path
     assert np.abs(change - again.connector.layers[0].attention.to_q.kernel[...]).max() > 1e-3
     with pytest.raises(InputError, match="holds weights already"):
         save_parts(found.model, tmp_path / "stage1")
+
+
+def test_the_first_stage_begins_with_parts_as_on_the_hub(
+    tmp_path: Path,
+) -> None:
+    """SigLIP with its half for texts, Phi, and a fresh connector; the rest is as it was."""
+    clips = conversations_in(tmp_path)
+    (tmp_path / "whole").mkdir()
+    phi = saved(tmp_path / "whole", PHI | {"vocab_size": 300}, "groupresampler")
+    phi.torch.language_model.save_pretrained(tmp_path / "phi")
+    byte_tokenizer().save_pretrained(tmp_path / "phi")
+    words = {"hidden_size": VISION["hidden_size"], "num_hidden_layers": 1, "vocab_size": 9}
+    siglip = hf.SiglipModel(hf.SiglipConfig(text_config=words, vision_config=VISION))
+    siglip.vision_model.load_state_dict(phi.torch.tower.vision_model.state_dict())
+    siglip.save_pretrained(tmp_path / "siglip")
+    given = ["--tower", str(tmp_path / "siglip"), "--language-model", str(tmp_path / "phi")]
+    given += ["--data", str(clips / "data.json"), "--videos", str(clips), "--frames", "4"]
+    given += ["--stage", "1", "--connector", "naive", "--queries", "8", "--batch", "8"]
+    with jax.enable_x64(False):
+        finetune([*given, "--steps", "2", "--output", str(tmp_path / "stage1")])
+    found = load(tmp_path / "stage1")
+    assert (found.config.vision, found.config.text) == (
+        phi.model.config.vision,
+        phi.model.config.text,
+    )
+    assert (found.config.resampler.positions, found.connector.latents.shape[0]) == ("media", 8)
+    towers, heads = (
+        [jax.tree.leaves(nnx.state(part(m))) for m in (found, phi.model)]
+        for part in (lambda m: m.vision_tower, lambda m: m.language_model.lm_head)
+    )
+    assert all(map(np.array_equal, *towers))
+    assert all(map(np.array_equal, *heads))
+    assert load_tokenizer(tmp_path / "stage1").eos_token
 
 
 # --- files of PyTorch ----------------------------------------------------------------------------
