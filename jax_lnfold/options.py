@@ -18,9 +18,12 @@ APPROXIMATIONS = frozenset({"dropout", "mean"})
 """What may be approximated on request."""
 
 
-DEFERRED_COST = {"cpu": 0.1, "gpu": 0.1, "tpu": 0.05}
+DEFERRED_COST = {"cpu": 0.1, "gpu": 1.0, "tpu": 0.05}
 """What it costs to scale an element of a result, by platform: see `bench/README.md`."""
-PRESETS = {"tpu": frozenset({"fold_affine", "matrix_unit"})}
+PRESETS = {
+    "tpu": frozenset({"fold_affine", "matrix_unit"}),
+    "gpu": frozenset({"fold_affine"}),
+}
 """What `optimize` turns on, by platform: what was measured to pay (`bench/README.md`)."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._compat import ClosedJaxpr, jaxpr_as_fun
+from .._compat import ClosedJaxpr, consts_of, jaxpr_as_fun
 from ..analysis.facts import Facts
 from ..analysis.layer_norms import find_norms
 from ..axes.axis_set import AxisSet
@@ -22,13 +23,9 @@ from ..program.flatten import flatten
 from ..program.graph import Graph
 from ..trees import first_line, is_editable
 from .declaration import Declared, arrays_of, layer_norm
+from .operands import Sets, large, masks, operands, scaled, small
 
-LARGE, LARGE_IN_FLOAT16 = 2.0**16, 2.0**6
-"""The spread at which an epsilon that a formula leaves out makes no difference."""
-BLOCK = 2**20 - 3
-"""So many random numbers are drawn; larger arrays repeat them."""
-Sets = dict[int, tuple[AxisSet, ...]]
-"""What of the operands has to be zero-mean so that the norm is given no mean."""
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 Results = tuple[list[np.ndarray], dict[int, np.ndarray]]
 """Values, and gradients by operand."""
 
@@ -61,7 +58,9 @@ def check_layer_norm(fn: Any, *example: Any, **declaration: Any) -> LayerNormChe
     Of floating-point arrays in the example only shapes and dtypes matter; others are used as they
     are. x is drawn with a spread of 1, other operands between 0.5 and 1.5. Compared are values and
     gradients: under a shift of x that is another number for each group of positions, and of the
-    function with its twin where x is zero-mean. `fold` does the same once for the shapes it meets.
+    function with its twin where x is zero-mean, also where x is small, so that an epsilon counts.
+    `fold` does the same once for the shapes and numbers of Python that it meets; arrays of integers
+    or booleans, which it does not know, are ones then, and zeros and ones.
 
     Args:
         fn: what `layer_norm` returns, or a function, and then the keywords of `layer_norm`.
@@ -91,7 +90,7 @@ def check_layer_norm(fn: Any, *example: Any, **declaration: Any) -> LayerNormChe
     given = arrays_of(example, {})
     call = declared.call_for(given)
     found = _check(call, dict(enumerate(given.operands)))
-    declared.passed.add(call.key)
+    declared.passed.add(_known_by(call))
     return found
 
 
@@ -103,11 +102,11 @@ def check_declared(graph: Graph) -> None:
     """
     for call in graph.declared.values():
         tested = call.owner.passed
-        if not call.owner.check or call.key in tested:
+        if not call.owner.check or (known := _known_by(call)) in tested:
             continue
         if all(isinstance(n, int) for aval in call.program.in_avals for n in aval.shape):
             _check(call, {})
-            tested.add(call.key)
+            tested.add(known)
         elif not tested:
             raise FoldError(
                 f"layer_norm: {call.name} cannot be tested with symbolic sizes; fold with numbers "
@@ -115,25 +114,71 @@ def check_declared(graph: Graph) -> None:
             )
 
 
+def _known_by(call: DeclaredCall) -> Any:
+    """What a test that was passed speaks for: arguments of these types, and these very programs.
+
+    What functions read that is no argument, a setting say, may be another the next time.
+    """
+    programs = call.program, call.twin, call.reference
+    texts = (_ADDRESS.sub("", str(closed)) for closed in programs)
+    return call.key, *texts, *(_digest(c) for closed in programs for c in consts_of(closed))
+
+
+def _digest(const: Any) -> Any:
+    """The same for the same numbers; where they cannot be read, the same for nothing."""
+    try:
+        return np.asarray(const).tobytes()
+    except Exception:  # spread over processes, keys
+        return object()
+
+
 def _check(call: DeclaredCall, given: Mapping[int, Any]) -> LayerNormCheck:
-    sets = _centerings(call)
-    zero, moved = _operands(call, sets, given)
-    run, tolerance = _Runner(call, zero), call.tolerance or _tolerance(call)
+    sets, run, found = _centerings(call), _Runner(call), list[LayerNormCheck]()
+    for known in masks(call, given):
+        pair = operands(call, sets, known)
+        # Nobody knows which masks and counts make sense, but for the first, where NaN is wrong.
+        if not found or _is_finite(run(call.program, pair[0])):
+            found.append(_tested(call, sets, run, *pair))
+    slopes = [(c.shift_gradient, c.twin_gradient) for c in found]
+    return LayerNormCheck(
+        shift=max(c.shift for c in found),
+        twin=max(c.twin for c in found),
+        shift_gradient=max((a for a, _ in slopes if a is not None), default=None),
+        twin_gradient=max((b for _, b in slopes if b is not None), default=None),
+        tolerance=found[0].tolerance,
+    )
+
+
+def _tested(
+    call: DeclaredCall, sets: Sets, run: _Runner, zero: list[Any], moved: list[Any]
+) -> LayerNormCheck:
+    """The test with these operands: where the norm is given no mean, and where it is."""
+    tolerance = call.tolerance or _tolerance(call)
     program, along = run(call.program, zero), _words(sets)
-    shift = []
+    shift, twin = [], []
     if call.scale_free:
         what = f"{call.name} notices a shift of x along {along}"
         shift.append(_compared(call, what, program, run(call.program, moved), {}, tolerance))
     if call.measurable:
-        there = _enlarged(call, sets, moved) if call.scale_free else moved
+        there = scaled(sets, moved, large(call)) if call.scale_free else moved
         what = f"{call.name} differs from what it is declared to be where x is shifted along"
         pair = run(call.program, there), run(call.reference, there)
         shift.append(_compared(call, f"{what} {along}", *pair, {}, tolerance))
-    what = f"rms differs from {call.name} where x is zero-mean along {along}"
-    twin, twin_gradient = _compared(call, what, program, run(call.twin, zero), sets, tolerance)
-    slopes = [slope for _, slope in shift if slope is not None]
-    largest = max(value for value, _ in shift)
-    return LayerNormCheck(largest, twin, max(slopes, default=None), twin_gradient, tolerance)
+    for spread in (1.0, *small(call)):
+        there = scaled(sets, zero, spread)
+        what = f"rms differs from {call.name} where x is zero-mean along {along}"
+        what += "" if spread == 1 else f" with a spread of {spread:.2g}"
+        pair = run(call.program, there), run(call.twin, there)
+        if spread != 1 and not _is_finite(pair[0]):  # powers of what is small, in float16
+            pair = tuple((values, {}) for values, _ in pair)
+        twin.append(_compared(call, what, *pair, sets, tolerance))
+    largest = [max(value for value, _ in found) for found in (shift, twin)]
+    slopes = [[slope for _, slope in found if slope is not None] for found in (shift, twin)]
+    return LayerNormCheck(*largest, *(max(s, default=None) for s in slopes), tolerance)
+
+
+def _is_finite(found: Results) -> bool:
+    return all(np.isfinite(x).all() for x in (*found[0], *found[1].values()))
 
 
 def _compared(
@@ -184,49 +229,16 @@ def _centerings(call: DeclaredCall) -> Sets:
     )
 
 
-def _operands(
-    call: DeclaredCall, sets: Sets, given: Mapping[int, Any]
-) -> tuple[list[Any], list[Any]]:
-    """Random operands for which the norm is given no mean, and the same shifted."""
-    rng, zero, shifted = np.random.default_rng(0), [], []
-    for i, aval in enumerate(call.program.in_avals):
-        if not jnp.issubdtype(aval.dtype, jnp.floating):
-            known = given.get(i, None)
-            is_given = isinstance(known, jax.Array | np.ndarray | np.generic)
-            x = np.asarray(known) if is_given else np.ones(aval.shape, aval.dtype)
-            moved = x
-        elif i not in sets:
-            moved = x = _filled(rng.uniform(0.5, 1.5, BLOCK), aval)
-        else:
-            x, shift = (_filled(rng.normal(size=BLOCK), aval) for _ in range(2))
-            for along in sets[i]:
-                x, shift = x - group_means(x, along, np), group_means(shift, along, np)
-            moved = x + 2 * shift / (np.sqrt(np.mean(np.square(shift))) or 1)
-        zero.append(np.asarray(x, aval.dtype))
-        shifted.append(np.asarray(moved, aval.dtype))
-    return zero, shifted
-
-
-def _filled(numbers: np.ndarray, aval: Any) -> np.ndarray:
-    """An array of these numbers, again and again if it is larger."""
-    return np.resize(numbers.astype(widened(aval.dtype)), aval.shape)
-
-
-def _enlarged(call: DeclaredCall, sets: Sets, operands: Sequence[Any]) -> list[Any]:
-    """With such a spread that no epsilon matters."""
-    narrow = any(a.dtype == np.float16 for a in call.program.in_avals)
-    large = LARGE_IN_FLOAT16 if narrow else LARGE
-    return [x * x.dtype.type(large) if i in sets else x for i, x in enumerate(operands)]
-
-
 class _Runner:
     """Runs programs of the same operands: results that are real numbers, and their gradients."""
 
-    def __init__(self, call: DeclaredCall, operands: Sequence[Any]) -> None:
+    def __init__(self, call: DeclaredCall) -> None:
         self.call = call
-        self.moving = [i for i, x in enumerate(operands) if is_editable(x.dtype)]
-        self.has_gradients = self._differentiable(call.program, operands)
-        if self.has_gradients and not self._differentiable(call.twin, operands):
+        self.types = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in call.program.in_avals]
+        self.moving = [i for i, x in enumerate(self.types) if is_editable(x.dtype)]
+        self.compiled: dict[int, Any] = {}
+        self.has_gradients = self._differentiable(call.program)
+        if self.has_gradients and not self._differentiable(call.twin):
             raise FoldError(
                 f"rms: cannot be differentiated, and {call.name} can; give it a derivative, too"
             )
@@ -236,8 +248,10 @@ class _Runner:
         run = self._with_gradients if self.has_gradients else self._values
         try:
             # What is compiled runs at once, even where an outer trace would take it down.
-            compiled = jax.jit(lambda *xs: run(closed, xs)).lower(*operands).compile()
-            results, gradients = compiled(*operands)
+            if id(closed) not in self.compiled:
+                program = jax.jit(lambda *xs: run(closed, xs)).lower(*self.types).compile()
+                self.compiled[id(closed)] = program
+            results, gradients = self.compiled[id(closed)](*operands)
             wide = [
                 [np.asarray(y, widened(y.dtype)) for y in part] for part in (results, gradients)
             ]
@@ -249,9 +263,9 @@ class _Runner:
             ) from error
         return wide[0], dict(zip(self.moving, wide[1], strict=bool(wide[1])))
 
-    def _differentiable(self, closed: ClosedJaxpr, operands: Sequence[Any]) -> bool:
+    def _differentiable(self, closed: ClosedJaxpr) -> bool:
         try:
-            jax.eval_shape(lambda *xs: self._with_gradients(closed, xs), *operands)
+            jax.eval_shape(lambda *xs: self._with_gradients(closed, xs), *self.types)
         except Exception:  # so say kernels without a derivative
             return False
         return True

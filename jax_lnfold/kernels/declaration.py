@@ -187,7 +187,8 @@ class Declared:
         """The call with arguments of these types, outside of any trace."""
         program, shapes = jax.make_jaxpr(given.flat(self.fn), return_shape=True)(*given.operands)
         twin = self._twin(given, given.operands, shapes)
-        return self._described(given, program, twin, self._meaning(given, given.operands, shapes))
+        meaning = self._meaning(given, given.operands, shapes, bool(consts_of(program)))
+        return self._described(given, program, twin, meaning)
 
     def _call(self, given: Arrays, program: ClosedJaxpr, shapes: Any) -> list[Any]:
         """Trace what belongs to the call, and put it into the trace as one equation."""
@@ -195,7 +196,7 @@ class Declared:
         twin = self._twin(given, operands, shapes)
         plain = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
         with outside_of_meshes():
-            reference = self._meaning(given, plain, shapes)
+            reference = self._meaning(given, plain, shapes, bool(consts_of(program)))
         (program, twin, reference), operands = _closed_over([program, twin, reference], operands)
         there = program, twin
         if not all(map(is_plain_aval, map(jax.typeof, operands))):
@@ -230,10 +231,12 @@ class Declared:
         self._compare("rms", found, shapes)
         return twin
 
-    def _meaning(self, given: Arrays, operands: Sequence[Any], shapes: Any) -> ClosedJaxpr:
+    def _meaning(
+        self, given: Arrays, operands: Sequence[Any], shapes: Any, closes_over: bool
+    ) -> ClosedJaxpr:
         """The plain program: the reference, or else the formula of a LayerNorm."""
         if self.reference is None:
-            return jax.make_jaxpr(given.flat(self._formula(shapes)))(*operands)
+            return jax.make_jaxpr(given.flat(self._formula(shapes, closes_over)))(*operands)
         reference, found = jax.make_jaxpr(given.flat(self.reference), return_shape=True)(*operands)
         self._compare("reference", found, shapes)
         return reference
@@ -250,18 +253,21 @@ class Declared:
                 "both must return the same shapes and dtypes"
             )
 
-    def _formula(self, shapes: Any) -> Callable[..., Any]:
-        """The LayerNorm that is declared, without its epsilon; opaque in all that is not."""
+    def _formula(self, shapes: Any, closes_over: bool) -> Callable[..., Any]:
+        """The LayerNorm that is declared, without its epsilon; opaque in all that is not.
+
+        What arrays do that the function closes over, nobody has said.
+        """
         results = jax.tree.leaves(shapes)
 
         def formula(*args: Any, **keywords: Any) -> Any:
             named = _bound(self.fn, args, keywords)
             x, *_ = named.values()
             y = self._normalised(x)
-            scale, shift = (None if n is None else named[n] for n in (self.scale, self.shift))
+            scale, shift = (None if n is None else named.get(n) for n in (self.scale, self.shift))
             leaves = arrays_of(args, keywords).operands
             known = [a for a in (x, scale, shift) if a is not None]
-            is_whole = len(results) == 1 and results[0].shape == x.shape
+            is_whole = not closes_over and len(results) == 1 and results[0].shape == x.shape
             if not is_whole or any(all(a is not b for b in known) for a in leaves):
                 types = tuple((tuple(s.shape), s.dtype) for s in results)
                 return AFTER_NORM.bind(y, *(a for a in leaves if a is not x), results=types)
@@ -305,19 +311,19 @@ def is_array(x: Any) -> bool:
 def _closed_over(
     programs: Sequence[ClosedJaxpr], operands: Sequence[Any]
 ) -> tuple[list[ClosedJaxpr], list[Any]]:
-    """The programs, and the operands with the values of the trace around that they close over."""
-    more = [c for closed in programs for c in consts_of(closed) if is_tracer(c)]
-    if not more:
-        return [*programs], [*operands]
-    everything, end = [*operands, *more], len(operands)
-    start, made = end, []
-    for closed in programs:
-        consts = consts_of(closed)
-        own = range(start, start := start + sum(map(is_tracer, consts)))
+    """The programs, and the operands with the values of the trace around that they close over.
 
-        def run(*given: Any, closed: Any = closed, consts: Any = consts, own: Any = own) -> Any:
-            passed = (given[i] for i in own)
-            bound = [next(passed) if is_tracer(c) else c for c in consts]
+    What two programs close over is one operand.
+    """
+    closed_over = {id(c): c for closed in programs for c in consts_of(closed) if is_tracer(c)}
+    if not closed_over:
+        return [*programs], [*operands]
+    everything, end, made = [*operands, *closed_over.values()], len(operands), []
+    for closed in programs:
+
+        def run(*given: Any, closed: Any = closed) -> Any:
+            passed = dict(zip(closed_over, given[end:], strict=True))
+            bound = [passed.get(id(c), c) for c in consts_of(closed)]
             return jaxpr_as_fun(close(open_jaxpr(closed), bound))(*given[:end])
 
         made.append(jax.make_jaxpr(run)(*everything))

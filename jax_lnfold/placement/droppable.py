@@ -40,12 +40,15 @@ def _why_kept(graph: Graph, norm: LayerNorm, rests: Iterable[int]) -> str:
             return "it is inside of a function with a derivative rule of its own"
     own = _own_values(graph, norm)
     if own is None:
-        return "something else reads its mean, too"
+        return "something else reads its mean or its deviation, too"
     return "other LayerNorms fold because it removes its mean" if own & {*rests} else ""
 
 
 def _own_values(graph: Graph, norm: LayerNorm) -> set[int] | None:
-    """What is computed from the mean up to the quotients; None if it is not for these alone."""
+    """What is computed from the mean up to the quotients; None if it is not for these alone.
+
+    The deviation is, too: without the mean it is another one, which nothing else may read.
+    """
     todo = [v for op in norm.sums for v in op.outputs]
     found = {*todo}
     while todo:
@@ -53,8 +56,6 @@ def _own_values(graph: Graph, norm: LayerNorm) -> set[int] | None:
         if value in graph.outputs:
             return None
         for op, _ in graph.uses[value]:
-            if op is norm.root:
-                continue
             if op.name not in _WITHIN:
                 return None
             fresh = {*op.outputs} - found

@@ -231,7 +231,7 @@ def check_left_out(network: Network) -> Counter[str]:
     dropped = [placement.norms[i] for i in placement.dropped]
     exact = [n for n, done in zip(placement.norms, placement.folded, strict=True) if done]
     sums = {v for norm in dropped for op in norm.sums for v in op.outputs}
-    roots = {v for norm in dropped for v in (*norm.root.outputs, *norm.quotients)}
+    quotients = {v for norm in dropped for v in norm.quotients}
     before: dict[int, list[Any]] = {}
 
     def made(value: int, x: Any) -> Any:
@@ -240,7 +240,7 @@ def check_left_out(network: Network) -> Counter[str]:
         return x
 
     def note(value: int, x: Any) -> Any:
-        if value in roots:
+        if value in quotients:
             before.setdefault(value, []).append(x)
         return made(value, x)
 
@@ -252,7 +252,7 @@ def check_left_out(network: Network) -> Counter[str]:
         return jnp.zeros_like(x) if value in sums else made(value, x)
 
     def but_for_itself(value: int, x: Any) -> Any:
-        return before[value].pop(0) if value in roots else leave_out(value, x)
+        return before[value].pop(0) if value in quotients else leave_out(value, x)
 
     run_with = partial(Interpreter, placement.graph)
     given = traced.closed, folded.params, inputs

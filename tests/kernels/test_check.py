@@ -103,6 +103,13 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "too many axes": (lambda: layer_norm(ln, rms=rms, axis=(0, -1)), "rms differs from"),
     "a GroupNorm": (lambda: layer_norm(of_groups, rms=rms, **DECLARED), "declared to be"),
     "a twin with another epsilon": (lambda: layer_norm(ln, rms=other_eps), "rms differs from"),
+    "a twin with an epsilon that only small inputs notice": (
+        lambda: layer_norm(
+            lambda x, g, b: normalised(x, True, 1e-14) * g + b,
+            rms=lambda x, g, b: normalised(x, False, 2e-14) * g + b,
+        ),
+        "rms differs from .* with a spread of 0.00098",
+    ),
     "a twin without the shift": (
         lambda: layer_norm(ln, rms=lambda x, g, b: rms(x, g, 0 * b)),
         "rms differs from",
@@ -140,6 +147,51 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         "reference: .* has no LayerNorm of its operands in it",
     ),
 }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_epsilon_of_a_twin_counts(dtype: str) -> None:
+    """Those of torch and of Llama, which numbers of size 1 cannot tell apart in these dtypes."""
+    x, g = (jax.ShapeDtypeStruct(a.shape, dtype) for a in (X, G))
+
+    def of(eps: float, mean: bool) -> Any:
+        def kernel(x: Any, g: Any) -> Any:
+            return (normalised(x.astype(jnp.float32), mean, eps) * g).astype(x.dtype)
+
+        return kernel
+
+    check_layer_norm(of(1e-5, True), x, g, rms=of(1e-5, False), scale=1)
+    with pytest.raises(FoldError, match=r"rms differs from .* with a spread of 0\.00"):
+        check_layer_norm(of(1e-5, True), x, g, rms=of(1e-6, False), scale=1)
+
+
+def masked(x: Any, mask: Any, mean: bool = True) -> Any:
+    """The LayerNorm of what a mask lets through: where some is not, its mean is another one."""
+    n = mask.sum(-1, keepdims=True)
+    c = (x - mean * (x * mask).sum(-1, keepdims=True) / n) * mask
+    return c * jax.lax.rsqrt((c * c).sum(-1, keepdims=True) / n + 1e-6)
+
+
+def of_tokens(x: Any, mask: Any, mean: bool = True) -> Any:
+    """The mask is of whole tokens."""
+    return jnp.where(mask[..., None], normalised(x, mean), 0)
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int32])
+def test_masks_and_flags_have_zeros_and_ones(dtype: Any) -> None:
+    whole, part = jax.ShapeDtypeStruct(X.shape, dtype), jax.ShapeDtypeStruct(X.shape[:-1], dtype)
+    with pytest.raises(FoldError, match="rms differs from masked where x is zero-mean"):
+        check_layer_norm(masked, X, whole, rms=partial(masked, mean=False))
+    check_layer_norm(of_tokens, X, part, rms=partial(of_tokens, mean=False))
+    flag = jax.ShapeDtypeStruct((), dtype)
+
+    def off(x: Any, on: Any) -> Any:
+        return jnp.where(on != 0, normalised(x, False), 2 * normalised(x, False))
+
+    with pytest.raises(FoldError, match="rms differs from"):
+        check_layer_norm(lambda x, on: normalised(x, True), X, flag, rms=off)
+    # What is given is taken as it is.
+    check_layer_norm(lambda x, on: normalised(x, True), X, np.ones((), dtype), rms=off)
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -180,6 +232,42 @@ def test_fold_tests_once_and_before_anything_is_edited() -> None:
     assert len(right.passed) == 1
 
 
+class Settings:
+    """All look alike when they are printed."""
+
+    def __init__(self, eps: float) -> None:
+        self.eps = eps
+
+    def __repr__(self) -> str:
+        return "Settings()"
+
+
+def test_a_test_speaks_for_the_programs_that_it_saw() -> None:
+    """Not for what a function does with other settings, or when what it reads has changed."""
+    own = {"eps": 1e-6, "array": np.full(6, 2.0)}
+
+    def twin(x: Any, settings: Any) -> Any:
+        return normalised(x, False, own["eps"] + settings.eps) * own["array"]
+
+    kernel = layer_norm(lambda x, settings: normalised(x, True) * np.full(6, 2.0), rms=twin)
+
+    def fold(settings: Any) -> int:
+        def fn(p: Any, x: Any) -> Any:
+            return kernel(x @ p["w"], settings)
+
+        return jax_lnfold.fold(fn, {"w": np.eye(4, 6) + 0.3}, INPUT).report.n_folded
+
+    assert [fold(Settings(0.0)), fold(Settings(0.0))] == [1, 1]
+    assert len(kernel.passed) == 1
+    for change in ({"eps": 1e-2}, {"array": np.arange(6.0)}):
+        own |= change
+        with pytest.raises(FoldError, match="rms differs"):
+            fold(Settings(0.0))
+        own |= {"eps": 1e-6, "array": np.full(6, 2.0)}
+    with pytest.raises(FoldError, match="rms differs"):
+        fold(Settings(0.1))
+
+
 def test_the_test_can_be_switched_off() -> None:
     """For kernels that do not run where the model is folded."""
 
@@ -193,7 +281,7 @@ def test_the_test_can_be_switched_off() -> None:
 
 
 def test_a_tolerance_can_be_passed() -> None:
-    kernel = layer_norm(ln, rms=other_eps, tolerance=1e-2)
+    kernel = layer_norm(ln, rms=lambda x, g, b: rms(x, 1.001 * g, b), tolerance=1e-2)
     assert check_layer_norm(kernel, X, G, G).twin > 1e-5
     with pytest.raises(FoldError, match="is declared already"):
         check_layer_norm(kernel, X, G, G, rms=rms)

@@ -397,3 +397,33 @@ def test_a_mean_of_single_numbers_is_nobodys() -> None:
         "w": draw(4, 1), "g": draw(1), "b": draw(1)
     }, draw(3, 4))  # fmt: skip
     assert not folded.report.norms
+
+
+def defaults(x: Any, g: Any = None, b: Any = None, mean: bool = True) -> Any:
+    y = with_affine(x, 1.0, 0.0, mean)
+    y = y if g is None else y * g
+    return y if b is None else y + b
+
+
+@pytest.mark.parametrize("given", [(), (G,), (None, B), (G, B)])
+def test_a_scale_and_a_shift_that_have_defaults_need_not_be_passed(given: Any) -> None:
+    fn = jax_lnfold.layer_norm(defaults, rms=partial(defaults, mean=False), scale="g", shift="b")
+    folded = fold_checked(lambda p, x: fn(x @ p["w"], *given), {"w": draw(5, 6)}, draw(3, 5))
+    assert folded.report.n_folded == 1
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_scales_that_are_closed_over(constant: bool) -> None:
+    """Both functions read one array, which is one operand; what it does there, nobody says."""
+
+    def model(p: Any, x: Array) -> Array:
+        g = G if constant else p["g"]
+        kernel = jax_lnfold.layer_norm(
+            lambda x: with_affine(x, g, p["b"]), rms=lambda x: with_affine(x, g, p["b"], False)
+        )
+        return kernel(x @ p["w"]) @ p["v"]
+
+    p = {"w": draw(5, 6), "g": G, "b": B, "v": draw(6, 2)}
+    folded = fold_checked(model, p, draw(3, 5), fold_affine=True)
+    assert folded.report.n_folded == 1
+    assert not folded.report.affine

@@ -94,14 +94,17 @@ def _without(k: int, network: Network) -> Network:
     return replace(network, steps=(*network.steps[:k], _nothing, *network.steps[k + 1 :]))
 
 
-def random_network(number: int, least: int = 3, most: int = 11, smooth: bool = False) -> Network:
+def random_network(
+    number: int, least: int = 3, most: int = 11, smooth: bool = False, statistics: bool = False
+) -> Network:
     """The network of this number, of `least` to `most` steps.
 
     A `smooth` one has no jumps, no loop that the data ends and no dtypes of its own, so that it
-    has gradients, and rounding changes it little.
+    has gradients, and rounding changes it little. In one with `statistics`, more than LayerNorms
+    often reads their means and deviations.
     """
     rng = np.random.default_rng(number)
-    return Builder(rng, SIZES[number % len(SIZES)], smooth).network(least, most)
+    return Builder(rng, SIZES[number % len(SIZES)], smooth).network(least, most, statistics)
 
 
 class Reader(NamedTuple):
@@ -131,7 +134,7 @@ class Builder:
     def one_of(self, options: Sequence[Any]) -> Any:
         return options[self.index(len(options))]
 
-    def network(self, least: int, most: int) -> Network:
+    def network(self, least: int, most: int, statistics: bool) -> Network:
         count = least + self.index(most - least + 1)
         skipped = {"make_single_precision"} if self.smooth else set()
         names = {name for name in dir(type(self)) if name.startswith("make_")} - skipped
@@ -139,13 +142,14 @@ class Builder:
         # Sums, linear layers and what they read are what streams are made of.
         favoured = [self.make_sum, self.make_dense, self.make_block, self.make_layer_scale]
         favoured += self.one_of([2, 8]) * [self.make_affine]
+        favoured += 6 * statistics * [self.with_statistics]
         steps = []
         for k in range(count):
             usual = favoured if k else [self.make_dense, self.make_embedding]
             maker = self.one_of(usual if self.index(3) else makers)
             self.drawn = []
             step = maker(k + 1)
-            step.__name__ = f"{maker.__name__.removeprefix('make_')}({' '.join(self.drawn)})"
+            step.__name__ = f"{maker.__name__.split('_', 1)[1]}({' '.join(self.drawn)})"
             steps.append(self.wrapped(step))
         shape = (self.b, self.n, self.d)
         inputs = Inputs(
@@ -270,6 +274,30 @@ class Builder:
             if where == "scan":
                 return lax.scan(lambda s, rows: (layer(s, rows), None), x, arrays)[0]
             return (jax.vmap(layer, (0, None)) if where == "each sample" else layer)(x, arrays)
+
+        return step
+
+    def with_statistics(self, n: int) -> Step:
+        """A norm whose mean, centered values or deviation something else reads, or another norm."""
+        i, w, kind = self.pick(n), self.kernel(self.d, self.d), self.kind(8)
+
+        def step(p: Params, a: Inputs, v: list[Array]) -> Array:
+            x = v[i]
+            mean = x.mean(-1, keepdims=True)
+            c = x - mean
+            deviation = jnp.sqrt(jnp.square(c).mean(-1, keepdims=True) + 0.1)
+            y = c / deviation
+            return [
+                lambda: y @ w(p),
+                lambda: y + mean,
+                lambda: y @ w(p) + jnp.tanh(mean),
+                lambda: c @ w(p) + y,
+                lambda: (y @ w(p)) * deviation,
+                lambda: (x / deviation) @ w(p) + jnp.tanh(y),
+                lambda: jnp.tanh(y) + c / jnp.sqrt(jnp.square(c).mean(-1, keepdims=True) + 0.5),
+                # What this one removes, the next one need not.
+                lambda: jax.nn.standardize(y - 0.5 * jnp.roll(y, 1, axis=1), epsilon=0.1) @ w(p),
+            ][kind]()
 
         return step
 

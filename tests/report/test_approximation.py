@@ -36,7 +36,7 @@ def report() -> Any:
         divergence=2.1e-5,
         agreement=0.997,
         damages=damages,
-        kept={"other": "something else reads its mean, too"},
+        kept={"other": "something else reads its mean or its deviation, too"},
     )
     plan = replace(plan, dropped=left_out)
     options = {"approximate": {"mean"}, "plan": plan, "center": True}
@@ -60,7 +60,10 @@ def test_text(report: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         "divergence 2.1e-05, argmax agrees 99.70%) on 1 of 5 batches, to which nothing was fitted "
         "(budget 0.05, what a cast of the weights to bfloat16 does; 3e-08 with all means)."
     ) in text
-    assert "Cannot do without a mean: other, as something else reads its mean, too." in text
+    assert (
+        "Cannot do without a mean: other, as something else reads its mean or its deviation, too."
+        in text
+    )
     assert pickle.loads(pickle.dumps(report)) == report
 
 

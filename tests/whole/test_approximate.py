@@ -250,6 +250,19 @@ def returns_variance(p: Any, x: jax.Array) -> Any:
     return p["g"] * c / jnp.sqrt(variance + 1e-3), variance
 
 
+def returns_deviation(p: Any, x: jax.Array) -> Any:
+    c = x - x.mean(-1, keepdims=True)
+    deviation = jnp.sqrt(jnp.square(c).mean(-1, keepdims=True) + 1e-3)
+    return p["g"] * c / deviation, deviation
+
+
+def scales_the_input_too(p: Any, x: jax.Array) -> Any:
+    """The input is divided by the deviation, with its mean."""
+    c = x - x.mean(-1, keepdims=True)
+    root = jax.lax.rsqrt(jnp.square(c).mean(-1, keepdims=True) + 1e-3)
+    return p["g"] * c * root, x * root
+
+
 def with_rule(p: Any, x: jax.Array) -> Any:
     return with_jvp(lambda x: norm(p, x))(x)
 
@@ -265,11 +278,14 @@ def mean_by_product(p: Any, x: jax.Array) -> Any:
     return p["g"] * c / jnp.sqrt(jnp.square(c).mean(-1, keepdims=True) + 1e-3)
 
 
+TOO = "something else reads its mean or its deviation, too"
 KEPT: dict[str, tuple[Callable[..., Any], str]] = {
-    "mean": (reads_mean, "something else reads its mean, too"),
-    "centered": (returns_centered, "something else reads its mean, too"),
-    "shared": (two_of_one_mean, "something else reads its mean, too"),
-    "variance": (returns_variance, "something else reads its mean, too"),
+    "mean": (reads_mean, TOO),
+    "centered": (returns_centered, TOO),
+    "shared": (two_of_one_mean, TOO),
+    "variance": (returns_variance, TOO),
+    "deviation": (returns_deviation, TOO),
+    "input": (scales_the_input_too, TOO),
     "rule": (with_rule, "a derivative rule of its own"),
     "shard_map": (over_devices, "inside of a shard_map"),
 }

@@ -21,6 +21,8 @@ import numpy as np
 import pytest
 from tqdm import tqdm
 
+from jax_lnfold import dropping
+from jax_lnfold.placement.droppable import why_kept
 from jax_lnfold.plan.plan import FoldPlan
 from tests.helpers.network_checks import (
     MODES,
@@ -72,7 +74,8 @@ def check(name: str, network: Network, modes: Sequence[str], found: Found) -> No
 
 
 def network_for(name: str, number: int) -> Network:
-    return random_network(number, smooth=name not in ("contracts", *ALONE))
+    statistics = name in ("left_out", "no_budget")
+    return random_network(number, smooth=name not in ("contracts", *ALONE), statistics=statistics)
 
 
 def check_many(
@@ -206,6 +209,19 @@ def test_wrong_edits_are_noticed(
 ) -> None:
     monkeypatch.setattr(FoldPlan, "center", with_edits(change))
     assert check_many([name], range(0, 90, 3), ["plain"]).failures
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("reason", ["something else reads", "other LayerNorms fold because"])
+def test_means_that_must_stay_are_noticed(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If one of the reasons for which a mean stays were forgotten."""
+
+    def forgetful(placement: Any) -> dict[int, str]:
+        kept = why_kept(placement).items()
+        return {i: "" if why.startswith(reason) else why for i, why in kept}
+
+    monkeypatch.setattr(dropping, "why_kept", forgetful)
+    assert check_many(["left_out"], range(48, 63, 3)).failures
 
 
 def main() -> None:
