@@ -168,13 +168,19 @@ def _tested(
         there = scaled(sets, zero, spread)
         what = f"rms differs from {call.name} where x is zero-mean along {along}"
         what += "" if spread == 1 else f" with a spread of {spread:.2g}"
-        pair = run(call.program, there), run(call.twin, there)
-        if spread != 1 and not _is_finite(pair[0]):  # powers of what is small, in float16
-            pair = tuple((values, {}) for values, _ in pair)
-        twin.append(_compared(call, what, *pair, sets, tolerance))
-    largest = [max(value for value, _ in found) for found in (shift, twin)]
-    slopes = [[slope for _, slope in found if slope is not None] for found in (shift, twin)]
-    return LayerNormCheck(*largest, *(max(s, default=None) for s in slopes), tolerance)
+        one, other = run(call.program, there), run(call.twin, there)
+        if spread != 1 and not _is_finite(one):  # powers of what is small, in float16
+            one, other = (one[0], {}), (other[0], {})
+        twin.append(_compared(call, what, one, other, sets, tolerance))
+    shift_value, shift_slope = _largest(shift)
+    twin_value, twin_slope = _largest(twin)
+    return LayerNormCheck(shift_value, twin_value, shift_slope, twin_slope, tolerance)
+
+
+def _largest(found: Sequence[tuple[float, float | None]]) -> tuple[float, float | None]:
+    """Of values, and of gradients if there are any."""
+    slopes = [slope for _, slope in found if slope is not None]
+    return max(value for value, _ in found), max(slopes, default=None)
 
 
 def _is_finite(found: Results) -> bool:
