@@ -292,7 +292,7 @@ def test_too_many_means(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_some_of_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jax_lnfold.fitting.MOST_NUMBERS", 8 * 2 * 100)
+    monkeypatch.setattr("jax_lnfold.measurement.derivatives.MOST_NUMBERS", 8 * 2 * 100)
     found = regress(post_ln, PARAMS, X)
     assert [n.tokens + n.held_out for n in found.norms] == [80, 80]
     assert (
