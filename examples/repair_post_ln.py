@@ -169,7 +169,7 @@ def run(model: nn.Module, seed: int, steps: int, repair: int) -> tuple[np.ndarra
 
     kept = jax_lnfold.center_updates(folded.plan)
     distil = (teacher, data, repair, seed + 2)
-    found = [
+    found: list[tuple[Any, PyTree]] = [
         (model.apply, params),
         (folded.apply, params),  # as trained: neither centered nor fitted
         (folded.apply, repaired(folded.apply, params, *distil)),

@@ -162,7 +162,7 @@ def shape_of_means(along: AxisSet) -> tuple[int, ...]:
     )
 
 
-def _sampled(tokens: Tokens, shape: tuple[int, int, int], most: int) -> Tokens:
+def _sampled(tokens: Any, shape: tuple[int, int, int], most: int) -> Tokens:
     """Tokens at equal distances, as many as may be, with a row for each iteration of loops."""
     rows, n, features = shape
     step = ceil(n / most)

@@ -30,7 +30,7 @@ def norm(scale: jax.Array, x: jax.Array) -> jax.Array:
     return scale * jax.nn.standardize(x)
 
 
-def model(params: Any, x: jax.Array, residues: jax.Array, order: jax.Array) -> jax.Array:
+def model(params: Any, x: Any, residues: Any, order: Any) -> jax.Array:
     """Post-LN, of the atoms of each residue; the first LayerNorm folds."""
     y = norm(params["g0"], x.reshape(len(x), -1) @ params["in"] + params["table"][residues])
     for i in (1, 2):
