@@ -21,8 +21,8 @@ from .watched import Found, Watched
 class Tokens(NamedTuple):
     """Numbers of all tokens, ``[tokens, features]``, and their ``mean(x**2)``.
 
-    Loops around them are leading axes. Of tokens that are parts of an axis, or of arrays whose sharding is in their type,
-    there is only the mean.
+    Loops around them are leading axes. Of tokens that are parts of an axis, or of arrays whose
+    sharding is in their type, there is only the mean.
     """
 
     values: Any
