@@ -5,19 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from math import ceil, prod
+from math import prod
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ._compat import consts_of
-from .axes.axis_set import AxisSet
-from .axes.labels import ALL
-from .centering import widened
+from .measurement.derivatives import Derivatives, Group, shape_of_means
 from .measurement.normal_equations import Normal, ridge
-from .measurement.token_means import TokenMeans
 from .placement.free_means import FreeMeans
 from .placement.place import Placement
 from .plan.edits.means import MeanEdit
@@ -30,9 +24,6 @@ HELD_OUT = 5
 """Every fifth token of a LayerNorm is not fitted to, but tells whether the fit holds."""
 MOST_MEANS = 4096
 """LayerNorms that share leaves with more means than that are left centered."""
-MOST_NUMBERS = 1 << 26
-"""Derivatives that are held at a time: if a batch has more, it is every second token, say."""
-_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +77,6 @@ class Regression:
         return "\n".join([f"Share of the mean on held-out tokens, of a fit to {n}:", *lines])
 
 
-@dataclass(frozen=True)
-class _Group:
-    """LayerNorms that share leaves, with the place of each leaf's means among those of all."""
-
-    norms: tuple[int, ...]
-    starts: Mapping[int, int]
-    size: int
-
-
 class Fit:
     """A fit to tokens of LayerNorms, of the function at parameters that are centered."""
 
@@ -107,28 +89,13 @@ class Fit:
         example: tuple[Any, ...],
     ) -> None:
         """Find out who shares what."""
-        self._placement, self._free, self._consts = placement, free, consts_of(traced.closed)
-        graph = placement.graph
-        self._position = {v: traced.leaves.index(graph.leaves[v]) for v in free.groups}
-        self._leaves = jax.tree.leaves(params)
-        self._watched = TokenMeans(traced.closed, placement, {*free.feeds}, free.through)
-        given = jax.tree.leaves(example)
-        tokens = jax.eval_shape(lambda *x: self._watched(*x), self._consts, [*self._leaves, *given])
-        self._shapes: dict[int, tuple[int, ...]] = {
-            i: (prod(x.means.shape[:-1]), x.means.shape[-1]) for i, x in tokens.items()
-        }
+        self._placement, self._free = placement, free
+        self._derivatives = Derivatives(traced, placement, free, params, example)
+        self._shapes = self._derivatives.shapes
         self._groups = [*_groups(free, self._shapes)]
-        self._fitted = [g for g in self._groups if self._why_not(g) is None]
-        columns = sum(g.size * self._shapes[i][0] for g in self._fitted for i in g.norms)
-        self._most = max(1, MOST_NUMBERS // max(1, columns))
-        self._zeros = {
-            leaf: np.zeros(_shape(free.groups[leaf]), widened(graph.avals[leaf].dtype))
-            for group in self._fitted
-            for leaf in group.starts
-        }
-        self._largest = max((prod(graph.shape(v)) for v in free.through), default=1)
+        self._fitted = tuple(g for g in self._groups if self._why_not(g) is None)
 
-    def _why_not(self, group: _Group) -> str | None:
+    def _why_not(self, group: Group) -> str | None:
         if any(i not in self._shapes for i in group.norms):
             return "not looked at"
         return f"has {group.size} means" if group.size > MOST_MEANS else None
@@ -136,11 +103,8 @@ class Fit:
     def run(self, plan: FoldPlan, inputs: Sequence[tuple[Any, ...]]) -> Regression:
         """The plan with the means that fit."""
         parts = {i: [Normal.empty(g.size) for _ in range(2)] for g in self._fitted for i in g.norms}
-        program = jax.jit(self._derivatives)
         for batch in inputs if self._fitted else ():
-            given = jax.tree.leaves(batch)
-            found = jax.device_get(program(self._consts, self._leaves, given))
-            for i, (means, squares, rows) in found.items():
+            for i, (means, squares, rows) in self._derivatives(self._fitted, batch).items():
                 _add(parts[i], means, squares, rows)
         edits, norms = list[MeanEdit](), dict[int, RegressedNorm]()
         names = names_of(self._placement)
@@ -157,64 +121,14 @@ class Fit:
         made = replace(plan, edits=centered, means=tuple(edits))
         return Regression(made, tuple(norms[i] for i in sorted(norms)))
 
-    def _edits(self, group: _Group, v: np.ndarray) -> Iterator[MeanEdit]:
+    def _edits(self, group: Group, v: np.ndarray) -> Iterator[MeanEdit]:
         for leaf, start in group.starts.items():
             along = self._free.groups[leaf]
-            means = v[start : start + prod(_shape(along))].tolist()
+            means = v[start : start + prod(shape_of_means(along))].tolist()
             yield MeanEdit(self._placement.graph.leaves[leaf], along, tuple(means))
 
-    def _derivatives(self, consts: Any, leaves: list[Any], given: list[Any]) -> dict[int, Any]:
-        """Means, second moments and derivatives (a row for each mean of a leaf) of all tokens."""
-        found = dict[int, Any]()
-        for size in sorted({g.size for g in self._fitted}):  # fewer passes for those with fewer
-            alike = [group for group in self._fitted if group.size == size]
-            found |= self._of_size(size, alike, consts, leaves, given)
-        return found
 
-    def _of_size(
-        self, size: int, groups: list[_Group], consts: Any, leaves: list[Any], given: list[Any]
-    ) -> dict[int, Any]:
-        """The same of groups with as many means: each pass is for one mean of every group."""
-        norms = [i for group in groups for i in group.norms]
-        starts = {leaf: start for group in groups for leaf, start in group.starts.items()}
-
-        def tokens(shifts: dict[int, Any]) -> Any:
-            shifted = list(leaves)
-            for leaf, shift in shifts.items():
-                x = leaves[at := self._position[leaf]]
-                shifted[at] = (x.astype(shift.dtype) + shift).astype(x.dtype)
-            found = self._watched(consts, [*shifted, *given])
-            some = {i: self._sampled(i, found[i]) for i in norms}
-            return {i: x.means for i, x in some.items()}, {i: x.squares for i, x in some.items()}
-
-        def seed(d: Any) -> dict[int, Any]:
-            return {leaf: _one_at(d - start, self._zeros[leaf]) for leaf, start in starts.items()}
-
-        zeros = {leaf: self._zeros[leaf] for leaf in starts}
-        means, push, squares = jax.linearize(tokens, zeros, has_aux=True)
-        chunk = max(1, min(size, _CHUNK // self._largest))
-        rows = jax.lax.map(lambda d: push(seed(d)), jnp.arange(size), batch_size=chunk)
-        return {i: (means[i], squares[i], rows[i]) for i in norms}
-
-    def _sampled(self, i: int, tokens: Any) -> Any:
-        """Tokens at equal distances, as many as may be, with a row for each iteration of loops."""
-        rows, n = self._shapes[i]
-        step = ceil(n / self._most)
-        return jax.tree.map(lambda x: x.reshape(rows, n)[:, ::step], tokens)
-
-
-def _one_at(position: Any, like: np.ndarray) -> jax.Array:
-    """One at a position, counted in row-major order, and zeros."""
-    return (jnp.arange(like.size) == position).astype(like.dtype).reshape(like.shape)
-
-
-def _shape(along: AxisSet) -> tuple[int, ...]:
-    return tuple(
-        1 if entry == ALL else n for entry, n in zip(along.entries, along.shape, strict=True)
-    )
-
-
-def _groups(free: FreeMeans, shapes: Mapping[int, Any]) -> Iterator[_Group]:
+def _groups(free: FreeMeans, shapes: Mapping[int, Any]) -> Iterator[Group]:
     """The LayerNorms, put together where they share leaves."""
     left = {i: {*leaves} for i, leaves in free.feeds.items()}
     while left:
@@ -226,8 +140,8 @@ def _groups(free: FreeMeans, shapes: Mapping[int, Any]) -> Iterator[_Group]:
         starts, size = dict[int, int](), 0
         for leaf in sorted(leaves):
             starts[leaf] = size
-            size += prod(_shape(free.groups[leaf]))
-        yield _Group(tuple(sorted(norms)), starts, size)
+            size += prod(shape_of_means(free.groups[leaf]))
+        yield Group(tuple(sorted(norms)), starts, size)
 
 
 def _add(parts: list[Normal], means: np.ndarray, squares: np.ndarray, rows: np.ndarray) -> None:

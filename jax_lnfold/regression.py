@@ -33,7 +33,8 @@ def regress(
     token is held out, and LayerNorms for which it does not help there stay centered. So do those
     in a `while_loop` or a `shard_map`, and those that share leaves with more than 4096 means. Of a
     batch with many tokens, every second, third ... is used. One pass over the batches, each of
-    which is differentiated as many times as there are means; sums are kept in float64.
+    which is differentiated in as many directions as there are means; as many at a time as there
+    are features, where each of these depends on its own one. Sums are kept in float64.
 
     Args:
         apply_fn: a function of ``(params, *inputs)``; a linen module stands for its `apply`.

@@ -12,11 +12,14 @@ from tqdm import tqdm
 
 from . import report
 from .costs import programs
+from .partial_tasks import PARTIAL
 from .results import Key, Results, read
 from .run import FOLDED, VARIANTS, Program, Trainer, program
-from .tasks import TASKS, Settings
+from .tasks import TASKS, Settings, Task
 
 OUT = Path(__file__).with_name("results.json")
+OUT_PARTIAL = Path(__file__).with_name("partial") / "results.json"
+KNOWN: dict[str, Task] = {**TASKS, **PARTIAL}
 PHASES = "float32", "programs", "float64"  # what matters most first
 INTERRUPTED = 130  # as shells say it of a command that Ctrl-C ended
 
@@ -41,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _task(name: str, args: argparse.Namespace, results: Results, phase: str) -> None:
     """What is missing of one phase of a task: its runs, its programs, or its runs in float64."""
-    task = TASKS[name]
+    task = KNOWN[name]
     settings = task.settings.tiny() if args.tiny else task.settings
     data = task.load()
     results.describe(name, task, settings, data)
@@ -111,12 +114,20 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "RMSNorms, with RMSNorms alone and without norms. Finished runs are kept in a file; "
         "what is there is not run again.",
     )
-    for option, known in (("--tasks", list(TASKS)), ("--variants", list(VARIANTS))):
-        parser.add_argument(
-            option, type=_names(known), default=known, help=f"of {','.join(known)}; default all"
-        )
+    parser.add_argument(
+        "--partial", action="store_true", help="models that cannot be folded exactly, in their file"
+    )
+    parser.add_argument(
+        "--tasks",
+        type=_names([*KNOWN]),
+        help=f"of {','.join(TASKS)}; --partial: {','.join(PARTIAL)}",
+    )
+    known = [*VARIANTS]
+    parser.add_argument(
+        "--variants", type=_names(known), default=known, help=f"of {','.join(known)}; default all"
+    )
     parser.add_argument("--seeds", type=_positive, default=5, help="how many (default 5)")
-    parser.add_argument("--out", type=Path, default=OUT, help="JSON file of the results")
+    parser.add_argument("--out", type=Path, help="JSON file of the results")
     parser.add_argument(
         "--rounds", type=int, default=200, help="of timing a step in turns; 0: no costs, no times"
     )
@@ -126,4 +137,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-plots", dest="plots", action="store_false", help="tables only")
     parser.add_argument("--report-only", action="store_true", help="train nothing")
     parser.add_argument("--tiny", action="store_true", help="two steps of tiny models, as a trial")
-    return parser.parse_args(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    args.tasks = args.tasks or [*(PARTIAL if args.partial else TASKS)]
+    args.out = args.out or (OUT_PARTIAL if args.partial else OUT)
+    args.control = args.control and not args.partial  # roundings are not what differs
+    return args

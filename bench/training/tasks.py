@@ -65,6 +65,7 @@ class Task:
     loss: Callable[[jax.Array, Batch], jax.Array]
     score: Callable[[jax.Array, Batch], jax.Array]  # logits: the metric, per example
     unit: str = ""
+    approximate: bool = False  # means that no edit removes are left out
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def build(self, settings: Settings, kind: Kind, classes: int) -> nn.Module:
@@ -95,7 +96,8 @@ def _take(arrays: Batch, index: jax.Array, key: jax.Array) -> Batch:
     return {name: x[index] for name, x in arrays.items()}
 
 
-def _noisy(arrays: Batch, index: jax.Array, key: jax.Array) -> Batch:
+def noisy(arrays: Batch, index: jax.Array, key: jax.Array) -> Batch:
+    """Images with noise, and labels."""
     batch = _take(arrays, index, key)
     x = batch["images"]
     return batch | {"images": x + NOISE * jax.random.normal(key, x.shape, x.dtype)}
@@ -106,11 +108,13 @@ def _windows(arrays: Batch, index: jax.Array, key: jax.Array) -> Batch:
     return {"text": arrays["text"][index[:, None] + jnp.arange(LENGTH + 1)]}
 
 
-def _class_loss(logits: jax.Array, batch: Batch) -> jax.Array:
+def class_loss(logits: jax.Array, batch: Batch) -> jax.Array:
+    """The mean cross entropy."""
     return _cross_entropy(logits, batch["labels"]).mean()
 
 
-def _right(logits: jax.Array, batch: Batch) -> jax.Array:
+def right(logits: jax.Array, batch: Batch) -> jax.Array:
+    """100 where the class is the right one."""
     return 100.0 * (logits.argmax(-1) == batch["labels"])
 
 
@@ -146,10 +150,10 @@ TASKS = {
         settings=Settings(depth=4, width=48, heads=4, batch=64, steps=900, learning_rate=3e-3),
         load=data.digits,
         model=models.ViT,
-        draw=_noisy,
+        draw=noisy,
         inputs=lambda batch: (batch["images"],),
-        loss=_class_loss,
-        score=_right,
+        loss=class_loss,
+        score=right,
     ),
     "language": Task(
         title="Language model: characters of Python's library, GPT",
@@ -186,8 +190,8 @@ TASKS = {
         model=models.Classifier,
         draw=_take,
         inputs=lambda batch: (batch["text"],),
-        loss=_class_loss,
-        score=_right,
+        loss=class_loss,
+        score=right,
         extra={"vocabulary": data.BUCKETS},
     ),
 }

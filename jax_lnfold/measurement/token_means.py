@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._compat import ClosedJaxpr, JaxprEqn, Var, control_flow, evaluate, manual
+from .._compat import ClosedJaxpr, JaxprEqn, Var, control_flow, evaluate, is_explicit, manual
 from ..axes.axis_set import AxisSet
+from ..axes.labels import Labels
 from ..centering import group_means, widened
 from ..placement.place import Placement
 from ..program.graph import CallPath
@@ -18,10 +19,19 @@ from .watched import Found, Watched
 
 
 class Tokens(NamedTuple):
-    """``mean(x)`` and ``mean(x**2)`` of all tokens; loops around them are leading axes."""
+    """Numbers of all tokens, ``[tokens, features]``, and their ``mean(x**2)``.
 
-    means: Any
+    Loops around them are leading axes. Of tokens that are parts of an axis, or of arrays whose
+    sharding is in their type, there is only the mean.
+    """
+
+    values: Any
     squares: Any
+
+    @property
+    def means(self) -> Any:
+        """The mean of each token."""
+        return self.values.mean(-1)
 
 
 class TokenMeans(Watched):
@@ -53,8 +63,13 @@ class TokenMeans(Watched):
 
     def _look(self, x: jax.Array, along: AxisSet, mesh_axes: tuple[str, ...]) -> Any:
         wide = x.astype(widened(x.dtype))
-        both = wide, jnp.square(jax.lax.stop_gradient(wide))
-        return Tokens(*(one_each(group_means(y, along, jnp), along).ravel() for y in both))
+        square = jnp.square(jax.lax.stop_gradient(wide))
+        squares = one_each(group_means(square, along, jnp), along).ravel()
+        labelled = any(isinstance(entry, Labels) for entry in along.entries)
+        if labelled or is_explicit(jax.typeof(wide)):  # whose axes cannot be put together
+            return Tokens(one_each(group_means(wide, along, jnp), along).reshape(-1, 1), squares)
+        last = range(x.ndim - len(along.axes), x.ndim)
+        return Tokens(jnp.moveaxis(wide, along.axes, last).reshape(len(squares), -1), squares)
 
     def _equation(
         self, eqn: JaxprEqn, operands: list[Any], site: CallPath

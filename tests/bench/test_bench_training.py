@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from bench.training import cli, measures, report  # noqa: E402
 from bench.training.costs import median  # noqa: E402
+from bench.training.partial_tasks import PARTIAL  # noqa: E402
 from bench.training.results import versions  # noqa: E402
 from bench.training.run import FOLDED, VARIANTS, program  # noqa: E402
 from bench.training.tasks import TASKS  # noqa: E402
@@ -60,6 +61,27 @@ def test_every_variant_can_be_trained(name: str) -> None:
     n = {variant: len(leaves) for variant, leaves in sizes.items()}
     assert n["layernorm"] == n[FOLDED] == n["none"] + 2 * FOLDED_NORMS[name]
     assert n["rmsnorm"] == n["none"] + FOLDED_NORMS[name]
+
+
+@pytest.mark.parametrize("name", PARTIAL)
+def test_partial_tasks(name: str) -> None:
+    """All means are left out, most of them not exactly; held-out examples are not drawn for."""
+    task = PARTIAL[name]
+    data, settings = task.load(), task.settings.tiny()
+    with jax.enable_x64(False):
+        p = program(task, settings, data, FOLDED)
+        assert p.norms.layernorms == p.norms.folded > 0
+        drawn = [
+            jax.ShapeDtypeStruct(shape, np.int32)
+            for shape in [(settings.log_every, settings.batch), (settings.log_every,)]
+        ]
+        key = jax.eval_shape(jax.random.key, 0)
+        carry = p.shapes, jax.eval_shape(p.optimizer.init, p.shapes)
+        arrays = jax.eval_shape(lambda: data.train)
+        carry, losses = jax.eval_shape(p.scan, arrays, key, carry, tuple(drawn))
+        assert losses.shape == ()
+        loss, metric = jax.eval_shape(p.evaluate, carry[0], data.test)
+        assert loss.shape == metric.shape == ()
 
 
 def test_runs_and_goes_on(

@@ -292,7 +292,7 @@ def test_too_many_means(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_some_of_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jax_lnfold.fitting.MOST_NUMBERS", 8 * 2 * 100)
+    monkeypatch.setattr("jax_lnfold.measurement.derivatives.MOST_NUMBERS", 8 * 2 * 100)
     found = regress(post_ln, PARAMS, X)
     assert [n.tokens + n.held_out for n in found.norms] == [80, 80]
     assert (
@@ -432,3 +432,36 @@ def test_a_trained_encoder() -> None:
     wide = jax.tree.map(lambda x: x.astype(jnp.float64), params)
     folded = jax_lnfold.fold(encoder, wide, test[:50], plan=found.plan, center=True)
     check_contracts(encoder, wide, folded, test[:50].astype(jnp.float64))
+
+
+# --- several derivatives in one pass -------------------------------------------------------------
+
+
+def reversed_features(params: Any, x: jax.Array) -> jax.Array:
+    """The mean is the same, but no feature of a token depends on its own one of the leaf."""
+    p = params[0]
+    return norm(p, x + branch(p, x)[..., ::-1])
+
+
+def in_heads(params: Any, x: jax.Array) -> jax.Array:
+    """The leaf has its features along two axes, and the token along one."""
+    p = params[0]
+    out = p["out"].reshape(HIDDEN, 2, -1)
+    return norm(p, x + jnp.einsum("...h,hnd->...nd", jnp.sin(x @ p["in"]), out).reshape(x.shape))
+
+
+@pytest.mark.parametrize(
+    ("fn", "mixes"), [(post_ln, False), (in_heads, False), (reversed_features, True)]
+)
+def test_derivatives_in_one_pass(fn: Any, mixes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are those in one direction at a time; where they would not be, that is seen."""
+
+    def means(most: float) -> np.ndarray:
+        monkeypatch.setattr("jax_lnfold.measurement.derivatives.MIXED", most)
+        edits = regress(fn, PARAMS, X).plan.means
+        assert edits
+        return np.concatenate([edit.means for edit in edits])
+
+    one_at_a_time, checked, unchecked = (means(most) for most in (-1.0, 0.05, np.inf))
+    np.testing.assert_allclose(checked, one_at_a_time, rtol=1e-9)
+    assert np.allclose(unchecked, one_at_a_time, rtol=1e-9) != mixes
