@@ -52,7 +52,9 @@ class Called:
 def pallas_kernel(kernel: Any) -> Called:
     """The calls of `pallas.pallas_call` with this kernel, a function or a `partial` of one.
 
-    They are known by the file and line of the function, whatever the name of the call.
+    They are known by the file and line of the function, whatever the name of the call. So a rule
+    must hold whatever a `partial` binds, or the function closes over: a kernel with an activation
+    behind its product, as an option, is not linear. Give the linear one a function of its own.
 
         >>> def copy_kernel(x_ref, y_ref):
         ...     y_ref[...] = x_ref[...]
@@ -177,10 +179,20 @@ class _Form:
         return _Form(parts, result, chosen)
 
     def fits(self, ctx: Context) -> bool:
-        """Whether the equation has these operands, of these ranks."""
-        shapes = [ctx.in_shape(i) for i in range(len(ctx.op.inputs))]
-        ranks = [*map(len, shapes), len(ctx.out_shape())]
-        return ranks == [len(part) for part in (*self.operands, self.result)]
+        """Whether the equation has these operands, of these ranks, and one size for each letter.
+
+        Of a second result nothing was said.
+        """
+        shapes = [*(ctx.in_shape(i) for i in range(len(ctx.op.inputs))), ctx.out_shape()]
+        parts = *self.operands, self.result
+        if len(ctx.op.outputs) != 1 or [*map(len, shapes)] != [*map(len, parts)]:
+            return False
+        sizes = {
+            (a, n)
+            for part, shape in zip(parts, shapes, strict=True)
+            for a, n in zip(part, shape, strict=True)
+        }
+        return len(sizes) == len({a for a, _ in sizes})
 
     def alike(self, operand: int) -> dict[int, int]:
         """Axes of an operand along which all positions are computed alike, and where they are."""

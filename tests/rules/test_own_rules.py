@@ -275,3 +275,18 @@ def test_a_rule_is_registered_once() -> None:
     with pytest.raises(FoldError, match="the ffi kernel twice has a rule already"):
         register(rules.ffi_target("twice"), linear("d->d"))
     assert jax_lnfold.rules is rules
+
+
+def test_letters_say_nothing_of_other_sizes_and_of_a_second_result() -> None:
+    """A padded result has other positions; a second result is not the one that was meant."""
+
+    def padded(x: Any) -> Any:
+        return jnp.pad(x, ((0, 0), (0, 2)))
+
+    def of_two(x: Any) -> Any:
+        return list(jax.lax.top_k(x, 3))
+
+    cut = check_rule(primitive_of("padded", padded).bind, (3, 4), rule=linear("nk->nk"))
+    assert (cut.pulls, cut.pushes, cut.axes) == (0, 0, 0)
+    two = check_rule(of_two, (2, 3), rule=linear("nk->nk"))
+    assert (two.pulls, two.pushes, two.axes) == (0, 0, 0)
