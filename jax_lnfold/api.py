@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple, overload
 
-import jax
-import numpy as np
-
 from .approximation import approximated
+from .arguments import (
+    check_assume,
+    check_follow,
+    check_given,
+    check_no_means,
+    check_no_weights,
+    check_untie,
+    followed,
+    inputs_of_each,
+    inputs_of_one,
+    with_values,
+)
 from .calibration import Calibration, check_calibration
-from .errors import FoldError, TreeError
-from .folded import Folded, analysed, is_abstract, planned
+from .errors import FoldError
+from .folded import Folded, analysed, planned
 from .folded_functions import (
     FoldedFunctions,
     are_functions,
-    check_functions,
     fold_together,
     trace_together,
 )
@@ -25,11 +32,9 @@ from .models.folded_model import FoldedModel, taken_apart
 from .models.kind import EquinoxModel, LinenModule, NnxModel
 from .models.linen_modules import apply_of
 from .options import Options, check_excluded, check_options
-from .placement.assuming import values_of
 from .placement.place import Placement
 from .placement.planning import make_plan
 from .plan.plan import FoldPlan, check_donate
-from .printable import counted
 from .program.calls import with_keywords
 from .program.tracing import Traced, trace
 from .report.approximation import Approximation
@@ -247,14 +252,14 @@ def fold(
         assume_values,
     )
     check_donate(donate)
-    _check_follow(plan, center, options)
+    check_follow(plan, center, options)
     if plan is not None and options.excludes is not None:
         raise FoldError("exclude: a plan is followed as it is; leave one of both out")
     calibration = check_calibration(options.drop_means, calibrate, budget, logits)
     wanted = _Wanted(options, bool(donate), plan, bool(center), exclude, weights, calibration)
     apply_fn, model = apply_of(apply_fn), taken_apart(apply_fn, params, example_inputs)
-    _check_untie(options, model, plan)
-    _check_assume(options, plan)
+    check_untie(options, model, plan)
+    check_assume(options, plan)
     if model is not None:
         inputs = model.inputs
         if calibration is not None and model.methods is None:
@@ -285,19 +290,19 @@ def _fold(
     wanted: _Wanted,
 ) -> Folded | FoldedFunctions:
     options, donate, plan, center, exclude, weights, calibration = wanted
-    _check_given(apply_fn, params, example_inputs)
+    check_given(apply_fn, params, example_inputs)
     found = check_leaves(params, "params", abstract=plan is not None and not center)
     check_excluded(exclude, (path for path, _ in found))
-    options = _with_values(options, found)
-    params = params if plan is None else _followed(plan, params, center)
+    options = with_values(options, found)
+    params = params if plan is None else followed(plan, params, center)
     if isinstance(apply_fn, Mapping):
-        inputs = _inputs_of_each(apply_fn, example_inputs, keywords, "example_inputs")
-        _check_no_means(options)
+        inputs = inputs_of_each(apply_fn, example_inputs, keywords, "example_inputs")
+        check_no_means(options)
         return fold_together(apply_fn, params, inputs, donate, options, weights, plan, center)
-    _check_no_weights(weights)
+    check_no_weights(weights)
     if calibration is not None and calibration.batches:
         example_inputs = example_inputs or calibration.batches[0]
-    example_inputs = _inputs_of_one(example_inputs, keywords)
+    example_inputs = inputs_of_one(example_inputs, keywords)
     told: Approximation | None = None
     if calibration is not None and plan is None:
         batches = [with_keywords(batch, keywords) for batch in calibration.batches]
@@ -453,19 +458,19 @@ def _analysis(
     weights: Any,
     exclude: Any,
 ) -> tuple[Traced, Placement, FoldPlan]:
-    _check_no_means(options)
+    check_no_means(options)
     apply_fn, model = apply_of(apply_fn), taken_apart(apply_fn, params, inputs)
-    _check_untie(options, model, None)
-    _check_assume(options, None)
+    check_untie(options, model, None)
+    check_assume(options, None)
     if model is not None:
         apply_fn, params, inputs = model.functions, model.params, model.inputs
-    _check_given(apply_fn, params, inputs)
-    options = _with_values(options, check_leaves(params, "params", abstract=True))
+    check_given(apply_fn, params, inputs)
+    options = with_values(options, check_leaves(params, "params", abstract=True))
     if are_functions(apply_fn):
-        each = _inputs_of_each(apply_fn, inputs, keywords, "inputs")
+        each = inputs_of_each(apply_fn, inputs, keywords, "inputs")
         traced = trace_together(apply_fn, params, each, weights)
     else:
-        _check_no_weights(weights)
+        check_no_weights(weights)
         inputs = with_keywords(inputs, keywords)
         check_leaves(inputs, "inputs", abstract=True)
         traced = trace(apply_fn, params, inputs)
@@ -475,129 +480,3 @@ def _analysis(
     if are_functions(apply_fn):
         return traced, placement, make_plan(placement)
     return traced, placement, planned(placement, options, params)
-
-
-def _check_untie(options: Options, model: Any, plan: FoldPlan | None) -> None:
-    if options.untie and options.drop_means:
-        raise FoldError(
-            'untie: not together with approximate={"mean"}; leave one of both out, or untie the '
-            "leaf in the model"
-        )
-    if model is not None and (options.untie or (plan is not None and plan.untied)):
-        raise FoldError(
-            "untie: a model that holds its parameters has no place for a copy; fold a function of "
-            "its parameters, such as lambda params, x: nnx.merge(graphdef, params)(x)"
-        )
-    if options.untie and plan is not None:
-        raise FoldError("untie: a plan is followed with the copies it has; leave one of both out")
-
-
-def _check_assume(options: Options, plan: FoldPlan | None) -> None:
-    if not options.assume_values:
-        return
-    other = 'approximate={"mean"}' if options.drop_means else "untie" if options.untie else None
-    if other is not None:
-        raise FoldError(f"assume_values: not together with {other}; leave one of both out")
-    if plan is not None:
-        raise FoldError("assume_values: a plan is followed as it is; leave one of both out")
-
-
-def _with_values(options: Options, leaves: list[tuple[str, Any]]) -> Options:
-    """The options with what there is to assume of the leaves, if it was asked for."""
-    return replace(options, values=values_of(leaves)) if options.assume_values else options
-
-
-def _inputs_of_each(
-    functions: Mapping[Any, Any],
-    given: tuple[Any, ...],
-    keywords: Mapping[str, Any],
-    argument: str,
-) -> dict[str, tuple[Any, ...]]:
-    """The inputs of several functions, by name; keywords are not for several."""
-    if keywords:
-        raise FoldError(
-            f"{next(iter(keywords))}: which function it is for is not known; bind keywords of "
-            "several functions with functools.partial"
-        )
-    return check_functions(functions, given, argument)
-
-
-def _inputs_of_one(given: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The example inputs of one function, if any, with its keywords."""
-    if keywords and not given:
-        raise FoldError(
-            f"{next(iter(keywords))}: without example inputs there is nothing to trace; pass them, "
-            "too, or pass keywords to the folded function only"
-        )
-    inputs = with_keywords(given, keywords)
-    check_leaves(inputs, "example_inputs", abstract=True)
-    return inputs
-
-
-def _check_no_weights(weights: Any) -> None:
-    if weights is not None:
-        raise FoldError("weights: there is one function only; leave it out, or pass a mapping")
-
-
-def _check_no_means(options: Options) -> None:
-    if options.drop_means:
-        raise FoldError(
-            'approximate: "mean" is for fold of one function, as it is measured on data; fold the '
-            "functions one by one, or leave it out"
-        )
-
-
-def _check_follow(plan: Any, center: Any, options: Options) -> None:
-    if plan is not None and not isinstance(plan, FoldPlan):
-        raise FoldError(
-            f"plan: a {type(plan).__name__} is no FoldPlan; pass folded.plan, or what "
-            "FoldPlan.from_json reads"
-        )
-    if plan is not None and plan.dropped and not options.drop_means:
-        raise FoldError(
-            f"plan: leaves out the means of {counted(len(plan.dropped), 'LayerNorm')}, which is an "
-            'approximation; pass approximate={"mean"}, too, to follow it, or plan.exact'
-        )
-    if not isinstance(center, (bool, np.bool_)):
-        raise FoldError(f"center: {center!r} is not a bool; pass True or False")
-    if center and plan is None:
-        raise FoldError("center: there is no plan to center with; pass plan=, or leave it out")
-
-
-def _followed(plan: FoldPlan, params: Any, center: Any) -> Any:
-    """The tree to fold: with the copies that the plan edits, or else as the plan leaves it.
-
-    Of leaves without values it is not asked how they are.
-    """
-    if center:
-        return plan.extend(params)
-    if any(map(is_abstract, jax.tree.leaves(params))):
-        plan.fitted(params, abstract=True)
-        return params
-    plan.fitted(params).check_assumed(params)
-    if (path := plan.not_centered(params)) is not None:
-        raise TreeError(
-            f"params: leaf {path!r} is not centered as the plan says; pass center=True to edit it, "
-            "or plan.center(params)"
-        )
-    return params
-
-
-def _check_given(apply_fn: Any, params: Any, inputs: tuple[Any, ...]) -> None:
-    """There is a function, and something that may be parameters, in this order."""
-    if not callable(apply_fn) and not are_functions(apply_fn):
-        cure = (
-            "pass a function of (params, *inputs), such as model.apply, or several of them by name"
-        )
-        if callable(getattr(apply_fn, "apply", None)):
-            cure = "pass its .apply"
-        elif any(map(callable, (params, *inputs))):
-            cure = "the function comes first: fold(apply_fn, params, *inputs)"
-        raise FoldError(f"apply_fn: a {type(apply_fn).__name__} is not callable; {cure}")
-    if params is MISSING:
-        raise FoldError("params: missing; pass fold(apply_fn, params, *inputs)")
-    if callable(params) and any(leaf is params for leaf in jax.tree.leaves(params)):
-        raise FoldError(
-            f"params: a {type(params).__name__} is no tree of arrays; pass "
-            "fold(apply_fn, params, *inputs), or of a model, fold(model, *inputs)"
-        )

@@ -27,7 +27,7 @@ FLOORS = [
     {"dropping", "fitting", "observing", "program_cache"},
     {"folded"},
     {"approximation", "folded_functions"},
-    {"models"},
+    {"arguments", "models"},
     {"api"},
     {"measuring", "widening"},
     {"cli", "regression", "verification"},
