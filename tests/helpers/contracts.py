@@ -110,6 +110,11 @@ def fold_checked(
     return folded
 
 
+def unbroken(shown: Any) -> str:
+    """What is printed, without the ends of lines, which are where a terminal ends."""
+    return " ".join(str(shown).split())
+
+
 def counts(report: jax_lnfold.Report) -> tuple[int, int, int]:
     """How many LayerNorms there are, how many of them fold, and explicit centerings."""
     return len(report.norms), report.n_folded, report.n_inserted
