@@ -159,7 +159,7 @@ def test_means_left_out(count: int) -> None:
 def test_values_that_are_assumed(count: int) -> None:
     found = check_many(["assumed"], range(0, 3 * count, 3))
     assert not found.failures
-    assert min(found.counts["gained"], found.counts["assumed"]) > 5
+    assert min(found.counts["gained"], found.counts["assumed"]) > 1
 
 
 @pytest.mark.wide
