@@ -149,11 +149,11 @@ def test_leaves_that_are_spread_over_devices() -> None:
 
 def test_one_program_for_all_numbers() -> None:
     edits = [edit_of("w", (3, 7), [1], size) for size in (1, 2, 3)]
-    before = jax_lnfold.plan.leaf._compiled_edit.cache_info().currsize
+    before = jax_lnfold.plan.leaf._compiled_edit.cache_info().misses
     for edit in edits:
         found = plan_of(edit).center({"w": jnp.ones((3, 7))})["w"]
         np.testing.assert_allclose(found.mean(1), edit.means, atol=1e-14)
-    assert jax_lnfold.plan.leaf._compiled_edit.cache_info().currsize == before + 1
+    assert jax_lnfold.plan.leaf._compiled_edit.cache_info().misses <= before + 1
 
 
 # --- plans and their files -----------------------------------------------------------------------

@@ -372,7 +372,8 @@ class Attention(nn.Module):
         return x
 
 
-def test_the_report_says_what_each_norm_became() -> None:
+def test_the_report_says_what_each_norm_became(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # else names end in the middle
     model, x = Attention(), jnp.zeros((2, 130, 24), jnp.bfloat16)
     p = jax.eval_shape(model.init, jax.random.key(0), x)
 
