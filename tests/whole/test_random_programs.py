@@ -231,7 +231,7 @@ def test_wrong_edits_are_noticed(
     name: str, change: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FoldPlan, "center", with_edits(change))
-    assert check_many([name], range(0, 90, 3), ["plain"]).failures
+    assert any(check_many([name], [n], ["plain"]).failures for n in range(0, 90, 3))
 
 
 @pytest.mark.wide
