@@ -287,7 +287,7 @@ def test_training_keeps_leaves_as_they_must_be(dtype: str) -> None:
     folded = jax_lnfold.fold(post_ln, params, x, assume_values=True)
     tx = optax.chain(
         jax_lnfold.center_gradients(folded.plan),
-        optax.adam(0.01),
+        optax.adam(0.03),
         jax_lnfold.center_updates(folded.plan),
     )
 
