@@ -13,6 +13,7 @@ from rich.console import Console
 
 import jax_lnfold
 from jax_lnfold.report.approximation import Approximation
+from tests.helpers.contracts import unbroken
 from tests.models.zoo import BY_NAME
 
 PURPLE = "#8e4ec6"
@@ -48,7 +49,7 @@ def report() -> Any:
 
 def test_text(report: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    text = " ".join(str(report).split())
+    text = unbroken(report)
     assert report.n_dropped == 2
     assert report.n_folded == 3
     assert "3 of 5 LayerNorms folded, 2 of them approximately" in text

@@ -15,6 +15,7 @@ import pytest
 import jax_lnfold
 from jax_lnfold import FoldError, FoldPlan, PlanFormatError
 from jax_lnfold.report.page import to_png
+from tests.helpers.contracts import unbroken
 from tests.report.test_report import report_of
 
 
@@ -137,11 +138,11 @@ def test_post_ln_says_one_reason_once(name: str) -> None:
 
 
 def test_at_most_four_places_of_a_reason() -> None:
-    assert "; and 3 more) scales" in " ".join(str(report_of("bart")).split())
+    assert "; and 3 more) scales" in unbroken(report_of("bart"))
 
 
 def test_reasons_that_differ_in_more_stay_apart() -> None:
-    said = " ".join(str(report_of("swin")).split())
+    said = unbroken(report_of("swin"))
     assert said.count("this parameter is `params/stage_") == 2
     assert said.count("normalise before positions are joined".capitalize()) == 4
 

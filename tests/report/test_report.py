@@ -20,6 +20,7 @@ import jax_lnfold
 from jax_lnfold.report.report import Report
 from jax_lnfold.report.table import Row, grouped, merged
 from jax_lnfold.trees import leaf_paths
+from tests.helpers.contracts import unbroken
 from tests.models.zoo import BY_NAME, NORMS, ZOO
 
 TESTS = Path(__file__).parents[1]
@@ -156,7 +157,7 @@ def test_repeated_layers_are_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_reason_is_said_once() -> None:
     report = tower_report(3, leaks=True)
-    text = " ".join(str(report).split())
+    text = unbroken(report)
     assert text.count("left (1)") == 2, "one row for three layers, one for the last norm"
     assert text.count("makes a value that is an output") == 1
     assert "Return the normalised values instead of the stream itself." in text
@@ -175,7 +176,7 @@ def test_bytes_of_edited_parameters() -> None:
 
 
 def test_why_a_centering_is_inserted() -> None:
-    text = " ".join(str(report_of("gpt2")).split())
+    text = unbroken(report_of("gpt2"))
     (insertion,) = report_of("gpt2").insertions
     assert insertion.after.startswith("`add` (CausalLM/embed, language.py:")
     assert "a parameter that feeds it cannot be centered, as `dot_general` (" in insertion.reason
