@@ -18,8 +18,11 @@ import builtins
 import copy
 import hashlib
 import json
+import math
 import multiprocessing
 import os
+import random
+import resource
 import sys
 import tempfile
 import time
@@ -59,7 +62,8 @@ STAGES = [
         "whole/test_random_programs",
     )
 ]
-BUDGET = 20.0  # seconds of tests per mutant and stage, the shortest tests first
+BUDGET = 20.0  # seconds of processor time per mutant and stage, the shortest tests first
+PATIENCE = 20  # a mutant may take that many times its processor time by the clock: others run, too
 CACHE = Path(tempfile.gettempdir()) / "jax_lnfold-mutation"
 EXCUSED: dict[tuple[str, str, str], str] = {
     ("axes/broadcast", "project", "FREE  ->  ALL  in  e if n == m else FREE"): (
@@ -98,11 +102,11 @@ class Replaced(NamedTuple):
 
 
 class Recorder:
-    """Writes down how long every test takes, and which statements it runs."""
+    """Writes down each test's processor time (of all threads), and which statements it runs."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.ran, self.imported = path, set[str](), set[str]()
-        self.failed: list[str] = []
+        self.began, self.failed = 0.0, list[str]()
         self.tests: dict[str, tuple[float, list[str]]] = {}
 
     def pytest_sessionstart(self) -> None:
@@ -112,23 +116,35 @@ class Recorder:
         self.imported = {*self.ran}  # concerns every test
         self.ran.clear()
 
+    def pytest_runtest_logstart(self) -> None:
+        self.ran.clear()
+        self.began = time.process_time()
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        seconds, _ = self.tests.get(report.nodeid, (0.0, []))
-        self.tests[report.nodeid] = (seconds + report.duration, sorted(self.ran | self.imported))
         self.failed += [report.nodeid] if report.failed else []
-        if report.when == "teardown":
-            self.ran.clear()
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        seconds = time.process_time() - self.began
+        self.tests[nodeid] = (seconds, sorted(self.ran | self.imported))
 
     def pytest_sessionfinish(self) -> None:
         self.path.write_text(json.dumps({"failed": self.failed, "tests": self.tests}))
 
 
 def fork(
-    trees: Callable[[], dict[str, ast.Module]], stages: Sequence[Sequence[str]], *plugins: Recorder
+    trees: Callable[[], dict[str, ast.Module]],
+    stages: Sequence[Sequence[str]],
+    *plugins: Recorder,
+    seconds: float = math.inf,
 ) -> ForkProcess:
-    """A silent child that runs tests stage by stage and exits with the status of the last run."""
+    """A silent child that runs tests stage by stage and exits with the status of the last run.
+
+    The system ends it after so many seconds of processor time.
+    """
 
     def work() -> None:
+        if seconds < math.inf:
+            resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), math.ceil(seconds)))
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
@@ -202,9 +218,10 @@ def verdicts(given: Sequence[Mutant], stages: int, jobs: int) -> Iterator[tuple[
         while waiting and len(running) < jobs:
             mutant = waiting.pop(0)
             tests = [tests_for(mutant, stage) for stage in range(stages)]
-            process = fork(lambda m=mutant: {m.module: m.install()}, tests)
             usual = sum(measured(s)[name][0] for s, names in enumerate(tests) for name in names)
-            running[process.sentinel] = (mutant, process, time.monotonic() + 30 + 3 * usual)
+            most = 60 + 3 * usual
+            process = fork(lambda m=mutant: {m.module: m.install()}, tests, seconds=most)
+            running[process.sentinel] = (mutant, process, time.monotonic() + PATIENCE * most)
         wait([*running], timeout=1)
         for sentinel, (mutant, process, deadline) in [*running.items()]:
             if not process.is_alive() or time.monotonic() > deadline:
@@ -223,6 +240,7 @@ def main() -> int:
     )
     parser.add_argument("--stages", type=int, default=len(STAGES), help="run so many stages")
     parser.add_argument("--jobs", type=int, default=1, help="mutants at a time")
+    parser.add_argument("--sample", type=int, metavar="N", help="only N of them, drawn by chance")
     parser.add_argument("--list", action="store_true", help="only list the mutants")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     args = parser.parse_args()
@@ -233,6 +251,8 @@ def main() -> int:
         for m in mutants(module)
         if args.function in m.function and first <= m.line <= last
     ]
+    if args.sample is not None and args.sample < len(given):
+        given = random.Random(0).sample(given, args.sample)
     if args.list:
         print("\n".join(map(str, given)))
         return 0
