@@ -26,6 +26,7 @@ from .plan.edits.affine import AffineEdit, AffineReader
 from .plan.edits.assumed import AssumedEdit
 from .plan.edits.center import CenterEdit
 from .plan.edits.drop import DropEdit
+from .plan.edits.hide import HideEdit, HidingReader
 from .plan.edits.means import MeanEdit
 from .plan.edits.queries import QueryEdit
 from .plan.edits.scale import ScaleEdit
@@ -65,6 +66,8 @@ __all__ = [
     "Folded",
     "FoldedFunctions",
     "FoldedModel",
+    "HideEdit",
+    "HidingReader",
     "Insertion",
     "LayerNormCheck",
     "LeafSpec",

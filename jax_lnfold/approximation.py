@@ -7,7 +7,7 @@ go, by the damage that each does alone, and all together are measured (theory, s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any, NamedTuple
@@ -35,17 +35,21 @@ from .output_differences import (
     squares,
 )
 from .placement.free_means import free_means
+from .placement.hiding import hidden_means
 from .placement.place import Placement
 from .placement.planning import follow, make_plan, placement_of
 from .plan.edits.drop import DropEdit
+from .plan.edits.hide import HideEdit
 from .plan.plan import FoldPlan
 from .program.tracing import Traced, trace
 from .report.approximation import Approximation
 from .rewrite.rewritten import rewritten
-from .trees import first_line
+from .trees import first_line, leaf_paths
 
 HELD_OUT = 5
 """Every fifth batch is held out of the fit, and at least the last one."""
+SPREAD = 100
+"""Means are hidden behind scales of which no number is so many times smaller than the largest."""
 
 
 def approximated(
@@ -189,13 +193,18 @@ class _Trial:
         can, kept = droppable(self.placement)
         switched = self._switched([*can.values()])
         names, total = [*can], len(can)
+        hidden = self._hide(can, switched) if budget else {}
         exact = switched(range(total))
         alone = [switched({*range(total)} - {n}) for n in range(total)]
         order = sorted(range(total), key=lambda n: (math.isnan(alone[n]), alone[n]))
         count = _most(total, lambda k: switched(order[k:]) <= budget) if budget else 0
         while True:
-            dropped = tuple(DropEdit(names[n]) for n in sorted(order[:count]))
-            plan = replace(self.plan, dropped=dropped)
+            left_out = [names[n] for n in sorted(order[:count])]
+            plan = replace(
+                self.plan,
+                dropped=tuple(map(DropEdit, left_out)),
+                hidden=tuple(edit for name in left_out for edit in hidden.get(name, ())),
+            )
             program = self._folded(plan)
             error = self._error(program)
             if error <= budget or not count:
@@ -210,9 +219,28 @@ class _Trial:
         )
         return plan, told if logits is None else self._with_logits(told, program, logits)
 
+    def _hide(
+        self, can: Mapping[str, Sequence[int]], switched: Callable[[Iterable[int]], float]
+    ) -> dict[str, list[HideEdit]]:
+        """Makes readers blind to the means, by name, if that is better with all of these left out.
+
+        It is so to first order in what a reader sees, but not in what goes around it.
+        """
+        edits = hidden_means(self.placement)
+        sizes = {path: abs(jnp.asarray(x)) for path, x in leaf_paths(self.params)}
+        far = {i: e for i, e in edits.items() if _is_level(sizes[e.key_path])}
+        found = {name: [far[i] for i in own if i in far] for name, own in can.items()}
+        before, centered = switched(()), self.edited
+        every = tuple(edit for some in found.values() for edit in some)
+        self.edited = replace(self.plan, hidden=every).center(self.params)
+        if every and switched(()) < before:
+            return found
+        self.edited = centered
+        return {}
+
     def _switched(self, groups: Sequence[Sequence[int]]) -> Callable[[Iterable[int]], float]:
         """The error of the program in which only some of the groups have a mean."""
-        closed, leaves = self.traced.closed, jax.tree.leaves(self.edited)
+        closed = self.traced.closed
 
         @jax.jit
         def run(consts: Any, leaves: list[Any], given: list[Any], switches: Any) -> list[Any]:
@@ -221,6 +249,7 @@ class _Trial:
 
         def error(on: Iterable[int]) -> float:
             switches = np.isin(np.arange(len(groups)), [*on])
+            leaves = jax.tree.leaves(self.edited)
             return self._error(
                 _Program(lambda own, given: run(consts_of(closed), own, given, switches), leaves)
             )
@@ -272,6 +301,11 @@ class _Trial:
 def _compiled(closed: ClosedJaxpr) -> Callable[[list[Any], list[Any]], Sequence[Any]]:
     program = jax.jit(jaxpr_as_fun(closed))
     return lambda leaves, given: program(*leaves, *given)
+
+
+def _is_level(sizes: jax.Array) -> bool:
+    """Whether a division by these numbers loses few digits."""
+    return bool(jnp.min(sizes) * SPREAD > jnp.max(sizes))
 
 
 def _cast(x: Any) -> Any:

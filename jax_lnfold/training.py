@@ -7,6 +7,7 @@ subspace in which the folded program computes the original function.
 from __future__ import annotations
 
 from collections.abc import Callable, Container
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -226,6 +227,7 @@ def _fitted(plan: FoldPlan, tree: Any, name: str) -> _Fitted:
 
     Flax NNX gives an optimiser arrays where the model has variables: without ``/value`` at the end.
     """
+    plan = replace(plan, hidden=())  # exact whether or not it stays so: it lessens one error, once
     edited, found = plan.leaf_edits().keys(), dict(leaf_paths(tree, name))
     names = names_in(found, (leaf.key_path for leaf in plan.leaves))
     own = {path: key for key, path in names.items()}

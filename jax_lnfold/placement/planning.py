@@ -20,6 +20,7 @@ from ..program.tracing import Traced
 from .absorbing import are_seen
 from .affine import check_affine, with_affine
 from .assuming import assuming, assumptions_of
+from .hiding import check_hidden
 from .layer_scale import find_merges
 from .place import Placement, place, place_within
 from .queries import check_queries, with_queries
@@ -126,7 +127,9 @@ def place_again(plan: FoldPlan, graph: Graph, explicit_cost: float) -> Placement
     for name, edits in found.items():
         for edit in edits:
             FINDERS[name].check(edit, value, graph)
-    rest = {"means": plan.means, "dropped": plan.dropped, "assumed": plan.assumed}
+    check_hidden(plan.hidden, value, placement)
+    kept = ("means", "dropped", "assumed", "hidden")
+    rest = {name: plan.sections[name] for name in kept}
     return replace(placement, found={**found, **rest})
 
 

@@ -87,9 +87,17 @@ def check_plan(leaves: Sequence[LeafSpec], sections: Sections) -> None:
         for edit in edits:
             edit.check(shapes)
         roles.update(paths)
+    _check_alone(sections, roles)
     _check_filled(sections, roles)
     _check_means(sections)
     _check_assumed(sections, roles)
+
+
+def _check_alone(sections: Sections, roles: Mapping[str, int]) -> None:
+    """What takes a leaf as it is stored does so: nothing else is done to it."""
+    alone = (path for edits in sections.values() for e in edits if e.ALONE for path in e.parts)
+    if twice := [path for path in alone if roles[path] > 1]:
+        raise ValueError(f"leaf {min(twice)!r} has a part in what is hidden, and in another edit")
 
 
 def _check_filled(sections: Sections, roles: Mapping[str, int]) -> None:

@@ -66,12 +66,27 @@ class Factor(Multiplier):
         return aligned + self.plus if self.plus else aligned
 
 
+class Term(ABC):
+    """What is added to a leaf, made from itself and `takes` leaves: a frozen dataclass.
+
+    `first` if it takes a leaf that may be edited, too, but as it was.
+    """
+
+    __slots__ = ()
+    takes: ClassVar[int] = 1
+    first: ClassVar[bool] = False
+
+    @abstractmethod
+    def value(self, x: Any, sources: Sequence[Any], dtype: Any, xp: Any) -> Any:
+        """What is added to `x`: of its shape, an array of `xp` and the `dtype` of the arithmetic."""
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """What is done to one leaf, with the other leaves (`sources`) that it takes, in this order.
 
-    With `fill`, all elements become that number. Otherwise first, if there are `summed` axes, the
-    product of a shift and a kernel is added: the shift runs along `axes` of the kernel, `summed`
+    With `fill`, all elements become that number. Otherwise first the `terms` are added, which
+    nothing else goes with, or, if there are `summed` axes, the product of a shift and a kernel: the shift runs along `axes` of the kernel, `summed`
     axes are summed over and the leaf's own axes run along the rest. Then the leaf is scaled along
     each of `factors`, centered along `sets`, and at last gets the `means` of the groups of the only
     set, one for each, in row-major order. What is `assumed` is edited in training only: it has no
@@ -86,6 +101,12 @@ class Recipe:
     means: tuple[float, ...] | None = None
     constant: tuple[AxisSet, ...] = ()
     assumed: bool = False
+    terms: tuple[Term, ...] = ()
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it takes leaves that are edited, too, as they were before."""
+        return bool(self.summed) or any(term.first for term in self.terms)
 
     @property
     def alike(self) -> Recipe:
@@ -126,11 +147,13 @@ def edit_leaf(x: Any, sources: Sequence[Any], recipe: Recipe, donate: bool) -> t
         return _edited(x, terms, recipe).astype(x.dtype), False
     if not isinstance(x, jax.Array):
         x, noted = np.asarray(x), list[str]()
-        with np.errstate(over="call", call=lambda kind, _: noted.append(kind), invalid="ignore"):
+        ignored = {"divide": "ignore", "invalid": "ignore"}  # what comes of it is no finite number
+        with np.errstate(over="call", call=lambda kind, _: noted.append(kind), **ignored):
             terms = _terms(x, recipe.means_for(_wide_type(x)), sources, recipe)
             new = _edited_in_blocks(x, terms, recipe)
-        if not noted and not recipe.summed and x.dtype.isbuiltin == 1:
-            return new, False  # NumPy notes overflows of its own dtypes, other than in einsum
+        added = recipe.summed or recipe.terms
+        if not noted and not added and x.dtype.isbuiltin == 1:
+            return new, False  # NumPy notes overflows of its own dtypes, but in einsum
         return new, not _finite(new) and all(_finite(np.asarray(v)) for v in (x, *sources))
     edit = _compiled_edit(recipe.alike, donate, _sharding_of(x))
     return edit(x, recipe.means_for(_wide_type(x)), *sources)
@@ -221,6 +244,11 @@ def _terms(x: Any, means: Any, sources: Sequence[Any], recipe: Recipe) -> _Terms
             aligned = _aligned(jnp.asarray(shift, wide), recipe.axes, kernel.shape, jnp)
             added = (aligned * kernel).sum(axis=recipe.summed)
         added = added.reshape(x.shape)
+    elif recipe.terms:
+        for term in recipe.terms:
+            taken, rest = rest[: term.takes], rest[term.takes :]
+            value = term.value(x, taken, wide, xp)
+            added = value if added is None else added + value
     elif not recipe.sets and [f.plain for f in recipe.factors] == [True]:
         wide = x.dtype if rest[0].dtype == x.dtype else wide
     for multiplier in recipe.factors:

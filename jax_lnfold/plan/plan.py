@@ -25,6 +25,7 @@ from .edits.assumed import AssumedEdit
 from .edits.center import CenterEdit
 from .edits.drop import DropEdit
 from .edits.edit import Edit, LeafEdit, fills_of
+from .edits.hide import HideEdit
 from .edits.means import MeanEdit
 from .edits.queries import QueryEdit
 from .edits.scale import ScaleEdit
@@ -39,7 +40,8 @@ class FoldPlan:
     """How to edit a parameter tree so that the folded program computes the original function.
 
     `leaves` describes the tree that the plan fits; `affine` is applied before `scales`, and these
-    before `edits` and `means`, of which a leaf has one kind. `dropped` edits no leaf, but makes the
+    before `edits` and `means`, of which a leaf has one kind; what is `hidden` concerns leaves that
+    nothing else is done to. `dropped` edits no leaf, but makes the
     folded program an approximation: see `exact`. What is `assumed` of leaves is not edited either:
     trees that are otherwise are refused. If leaves are `untied`, the tree is an
     `Untied` one, see `extend`. Where `from_json` would not read it back, it cannot be made:
@@ -68,6 +70,7 @@ class FoldPlan:
     means: tuple[MeanEdit, ...] = ()
     dropped: tuple[DropEdit, ...] = ()
     assumed: tuple[AssumedEdit, ...] = ()
+    hidden: tuple[HideEdit, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the parts against each other."""
@@ -258,6 +261,11 @@ class FoldPlan:
         in_order = [leaf.key_path for leaf in self.leaves if leaf.key_path in found]
         return {path: found[path] for path in sorted(in_order, key=lambda p: _stage(found[p]))}
 
+    def _needed(self) -> set[str]:
+        """The leaves that are edited, and those that they take."""
+        edits = self.leaf_edits()
+        return {*edits, *(source for edit in edits.values() for source in edit.sources)}
+
     def _refuse(self, too_large: dict[int, Any]) -> None:
         for i, overflow in too_large.items():
             if overflow:
@@ -299,7 +307,7 @@ class FoldPlan:
     ) -> FoldPlan:
         own = [leaf.key_path for leaf in self.leaves]
         names = names_in(shapes, own)
-        missing = {*(own if whole else self.leaf_edits())} - names.keys()
+        missing = {*(own if whole else self._needed())} - names.keys()
         unknown = shapes.keys() - {*names.values()}
         if missing or unknown:
             tree = "plan.extend(params)" if self.untied else "a tree of the same structure"
@@ -318,7 +326,7 @@ class FoldPlan:
             TreeError: an edited leaf of the `argument` has a size that does not fit its edit.
         """
         old = {leaf.key_path: leaf.shape for leaf in self.leaves}
-        fit = Fit(argument, names, old, {path: shapes[names[path]] for path in self.leaf_edits()})
+        fit = Fit(argument, names, old, {path: shapes[names[path]] for path in self._needed()})
         sections: dict[str, Any] = {
             name: tuple(edit.refit(fit) for edit in edits) for name, edits in self.sections.items()
         }
@@ -361,9 +369,14 @@ class FoldPlan:
         - ``assumed`` (since version 9): like ``edits``, but the leaf is not edited: it is so
           already, and must be. With the ``state`` ``"centered"`` its means are zero, with
           ``"constant"`` it does not vary along the axes ``"all"``, to the last bit.
+        - ``hidden`` (since version 10): of the kernel of every reader those rows along ``axis``,
+          from ``start`` on, that the leaf ``g`` at ``key_path`` has numbers for, become
+          ``W - (1 / g) (g W) / D``, with ``D`` the size of ``g``. Unless ``shift`` is null, the
+          leaf at ``bias`` gains ``mean(b / g) (g W)``, with ``b`` the leaf at ``shift`` and the
+          kernel as it was. Nothing else is done to any of these leaves.
         - ``version``: 2; 3 if there is an ``affine``; 4 if in one of these ``one`` is 0; 5 if
           leaves are ``untied``; 6 if there are ``queries``; 7 if there are ``means``; 8 if means
-          are ``dropped``; 9 if something is ``assumed``.
+          are ``dropped``; 9 if something is ``assumed``; 10 if something is ``hidden``.
         """
         version = self.version
         sections = {
@@ -402,7 +415,7 @@ IN_ORDER = (*reversed(KINDS),)
 
 def _stage(edit: LeafEdit) -> int:
     """When a leaf is edited: before those that it takes, which are filled last."""
-    return 0 if edit.recipe.summed else 1 if edit.recipe.fill is None else 2
+    return 0 if edit.recipe.is_first else 1 if edit.recipe.fill is None else 2
 
 
 def check_donate(donate: Any) -> None:

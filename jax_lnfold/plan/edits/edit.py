@@ -35,6 +35,7 @@ class LeafEdit:
             means=one.means if two.means is None else two.means,
             constant=one.constant + two.constant,
             assumed=one.assumed or two.assumed,
+            terms=one.terms + two.terms,
         )
         return LeafEdit(sources, recipe)
 
@@ -56,12 +57,13 @@ class Edit(ABC):
     A plan has a field for each kind, which is the section of its file, too. `VERSIONS` are those of
     plan files that came with something of the kind, the first one with the section. `NAMES` says
     what its leaves are, all of which must be different, within the section, too, unless it is
-    empty.
+    empty. If they are `ALONE`, nothing else may be done to them.
     """
 
     __slots__ = ()
     VERSIONS: ClassVar[tuple[int, ...]] = (2,)
     NAMES: ClassVar[str] = ""
+    ALONE: ClassVar[bool] = False
 
     @property
     def version(self) -> int:
