@@ -135,7 +135,7 @@ class Programs:
         traced = trace(self.apply, self.params, self.example)
         placement = follow(self.plan, traced.graph(), 2.0)
         groups = [*droppable(placement)[0].values()]
-        edits = hidden_means(placement)
+        edits = hidden_means(placement, self.plan)
         self.hidden = tuple(edits[i] for own in groups for i in own if i in edits)
         self.total, self.exact = len(groups), len(placement.norms) - len(groups)
         self.original = jax.jit(self.apply)

@@ -226,7 +226,7 @@ class _Trial:
 
         It is so to first order in what a reader sees, but not in what goes around it.
         """
-        edits = hidden_means(self.placement)
+        edits = hidden_means(self.placement, self.plan)
         sizes = {path: abs(jnp.asarray(x)) for path, x in leaf_paths(self.params)}
         far = {i: e for i, e in edits.items() if _is_level(sizes[e.key_path])}
         found = {name: [far[i] for i in own if i in far] for name, own in can.items()}

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,10 @@ from .report.names import names_of
 
 HELD_OUT = 5
 """Every fifth token of a LayerNorm is not fitted to, but tells whether the fit holds."""
+FOLDS = 4
+"""The ridge is chosen with fits to all batches but every fourth one: tokens of one are alike."""
+MOST_FOLDED = 1024
+"""LayerNorms that share leaves with more means than that have no folds, which would take memory."""
 MOST_MEANS = 4096
 """LayerNorms that share leaves with more means than that are left centered."""
 
@@ -102,10 +106,10 @@ class Fit:
 
     def run(self, plan: FoldPlan, inputs: Sequence[tuple[Any, ...]]) -> Regression:
         """The plan with the means that fit."""
-        parts = {i: [Normal.empty(g.size) for _ in range(2)] for g in self._fitted for i in g.norms}
-        for batch in inputs if self._fitted else ():
+        parts = {i: _Parts.empty(g.size, len(inputs)) for g in self._fitted for i in g.norms}
+        for number, batch in enumerate(inputs if self._fitted else ()):
             for i, (means, squares, rows) in self._derivatives(self._fitted, batch).items():
-                _add(parts[i], means, squares, rows)
+                _add(parts[i], number, means, squares, rows)
         edits, norms = list[MeanEdit](), dict[int, RegressedNorm]()
         names = names_of(self._placement)
         for group in self._groups:
@@ -144,35 +148,54 @@ def _groups(free: FreeMeans, shapes: Mapping[int, Any]) -> Iterator[Group]:
         yield Group(tuple(sorted(norms)), starts, size)
 
 
-def _add(parts: list[Normal], means: np.ndarray, squares: np.ndarray, rows: np.ndarray) -> None:
+class _Parts(NamedTuple):
+    """The tokens of one LayerNorm: folds of those that are fitted to, and those held out."""
+
+    folds: list[Normal]
+    held: Normal
+
+    @classmethod
+    def empty(cls, size: int, batches: int) -> _Parts:
+        count = 1 if size > MOST_FOLDED else max(1, min(FOLDS, batches))
+        return cls([Normal.empty(size) for _ in range(count)], Normal.empty(size))
+
+    @property
+    def fitted(self) -> Normal:
+        return Normal.of(self.folds)
+
+
+def _add(
+    parts: _Parts, batch: int, means: np.ndarray, squares: np.ndarray, rows: np.ndarray
+) -> None:
     """The tokens of a batch, every fifth of all so far to those that are held out."""
     rows, means, squares = (np.asarray(x, np.float64) for x in (rows, means, squares))
-    before = sum(part.tokens for part in parts) // len(means)
+    before = sum(part.tokens for part in (*parts.folds, parts.held)) // len(means)
     held = (before + np.arange(means.shape[-1])) % HELD_OUT == HELD_OUT - 1
-    for part, chosen in zip(parts, (~held, held), strict=True):
+    fold = parts.folds[batch % len(parts.folds)]
+    for part, chosen in ((fold, ~held), (parts.held, held)):
         own = rows[:, :, chosen].reshape(len(rows), -1)
         part.add(own, means[:, chosen].ravel(), squares[:, chosen].ravel())
 
 
-def _solved(parts: Sequence[Sequence[Normal]], size: int) -> tuple[str, np.ndarray]:
+def _solved(parts: Sequence[_Parts], size: int) -> tuple[str, np.ndarray]:
     """The means that fit, or zeros, and why."""
     nothing = np.zeros(size)
-    if not all(part.finite for both in parts for part in both):
+    if not all(each.finite for own in parts for each in (*own.folds, own.held)):
         return "infinite or NaN activations", nothing
-    v = ridge([fitted for fitted, _ in parts])
+    folds = [*zip(*(own.folds for own in parts), strict=True)]
+    v = ridge([own.fitted for own in parts], folds)
     if not v.any():
         return "nothing to fit, or too few tokens", nothing
-    if any(not held.tokens or held.share(v) >= held.share(nothing) for _, held in parts):
+    held = [own.held for own in parts]
+    if any(not each.tokens or each.share(v) >= each.share(nothing) for each in held):
         return "it does not hold on the tokens that were held out", nothing
     return "", v
 
 
-def _told(
-    path: str, parts: Sequence[Normal] | None, v: np.ndarray, why: str | None
-) -> RegressedNorm:
+def _told(path: str, parts: _Parts | None, v: np.ndarray, why: str | None) -> RegressedNorm:
     if parts is None:
         nan = float("nan")
         return RegressedNorm(path, 0, 0, nan, nan, nan, why or "")
-    fitted, held = parts
+    fitted, held = parts.fitted, parts.held
     shares = held.share(np.zeros_like(v)), held.share(v), fitted.share(v)
     return RegressedNorm(path, fitted.tokens, held.tokens, *shares, why or "")

@@ -44,6 +44,15 @@ class Normal:
         left = self.means + 2 * self.vector @ v + v @ self.matrix @ v
         return max(float(left), 0.0) / self.squares if self.squares else 0.0
 
+    @classmethod
+    def of(cls, parts: Sequence[Normal]) -> Normal:
+        """Of the tokens of all parts together."""
+        total = cls.empty(len(parts[0].vector))
+        for part in parts:
+            for name, value in vars(part).items():
+                setattr(total, name, getattr(total, name) + value)
+        return total
+
     @property
     def finite(self) -> bool:
         """Whether no token was infinite or NaN."""
@@ -51,30 +60,68 @@ class Normal:
         return bool(np.isfinite(sums))
 
 
-def ridge(normals: Sequence[Normal]) -> np.ndarray:
+def ridge(normals: Sequence[Normal], folds: Sequence[Sequence[Normal]] = ()) -> np.ndarray:
     """The v that make the sum of all shares small, every LayerNorm of `normals` counting alike.
 
-    Minimises ``sum (m + J v)**2 + ridge |v|**2``; the ridge is the one of generalised cross
-    validation, among those that leave at least half of the degrees of freedom to the tokens.
+    Minimises ``sum (m + J v)**2 + ridge |v|**2``. Each of the `folds` holds, for every LayerNorm, a
+    part of the tokens; the ridge is the one with which fits to all other folds are best for a fold.
+    Without folds it is the one of generalised cross validation, among those that leave at least
+    half of the degrees of freedom to the tokens.
     """
-    used = [n for n in normals if n.squares > 0]
-    size = len(normals[0].vector)
-    tokens = sum(n.tokens for n in used)
-    matrix = sum((n.matrix / n.squares for n in used), np.zeros((size, size)))
-    vector = sum((n.vector / n.squares for n in used), np.zeros(size))
-    total = sum(n.means / n.squares for n in used)
+    squares = [n.squares for n in normals]
+    size, tokens = len(normals[0].vector), sum(n.tokens for n in normals)
+    matrix, vector, total = _weighted(normals, squares)
     scale = np.trace(matrix) / size
     if not tokens or not scale > 0 or not total > 0:
         return np.zeros(size)
-    values, basis = np.linalg.eigh(matrix)
-    values, along = np.maximum(values, 0), basis.T @ vector
-    ridges = (scale * STEPS)[:, None]
-    kept = values / (values + ridges)
-    freedom = kept.sum(1) / tokens
-    left = total - (along**2 * (values + 2 * ridges) / (values + ridges) ** 2).sum(1)
-    left = np.maximum(left, 1e-14 * total)  # what is below has no digits
-    scores = np.where(freedom <= 0.5, left / (1 - np.minimum(freedom, 0.5)) ** 2, np.inf)
+    values, basis = _eigen(matrix)
+    ridges = scale * STEPS[::-1, None]  # of equals, the largest
+    along = basis.T @ vector
+    if len(folds) > 1:
+        scores = _left_out(matrix, vector, [_weighted(f, squares) for f in folds], ridges)
+    else:
+        scores = _generalised(values, along, total, tokens, ridges)
     if not np.isfinite(scores).any():
         return np.zeros(size)
-    best = scale * STEPS[len(STEPS) - 1 - int(np.argmin(scores[::-1]))]
-    return -basis @ (along / (values + best))
+    return -basis @ (along / (values + ridges[int(np.argmin(scores))]))
+
+
+def _weighted(
+    normals: Sequence[Normal], squares: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """The sums of all LayerNorms, relative to these second moments."""
+    size = len(normals[0].vector)
+    used = [(n, s) for n, s in zip(normals, squares, strict=True) if s > 0]
+    matrix = sum((n.matrix / s for n, s in used), np.zeros((size, size)))
+    vector = sum((n.vector / s for n, s in used), np.zeros(size))
+    return matrix, vector, sum(n.means / s for n, s in used)
+
+
+def _eigen(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    values, basis = np.linalg.eigh(matrix)
+    return np.maximum(values, 0), basis
+
+
+def _left_out(
+    matrix: np.ndarray,
+    vector: np.ndarray,
+    folds: Sequence[tuple[np.ndarray, np.ndarray, float]],
+    ridges: np.ndarray,
+) -> np.ndarray:
+    """For every ridge, what is left in the folds, of fits to all others."""
+    scores = np.zeros(len(ridges))
+    for own, along, total in folds:
+        values, basis = _eigen(matrix - own)
+        v = -(basis @ ((basis.T @ (vector - along))[:, None] / (values[:, None] + ridges.T)))
+        scores += total + 2 * along @ v + (v * (own @ v)).sum(0)
+    return scores
+
+
+def _generalised(
+    values: np.ndarray, along: np.ndarray, total: float, tokens: int, ridges: np.ndarray
+) -> np.ndarray:
+    """Generalised cross validation, infinite for ridges that leave too few degrees of freedom."""
+    freedom = (values / (values + ridges)).sum(1) / tokens
+    left = total - (along**2 * (values + 2 * ridges) / (values + ridges) ** 2).sum(1)
+    left = np.maximum(left, 1e-14 * total)  # what is below has no digits
+    return np.where(freedom <= 0.5, left / (1 - np.minimum(freedom, 0.5)) ** 2, np.inf)

@@ -14,22 +14,23 @@ from ..axes.axis_set import AxisSet
 from ..errors import PlanMismatchError
 from ..plan.edits.affine import AffineReader
 from ..plan.edits.hide import HideEdit, HidingReader
+from ..plan.plan import FoldPlan
 from ..program.graph import Op
-from ..program.primitives import DIV, MUL
+from ..program.primitives import DIV, IDENTITIES, MUL
 from .absorbing import CannotAbsorb, are_seen, candidates, carried
 from .linear_readers import Use, kernel_axes, source_of, summed_axes, with_bias
 from .place import Placement
 
 
-def hidden_means(placement: Placement) -> dict[int, HideEdit]:
+def hidden_means(placement: Placement, plan: FoldPlan) -> dict[int, HideEdit]:
     """By the position of a LayerNorm, how linear layers can be made blind to its mean.
 
-    Nothing else is done to a leaf that has a part in it; no leaf has one in two.
+    Nothing else is done to a leaf that has a part in it, by the plan that the placement follows; no
+    leaf has one in two.
     """
     graph, found = placement.graph, dict[int, HideEdit]()
-    edits = (*placement.merges, *(e for edits in placement.found.values() for e in edits))
-    busy = {path for edit in edits for path in edit.parts}
-    busy |= {graph.leaves[v] for v in (*placement.leaf_sets, *graph.excluded)}
+    busy = {path for edits in plan.sections.values() for edit in edits for path in edit.parts}
+    busy |= {graph.leaves[v] for v in graph.excluded}
     for leaf in candidates(graph):
         walk = Walk(placement, leaf)
         if graph.leaves[leaf] in busy or walk.size is None:
@@ -155,18 +156,36 @@ class Walk:
 
     def _times(self, other: int, state: _Scaled) -> _Scaled | None:
         """By a number for each token, or by what has no mean, which makes it ``g * n``."""
-        shape = self.graph.shape(other)
-        if shape == ():
+        if self._is_number(other, state.place):
             return state
-        along = AxisSet.over(shape, [state.place])
-        if self.facts.uniform(other, along):
-            return state
-        centered = self.centered.get(other)
-        if state.normed or centered is None or not centered.refines(along):
+        source = None if state.normed else self._without_mean(other, state.place)
+        if source is None:
             return None
-        own = (i for i, n in enumerate(self.norms) if any(v == other for v, _ in n.centered))
+        own = (i for i, n in enumerate(self.norms) if any(v == source for v, _ in n.centered))
         self.position = next(own, self.position)
         return replace(state, normed=True)
+
+    def _is_number(self, value: int, place: int) -> bool:
+        """Whether it is the same for all features."""
+        shape = self.graph.shape(value)
+        return shape == () or self.facts.uniform(value, AxisSet.over(shape, [place]))
+
+    def _without_mean(self, value: int, place: int) -> int | None:
+        """What is centered, and is this value, or this is a multiple of, by a number per token."""
+        along = AxisSet.over(self.graph.shape(value), [place])
+        centered = self.centered.get(value)
+        if centered is not None and centered.refines(along):
+            return value
+        op, _ = self.graph.producer[value] or (None, 0)
+        if op is None or op.name not in {MUL, DIV, *IDENTITIES}:
+            return None
+        first, *rest = op.inputs
+        if op.name == MUL and self._is_number(first, place):
+            first, rest = rest[0], [first]
+        alike = self.graph.shape(first)[place:] == self.graph.shape(value)[place:]
+        if not alike or not all(self._is_number(v, place) for v in rest):
+            return None
+        return self._without_mean(first, place)
 
     def _plus(self, op: Op, hit: int, state: _Scaled) -> _Scaled | None:
         """The shift, a leaf along the same axis; the same one everywhere."""

@@ -20,6 +20,7 @@ import numpy as np
 import jax_lnfold
 from jax_lnfold.analysis.claims import Claim
 from jax_lnfold.folded import placed_again
+from jax_lnfold.placement.hiding import hidden_means
 from jax_lnfold.placement.place import Placement, place
 from jax_lnfold.program.tracing import Traced, trace
 from jax_lnfold.rewrite import matrix_unit
@@ -287,6 +288,9 @@ def check_left_out(network: Network) -> Counter[str]:
     )
     check_own(network, trace(network.apply, params, inputs), without_copies(folded.params))
     traced, placement = placed_again(folded, folded.params, inputs)
+    hidden = (*hidden_means(placement, folded.plan).values(),)
+    edited = replace(folded.plan, hidden=hidden).center(params)
+    check_own(network, trace(network.apply, params, inputs), without_copies(edited))
     dropped = [placement.norms[i] for i in placement.dropped]
     exact = [n for n, done in zip(placement.norms, placement.folded, strict=True) if done]
     sums = {v for norm in dropped for op in norm.sums for v in op.outputs}
@@ -322,7 +326,13 @@ def check_left_out(network: Network) -> Counter[str]:
     without = run_with(leave_out).run(*given)
     assert relative_difference(got, without) < network.digits, "not the program without means"
     changed = relative_difference(got, want) > network.digits
-    return Counter(programs=1, left_out=len(dropped), exact=len(exact), changed=changed)
+    return Counter(
+        programs=1,
+        left_out=len(dropped),
+        exact=len(exact),
+        changed=changed,
+        hidden=len(hidden),
+    )
 
 
 def check_own(network: Network, traced: Traced, edited: Any) -> None:
