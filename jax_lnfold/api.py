@@ -204,11 +204,12 @@ def fold(
         calibrate: with ``approximate={"mean"}``, two or more batches of data, each of them a tuple
             of inputs, or a single input, of one structure, shape and dtype. What feeds LayerNorms
             that keep a mean is centered and fitted to them (`regress`), so that little of a mean is
-            left. Then means are left out, cheapest damage first, as long as the error of the
-            outputs is within the budget. Every fifth batch, and at least the last one, is held out
-            of the fit, and all errors are measured on those. Not needed with a `plan`, nor with an
-            infinite budget: parameters are then centered, all means left out that can be, and
-            nothing is fitted or measured, as before training from scratch.
+            left, and linear layers behind are made blind to it where that is exact. Then means are
+            left out, cheapest damage first, as long as the error of the outputs is within the
+            budget. Every fifth batch, and at least the last one, is held out of the fit, and all
+            errors are measured on those. Not needed with a `plan`, nor with an infinite budget:
+            parameters are then centered, all means left out that can be, and nothing is fitted or
+            measured, as before training from scratch.
         budget: the largest error of the outputs, relative: ``|y - y'| / |y|`` over all numbers of
             an output, and of several outputs the largest. None is what a cast of the weights to
             bfloat16 does, measured on the same data; with 0, no mean is left out.

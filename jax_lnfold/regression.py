@@ -29,12 +29,14 @@ def regress(
     It is that of ``plan_fold(..., reduce_means=True)``, but leaves that feed only LayerNorms which
     keep their mean get means, in place of zero, that cancel what remains: a linear layer predicts
     it from its own input. No output notices: both functions compute what they did before. The fit
-    is a ridge regression, of which generalised cross validation chooses the ridge; every fifth
-    token is held out, and LayerNorms for which it does not help there stay centered. So do those
-    in a `while_loop` or a `shard_map`, and those that share leaves with more than 4096 means. Of a
-    batch with many tokens, every second, third ... is used. One pass over the batches, each of
-    which is differentiated in as many directions as there are means; as many at a time as there
-    are features, where each of these depends on its own one. Sums are kept in float64.
+    is a ridge regression. Its ridge is the one with which fits to three quarters of the batches are
+    best for the rest: tokens of one batch are alike, so pass several. (Of one batch, or more than
+    1024 means, generalised cross validation chooses it.) Every fifth token is held out, and
+    LayerNorms for which it does not help there stay centered. So do those in a `while_loop` or a
+    `shard_map`, and those that share leaves with more than 4096 means. Of a batch with many tokens,
+    every second, third ... is used. One pass over the batches, each of which is differentiated in
+    as many directions as there are means; as many at a time as there are features, where each of
+    these depends on its own one. Sums are kept in float64.
 
     Args:
         apply_fn: a function of ``(params, *inputs)``; a linen module stands for its `apply`.

@@ -43,9 +43,7 @@ def hidden_means(placement: Placement, plan: FoldPlan) -> dict[int, HideEdit]:
     return found
 
 
-def check_hidden(
-    edits: Iterable[HideEdit], value: Mapping[str, int], placement: Placement
-) -> None:
+def check_hidden(edits: Iterable[HideEdit], value: Mapping[str, int], placement: Placement) -> None:
     """Every reader of a plan is one in this trace, or is not there."""
     for edit in edits:
         here = Walk(placement, value[edit.key_path]).run(())
@@ -131,7 +129,9 @@ class Walk:
         """What a result is, None if it is not followed further."""
         graph = self.graph
         around = (op.path[: n + 1] for n in range(len(op.path)))
-        if graph.mesh_axes[op.path] or any(p in graph.sealed or p in graph.stand_ins for p in around):
+        if graph.mesh_axes[op.path] or any(
+            p in graph.sealed or p in graph.stand_ins for p in around
+        ):
             return None
         if op.name == "dot_general":
             self._read(op, hit, state)

@@ -78,7 +78,7 @@ class Term(ABC):
 
     @abstractmethod
     def value(self, x: Any, sources: Sequence[Any], dtype: Any, xp: Any) -> Any:
-        """What is added to `x`: of its shape, an array of `xp` and the `dtype` of the arithmetic."""
+        """What is added to `x`: an array of its shape, of `xp` and the arithmetic's `dtype`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +86,12 @@ class Recipe:
     """What is done to one leaf, with the other leaves (`sources`) that it takes, in this order.
 
     With `fill`, all elements become that number. Otherwise first the `terms` are added, which
-    nothing else goes with, or, if there are `summed` axes, the product of a shift and a kernel: the shift runs along `axes` of the kernel, `summed`
-    axes are summed over and the leaf's own axes run along the rest. Then the leaf is scaled along
-    each of `factors`, centered along `sets`, and at last gets the `means` of the groups of the only
-    set, one for each, in row-major order. What is `assumed` is edited in training only: it has no
-    means along `sets`, and is constant along each of `constant`, whatever is done.
+    nothing else goes with; or, if there are `summed` axes, the product of a shift and a kernel: the
+    shift runs along `axes` of the kernel, `summed` axes are summed over and the leaf's own axes run
+    along the rest. Then the leaf is scaled along each of `factors`, centered along `sets`, and at
+    last gets the `means` of the groups of the only set, one for each, in row-major order. What is
+    `assumed` is edited in training only: it has no means along `sets`, and is constant along each
+    of `constant`, whatever is done.
     """
 
     fill: float | None = None

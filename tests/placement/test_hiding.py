@@ -148,7 +148,9 @@ def test_readers_that_are_found(name: str) -> None:
     assert (edit.key_path, edit.readers) == ("g", (reader,))
     assert edit.shift == (None if reader.bias is None else "s")
     edited = plan.center(PARAMS)
-    assert {k for k in PARAMS if edited[k] is not PARAMS[k]} == {reader.kernel, reader.bias} - {None}
+    assert {k for k in PARAMS if edited[k] is not PARAMS[k]} == {reader.kernel, reader.bias} - {
+        None
+    }
     for x in (X, draw(2, 5, 3, seed=30)):
         assert relative_difference(fn(edited, x), fn(PARAMS, x)) < 1e-12
     kernel, old = (np.moveaxis(p[reader.kernel], reader.axis, 0) for p in (edited, PARAMS))
@@ -174,7 +176,11 @@ def test_several_readers_and_other_trees() -> None:
     plan = found(fn)
     assert {r.kernel for r in plan.hidden[0].readers} == {"w", "heads"}
     want = fn(PARAMS, X)
-    for edited in (plan.center(PARAMS), jax.jit(plan.center)(PARAMS), plan.center(plan.center(PARAMS))):
+    for edited in (
+        plan.center(PARAMS),
+        jax.jit(plan.center)(PARAMS),
+        plan.center(plan.center(PARAMS)),
+    ):
         assert relative_difference(fn(edited, X), want) < 1e-12
     host = plan.center(jax.tree.map(np.asarray, PARAMS))
     assert isinstance(host["w"], np.ndarray)

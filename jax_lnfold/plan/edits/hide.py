@@ -15,7 +15,7 @@ from .edit import Edit, LeafEdit, Shapes
 
 @dataclass(frozen=True, slots=True)
 class HidingReader:
-    """A linear layer that reads ``g * n + b`` along `axis` of the leaf at `kernel`, from `start` on.
+    """A linear layer that reads ``g * n + b`` along `axis` of its `kernel`, from `start` on.
 
     The leaf at `bias` runs along all other axes of the kernel; None if no shift is read.
 
@@ -77,7 +77,10 @@ class HideEdit(Edit):
             yield reader.kernel, LeafEdit((self.key_path,), hidden)
             if self.shift is not None and reader.bias is not None:
                 sources = self.key_path, self.shift, reader.kernel
-                yield reader.bias, LeafEdit(sources, Recipe(terms=(Kept(reader.axis, reader.start),)))
+                yield (
+                    reader.bias,
+                    LeafEdit(sources, Recipe(terms=(Kept(reader.axis, reader.start),))),
+                )
 
     def check(self, shapes: Shapes) -> None:
         """Scale and shift have one axis each, which fits the kernels; and there are readers."""
@@ -86,7 +89,9 @@ class HideEdit(Edit):
             raise ValueError(f"nothing can be hidden behind the scale {self.key_path!r}")
         for reader in self.readers:
             if (reader.bias is None) != (self.shift is None):
-                raise ValueError(f"the shift {self.shift!r} and the bias {reader.bias!r} do not fit")
+                raise ValueError(
+                    f"the shift {self.shift!r} and the bias {reader.bias!r} do not fit"
+                )
             self._check_reader(reader, shapes, sizes[0][0])
 
     def _check_reader(self, reader: HidingReader, shapes: Shapes, size: int) -> None:
@@ -94,7 +99,9 @@ class HideEdit(Edit):
         numbers = (reader.axis, reader.start)
         inside = all(type(n) is int and n >= 0 for n in numbers) and reader.axis < len(kernel)
         if not inside or reader.start + size > kernel[reader.axis]:
-            raise ValueError(f"axis {reader.axis} of leaf {reader.kernel!r} is no place for a scale")
+            raise ValueError(
+                f"axis {reader.axis} of leaf {reader.kernel!r} is no place for a scale"
+            )
         rest = [n for d, n in enumerate(kernel) if d != reader.axis and n != 1]
         if reader.bias is not None and rest != [n for n in shapes[reader.bias] if n != 1]:
             raise ValueError(f"leaf {reader.bias!r} is no bias of {reader.kernel!r}")
