@@ -227,8 +227,8 @@ class _Trial:
         It is so to first order in what a reader sees, but not in what goes around it.
         """
         edits = hidden_means(self.placement, self.plan)
-        sizes = {path: abs(jnp.asarray(x)) for path, x in leaf_paths(self.params)}
-        far = {i: e for i, e in edits.items() if _is_level(sizes[e.key_path])}
+        leaves = dict(leaf_paths(self.params))
+        far = {i: e for i, e in edits.items() if _is_level(leaves[e.key_path])}
         found = {name: [far[i] for i in own if i in far] for name, own in can.items()}
         before, centered = switched(()), self.edited
         every = tuple(edit for some in found.values() for edit in some)
@@ -303,8 +303,9 @@ def _compiled(closed: ClosedJaxpr) -> Callable[[list[Any], list[Any]], Sequence[
     return lambda leaves, given: program(*leaves, *given)
 
 
-def _is_level(sizes: jax.Array) -> bool:
+def _is_level(scale: Any) -> bool:
     """Whether a division by these numbers loses few digits."""
+    sizes = jnp.abs(scale)
     return bool(jnp.min(sizes) * SPREAD > jnp.max(sizes))
 
 

@@ -168,7 +168,9 @@ class Walk:
     def _is_number(self, value: int, place: int) -> bool:
         """Whether it is the same for all features."""
         shape = self.graph.shape(value)
-        return shape == () or self.facts.uniform(value, AxisSet.over(shape, [place]))
+        if place >= len(shape):
+            return shape == ()
+        return self.facts.uniform(value, AxisSet.over(shape, [place]))
 
     def _without_mean(self, value: int, place: int) -> int | None:
         """What is centered, and is this value, or this is a multiple of, by a number per token."""

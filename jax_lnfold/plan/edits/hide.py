@@ -60,7 +60,7 @@ class HideEdit(Edit):
 
     @classmethod
     def told(cls, edits: Sequence[Any]) -> str:
-        """``2 linear layers that see nothing of means left out``."""
+        """``2 linear layers made blind to means that are left out``."""
         count = sum(len(edit.readers) for edit in edits)
         return f"{counted(count, 'linear layer')} made blind to means that are left out"
 
@@ -77,10 +77,8 @@ class HideEdit(Edit):
             yield reader.kernel, LeafEdit((self.key_path,), hidden)
             if self.shift is not None and reader.bias is not None:
                 sources = self.key_path, self.shift, reader.kernel
-                yield (
-                    reader.bias,
-                    LeafEdit(sources, Recipe(terms=(Kept(reader.axis, reader.start),))),
-                )
+                kept = Recipe(terms=(Kept(reader.axis, reader.start),))
+                yield reader.bias, LeafEdit(sources, kept)
 
     def check(self, shapes: Shapes) -> None:
         """Scale and shift have one axis each, which fits the kernels; and there are readers."""
