@@ -128,10 +128,7 @@ class Walk:
     def _after(self, op: Op, hit: int, state: _Scaled) -> _Scaled | None:
         """What a result is, None if it is not followed further."""
         graph = self.graph
-        around = (op.path[: n + 1] for n in range(len(op.path)))
-        if graph.mesh_axes[op.path] or any(
-            p in graph.sealed or p in graph.stand_ins for p in around
-        ):
+        if not self._is_plain(op):
             return None
         if op.name == "dot_general":
             self._read(op, hit, state)
@@ -149,6 +146,12 @@ class Walk:
         if op.name == MUL or (op.name == DIV and hit == 0):
             return None if state.shifted else self._times(op.inputs[1 - hit], state)
         return self._plus(op, hit, state) if op.name == "add" else None
+
+    def _is_plain(self, op: Op) -> bool:
+        """Whether it stands in no `shard_map`, nor in what is known as a whole only."""
+        graph, around = self.graph, (op.path[: n + 1] for n in range(len(op.path)))
+        hidden = any(p in graph.sealed or p in graph.stand_ins for p in around)
+        return not graph.mesh_axes[op.path] and not hidden
 
     def _is_whole(self, value: int, state: _Scaled) -> bool:
         shape = self.graph.shape(value)  # whose other axes may be of one element, and repeated
