@@ -229,7 +229,7 @@ def run(store: Store, root: Path, weights: Sequence[str], console: Console) -> N
     for name in weights:
         apply, params = load(root, name)
         counts = CURVE if name == CURVE_OF else (FIT,)
-        rows = [("hidden", FIT), *(("regressed", n) for n in counts)]
+        rows = [*(("regressed", n) for n in counts), ("hidden", FIT)]
         if all(store.has(name, *row) for row in rows):
             continue
         plan = jax_lnfold.plan_fold(apply, params, *fit[0], reduce_means=True)

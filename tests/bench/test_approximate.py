@@ -58,13 +58,13 @@ def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["v_48_020", "other"]
     approximate.run(store, tmp_path, names, console)
     keys = [(row["weights"], row["method"], row["fitted"]) for row in store.rows]
-    methods = [("naive", 0), ("centered", 0), ("regressed", 4)]
+    methods = [("naive", 0), ("centered", 0), ("regressed", 4), ("hidden", 4)]
     more = ("v_48_020", "regressed", 1)
     assert keys == [*(("v_48_020", *m) for m in methods), more, *(("other", *m) for m in methods)]
     approximate.run(store, tmp_path, names, console)
     assert len(store.rows) == len(keys), "nothing is measured again"
 
-    naive, centered, regressed = store.rows[:3]
+    naive, centered, regressed, hidden = store.rows[:4]
     test = [approximate.backbone(2000 + i) for i in range(approximate.TEST)]
     fit = [approximate.backbone(i) for i in range(4)]
     plan = jax_lnfold.regress(model, PARAMS, *fit).plan
@@ -75,7 +75,7 @@ def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     got = np.concatenate([program.apply(plan.center(PARAMS), *batch) for batch in test])
     error = np.linalg.norm(got - want) / np.linalg.norm(want)
     np.testing.assert_allclose(regressed["figures"]["all"]["error"], error, rtol=1e-6)
-    errors = [row["figures"]["all"]["error"] for row in (regressed, centered, naive)]
+    errors = [row["figures"]["all"]["error"] for row in (hidden, regressed, centered, naive)]
     assert errors == sorted(errors)
     for row in store.rows:
         counts = [row["figures"][f"{b:g}"]["dropped"] for b in approximate.BUDGETS]
