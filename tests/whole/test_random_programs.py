@@ -152,7 +152,8 @@ def test_facts(count: int) -> None:
 def test_means_left_out(count: int) -> None:
     found = check_many(["left_out"], range(0, 3 * count, 3))
     assert not found.failures
-    assert min(found.counts[name] for name in ("left_out", "exact", "changed", "hidden")) > 5
+    assert min(found.counts[name] for name in ("left_out", "exact", "changed")) > 5
+    assert found.counts["hidden"] > 1
 
 
 @pytest.mark.parametrize("count", [16, pytest.param(300, marks=pytest.mark.slow)])
