@@ -77,21 +77,32 @@ def test_plans_have_the_version_of_what_is_newest_in_them() -> None:
     assert FoldPlan(LEAVES, (), affine=(PLAIN,), queries=(KEYS,)).version == 6
 
 
-@pytest.mark.parametrize("version", range(11))
+@pytest.mark.parametrize("version", range(12))
 def test_versions_of_the_kinds_are_read(version: int) -> None:
     sections = ", ".join(f'"{name}": []' for name in ("leaves", *KINDS))
     text = f'{{{sections}, "version": {version}}}'
     if version in {v for kind in KINDS.values() for v in kind.VERSIONS}:
         assert FoldPlan.from_json(text) == FoldPlan((), ())
-        assert 2 <= version <= 9
+        assert 2 <= version <= 10
     else:
-        with pytest.raises(PlanFormatError, match="2 and 3 and 4 and 5 and 6 and 7 and 8 and 9;"):
+        with pytest.raises(
+            PlanFormatError, match="2 and 3 and 4 and 5 and 6 and 7 and 8 and 9 and 10;"
+        ):
             FoldPlan.from_json(text)
 
 
 def test_kinds_are_found_with_the_centerings_or_by_a_finder() -> None:
     """Copies are found by what makes the tree that the others are about; means are chosen later."""
-    assert {*KINDS} == {"edits", "scales", "untied", "means", "dropped", "assumed", *FINDERS}
+    assert {*KINDS} == {
+        "edits",
+        "scales",
+        "untied",
+        "means",
+        "dropped",
+        "assumed",
+        "hidden",
+        *FINDERS,
+    }
 
 
 # --- what leaves are multiplied by ---------------------------------------------------------------
