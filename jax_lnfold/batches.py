@@ -21,12 +21,11 @@ def inputs_of(batch: Any) -> tuple[Any, ...]:
 
 def check_batches(params: Any, inputs: Sequence[tuple[Any, ...]], name: str = "measure") -> None:
     """There is at least one batch, and all are like the first one."""
+    given = f"pass {name}(fn, params, *batches), or of a model, {name}(model, *batches)"
     if params is MISSING:
-        raise FoldError(f"params: missing; pass {name}(fn, params, *batches)")
+        raise FoldError(f"params: missing; {given}")
     if not inputs:
-        raise FoldError(
-            f"batches: there is none, so nothing can be measured; pass {name}(fn, params, *batches)"
-        )
+        raise FoldError(f"batches: there is none, so nothing can be measured; {given}")
     check_leaves(params, "params")
     first = signature((), inputs[0])
     for number, batch in enumerate(inputs):

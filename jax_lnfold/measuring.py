@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .batches import check_batches, inputs_of
+from .batches import check_batches
 from .errors import FoldError
 from .folded import Folded, placed_again
 from .folded_functions import FoldedFunctions
 from .measurement.watched import Watched
-from .models.folded_model import FoldedModel, taken_apart
+from .models.folded_model import FoldedModel, on_batches
 from .models.linen_modules import apply_of
 from .observing import observed
 from .options import check_options
 from .placement.planning import placement_of
-from .program.calls import with_keywords
 from .program.tracing import trace
 from .report.statistics import Statistics
 from .trees import MISSING
@@ -63,8 +62,7 @@ def measure(fn: Any, params: Any = MISSING, *batches: Any, **keywords: Any) -> S
         >>> bool(norm.before.share > 0.001), bool(norm.after.share < 1e-6)
         (True, True)
     """
-    function, params, given = _function(fn, params, batches)
-    inputs = [with_keywords(batch, keywords) for batch in given]
+    function, params, inputs = _function(fn, params, batches, keywords)
     check_batches(params, inputs)
     folded = fn if isinstance(fn, Folded) else None
     if folded is None:
@@ -79,24 +77,19 @@ def measure(fn: Any, params: Any = MISSING, *batches: Any, **keywords: Any) -> S
     return observed(traced, placement, sides, inputs)
 
 
-def _function(fn: Any, params: Any, batches: Sequence[Any]) -> tuple[Any, Any, list[Any]]:
+def _function(
+    fn: Any, params: Any, batches: Sequence[Any], keywords: Mapping[str, Any]
+) -> tuple[Any, Any, list[tuple[Any, ...]]]:
     """The function that is measured, its parameters, and the inputs of each batch."""
     if isinstance(fn, (FoldedFunctions, FoldedModel, Mapping)):
         raise FoldError(
             f"fn: a {type(fn).__name__} is no single function; pass one of the functions, or the "
             "model that was folded, and for the numbers after a fold, fold(function, params, x)"
         )
-    if isinstance(fn, Folded):
-        return fn, params, [inputs_of(batch) for batch in batches]
     function = apply_of(fn)
-    model = taken_apart(function, params, tuple(batches))
-    if model is not None:
-        state, *batches = model.inputs
-        given = [(state, *inputs_of(batch)) for batch in batches]
-        return model.functions, model.params, given
     if not callable(function):
         raise FoldError(
             f"fn: a {type(fn).__name__} is not callable; pass a function of (params, *inputs), "
             "such as model.apply, or what fold returned"
         )
-    return function, params, [inputs_of(batch) for batch in batches]
+    return on_batches(function, params, batches, keywords)

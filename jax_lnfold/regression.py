@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from .batches import check_batches, inputs_of
+from .batches import check_batches
 from .errors import FoldError
 from .fitting import Fit, Regression
+from .models.folded_model import on_batches
 from .models.linen_modules import apply_of
 from .options import check_excluded, check_options
 from .placement.free_means import free_means
@@ -23,6 +24,7 @@ def regress(
     explicit_cost: float = 2.0,
     fold_affine: bool = False,
     exclude: Collection[str] | Callable[[str], bool] = (),
+    **keywords: Any,
 ) -> Regression:
     """A plan that makes the means of LayerNorms small which no edit of parameters removes.
 
@@ -39,21 +41,24 @@ def regress(
     these depends on its own one. Sums are kept in float64.
 
     Args:
-        apply_fn: a function of ``(params, *inputs)``; a linen module stands for its `apply`.
+        apply_fn: a function of ``(params, *inputs)``; a linen module stands for its `apply`, and an
+            NNX or Equinox model has its parameters in itself: ``regress(model, *batches)``.
         params: its parameters, arrays with values.
         *batches: each of them a tuple of inputs, or a single input, of the same structure, shapes
             and dtypes. Together they should have several times as many tokens as there are means.
         explicit_cost: as for `fold`, with which the plan will be used.
         fold_affine: as for `fold`.
         exclude: as for `fold`.
+        **keywords: keyword arguments of `apply_fn`, for all batches.
 
     Returns:
-        The plan, for ``fold(apply_fn, params, *inputs, plan=found.plan, center=True)``, and the
-        shares of the mean before and after the fit.
+        The plan, for ``fold(apply_fn, params, *inputs, plan=found.plan, center=True)`` with the
+        same keywords, and the shares of the mean before and after the fit.
 
     Raises:
         FoldError: there is no batch, a batch differs from the first one in other things than its
-            numbers, or `apply_fn` is no function of these arguments.
+            numbers, `apply_fn` is no function of these arguments, or the arguments are being
+            traced.
         TreeError: `params` or a batch holds other leaves than arrays.
 
     Example:
@@ -74,7 +79,7 @@ def regress(
             f"apply_fn: a {type(function).__name__} is no single function; pass a function of "
             "(params, *inputs), such as model.apply"
         )
-    inputs = [inputs_of(batch) for batch in batches]
+    function, params, inputs = on_batches(function, params, batches, keywords)
     check_batches(params, inputs, "regress")
     traced = trace(function, params, inputs[0])
     check_excluded(exclude, traced.leaves)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
+from ..batches import inputs_of
 from ..errors import FoldError
 from ..folded import Folded
 from ..folded_functions import FoldedFunctions
 from ..plan.plan import FoldPlan
+from ..program.calls import with_keywords
 from ..report.report import Report
 from ..report.summary import in_short
 from ..trees import MISSING
@@ -136,6 +138,23 @@ def taken_apart(apply_fn: Any, params: Any, inputs: tuple[Any, ...]) -> Model | 
         return None  # functions of the model as a tree
     own, state = kind.split(params)
     return Model(kind, type(params), own, _with_state(state, inputs), state, tuple(apply_fn))
+
+
+def on_batches(
+    apply_fn: Any, params: Any, batches: Sequence[Any], keywords: Mapping[str, Any]
+) -> tuple[Any, Any, list[tuple[Any, ...]]]:
+    """A function of parameters, these, and its inputs for each batch: of a model, with its state.
+
+    Raises:
+        FoldError: a model cannot be called, or a keyword cannot be bound.
+    """
+    model = taken_apart(apply_fn, params, tuple(batches))
+    state: tuple[Any, ...] = ()
+    if model is not None:
+        apply_fn, params, (own, *batches) = model.functions, model.params, model.inputs
+        state = (own,)
+    inputs = [with_keywords((*state, *inputs_of(batch)), keywords) for batch in batches]
+    return apply_fn, params, inputs
 
 
 def _with_state(state: State, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from sklearn.datasets import load_digits
 
 import jax_lnfold
@@ -313,9 +315,73 @@ def test_excluded_leaves_get_no_means() -> None:
     assert {edit.key_path for edit in found.plan.means} == {"0/bias", "1/out", "1/bias"}
 
 
+# --- keywords and models -------------------------------------------------------------------------
+
+
+def test_keywords() -> None:
+    """Flags and arrays: the same plan as of a function in which they are bound."""
+
+    def fn(params: Any, x: jax.Array, *, offset: jax.Array, depth: int = 2) -> jax.Array:
+        return post_ln(params[:depth], x + offset)
+
+    given = {"offset": draw(D, seed=9), "depth": 1}
+    found = regress(fn, PARAMS, X[:30], OTHER, **given)
+    bound = regress(lambda p, x: fn(p, x, **given), PARAMS, X[:30], OTHER)
+    assert found.plan == bound.plan
+    assert {edit.key_path for edit in found.plan.means} == {"0/out", "0/bias"}
+    folded = jax_lnfold.fold(fn, PARAMS, X, plan=found.plan, center=True, **given)
+    got = folded(X, **given)
+    np.testing.assert_allclose(got, fn(PARAMS, X, **given), rtol=0, atol=1e-12)
+
+
+class Nnx(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.up = nnx.Linear(D, HIDDEN, rngs=rngs, param_dtype=float)
+        self.down = nnx.Linear(HIDDEN, D, rngs=rngs, param_dtype=float)
+        self.norm = nnx.LayerNorm(D, rngs=rngs, param_dtype=float)
+
+    def __call__(self, x: jax.Array, scale: float = 1.0) -> jax.Array:
+        return self.norm(x + scale * self.down(jnp.sin(self.up(x))))
+
+
+class Eqx(eqx.Module):
+    up: eqx.nn.Linear
+    down: eqx.nn.Linear
+    norm: eqx.nn.LayerNorm
+
+    def __call__(self, x: jax.Array, scale: float = 1.0) -> jax.Array:
+        each = lambda x: self.norm(x + scale * self.down(jnp.sin(self.up(x))))  # noqa: E731
+        return jax.vmap(jax.vmap(each))(x)
+
+
+def _equinox() -> Eqx:
+    up, down = jax.random.split(jax.random.key(0))
+    return Eqx(
+        eqx.nn.Linear(D, HIDDEN, key=up), eqx.nn.Linear(HIDDEN, D, key=down), eqx.nn.LayerNorm(D)
+    )
+
+
+@pytest.mark.parametrize("model", [Nnx(nnx.Rngs(0)), _equinox()])
+def test_models_that_hold_their_parameters(model: Any) -> None:
+    found = regress(model, X, (X[::-1],), scale=0.5)
+    assert len(found.plan.means) == 2
+    folded = jax_lnfold.fold(model, X, plan=found.plan, center=True, scale=0.5)
+    np.testing.assert_allclose(folded(OTHER, scale=0.5), model(OTHER, scale=0.5), atol=1e-6)
+    (only,) = measure(folded.model, OTHER, scale=0.5).norms
+    (told,) = found.norms
+    assert only.before.share < told.centered / 3
+    assert jax_lnfold.FoldPlan.from_json(found.plan.to_json()) == found.plan
+
+
 def test_bad_input() -> None:
     with pytest.raises(FoldError, match="batches: there is none"):
         regress(post_ln, PARAMS)
+    with pytest.raises(FoldError, match=r"batches: there is none.*regress\(model, \*batches\)"):
+        regress(Nnx(nnx.Rngs(0)))
+    with pytest.raises(FoldError, match=r"params: missing; pass regress\(fn, params, \*batches\)"):
+        regress(post_ln)
+    with pytest.raises(FoldError, match="shift: a bytearray is no array, and cannot be bound"):
+        regress(post_ln, PARAMS, X, shift=bytearray())
     with pytest.raises(FoldError, match=r"batches\[1\]: input"):
         regress(post_ln, PARAMS, X, X[:3])
     with pytest.raises(FoldError, match="apply_fn: a dict is no single function"):
