@@ -28,10 +28,11 @@ PRESETS = {
 
 
 class Values(NamedTuple):
-    """What the numbers of a leaf are: all equal along the `constant` axes, or all zero."""
+    """What the numbers of a leaf are: all equal along the `constant` axes, or all zero; their mean."""
 
     constant: frozenset[int]
     zero: bool
+    mean: float
 
 
 @dataclass(frozen=True, slots=True)

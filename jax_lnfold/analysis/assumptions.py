@@ -15,6 +15,9 @@ from ..axes.axis_set import AxisSet
 class Assumptions:
     """By leaf value, the axes along which it is `constant`, and the set along which it has no mean.
 
+    Of some leaves that is so but for their `means`, a number each, of all positions: what is derived
+    holds up to such numbers, and whoever uses it sees to it that they cancel.
+
     Example:
         >>> from jax_lnfold.axes.axis_set import AxisSet
         >>> along = AxisSet.over((3, 5), axes=[1])
@@ -24,6 +27,7 @@ class Assumptions:
 
     constant: Mapping[int, frozenset[int]] = field(default_factory=dict)
     centered: Mapping[int, AxisSet] = field(default_factory=dict)
+    means: Mapping[int, float] = field(default_factory=dict)
 
     def is_constant(self, value: int, along: AxisSet) -> bool:
         """Whether a value is taken to be constant along all axes of a set."""
@@ -40,7 +44,15 @@ class Assumptions:
         return Assumptions(
             {v: axes for v, axes in self.constant.items() if v in values},
             {v: along for v, along in self.centered.items() if v in values},
+            {v: mean for v, mean in self.means.items() if v in values},
         )
+
+    def without_means(self, values: Container[int]) -> Assumptions:
+        """The same, but of some values not that they have no mean but a number."""
+        gone = {v for v in self.means if v in values}
+        centered = {v: along for v, along in self.centered.items() if v not in gone}
+        means = {v: mean for v, mean in self.means.items() if v not in gone}
+        return Assumptions(self.constant, centered, means)
 
 
 NOTHING = Assumptions()

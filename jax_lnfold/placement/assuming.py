@@ -1,7 +1,7 @@
-"""LayerNorms that fold because of what values are: scales that are constant, shifts that are zero.
+"""LayerNorms that fold because of what values are: scales that are constant, means of shifts.
 
 In post-LN the mean of ``g * n`` is zero for every token if ``g`` is the same number for all
-features (theory, section 12). That is no property of the program, so it is asked for, and a plan
+features, and that of ``b`` is a number that a bias takes out (theory, section 12). That is no property of the program, so it is asked for, and a plan
 says what has to stay so: as little as the LayerNorms rest on that would not fold otherwise.
 """
 
@@ -9,21 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from .._compat import is_tracer
 from ..analysis.assumptions import Assumptions
 from ..analysis.facts import Facts
 from ..axes.axis_set import AxisSet
+from ..centering import widened
 from ..options import Values
 from ..plan.edits.assumed import CENTERED, CONSTANT, STATES, AssumedEdit
 from ..program.graph import Graph
 from ..rules import rule_of
 from ..trees import is_editable
+from .balancing import balanced
 from .place import Placement
 
 Place = Callable[[Assumptions], Placement]
@@ -38,18 +40,19 @@ def values_of(leaves: Sequence[tuple[str, Any]]) -> dict[str, Values | None]:
             found[path] = None
         elif is_editable((x := x if isinstance(x, jax.Array) else np.asarray(x)).dtype):
             looks[path] = (_looked if isinstance(x, jax.Array) else _look)(x)
-    for path, (finite, zero, *along) in jax.device_get(looks).items():
-        axes = frozenset(d for d, same in enumerate(along) if same and finite)
-        if axes:
-            found[path] = Values(axes, bool(zero))
+    for path, (mean, zero, *along) in jax.device_get(looks).items():
+        if np.isfinite(mean):  # then all numbers are
+            axes = frozenset(d for d, same in enumerate(along) if same)
+            found[path] = Values(axes, bool(zero), float(mean))
     return found
 
 
 def _look(x: Any) -> list[Any]:
-    """Whether all numbers are finite, and zero, and along which axes they are all equal."""
-    xp = np if isinstance(x, np.ndarray) else jnp
+    """The mean, whether all numbers are zero, and along which axes they are all equal."""
     same = [(x == x[(slice(None),) * d + (slice(1),)]).all() for d in range(x.ndim)]
-    return [xp.isfinite(x).all(), (x == 0).all(), *same]
+    wide = x.astype(widened(x.dtype))
+    mean = wide.sum() / max(x.size, 1)
+    return [mean + (wide - mean).sum() / max(x.size, 1), (x == 0).all(), *same]
 
 
 _looked = jax.jit(_look)
@@ -57,7 +60,7 @@ _looked = jax.jit(_look)
 
 def assuming(plain: Placement, place: Place, values: Mapping[str, Values | None]) -> Placement:
     """The placement, or one that saves more as leaves have these `values`, by key path."""
-    graph = plain.graph
+    graph, place = plain.graph, partial(balanced, place)
     unknown = tuple(path for path, value in values.items() if value is None)
     plain = replace(plain, unknown=unknown)
     allowed = _allowed(graph, values)
@@ -75,8 +78,11 @@ def _allowed(graph: Graph, values: Mapping[str, Values | None]) -> Assumptions:
     known = {
         v: x for v, p in graph.leaves.items() if v not in graph.excluded if (x := values.get(p))
     }
-    zero = {v: AxisSet.over(graph.shape(v), ()) for v, x in known.items() if x.zero}
-    return Assumptions({v: x.constant for v, x in known.items()}, zero)
+    axes = {v: () if x.zero else range(len(graph.shape(v))) for v, x in known.items()}
+    sets = {v: AxisSet.over(graph.shape(v), axes[v]) for v in known}
+    means = {v: x.mean for v, x in known.items() if not x.zero}
+    centered = {v: along for v, along in sets.items() if known[v].zero or not along.trivial}
+    return Assumptions({v: x.constant for v, x in known.items()}, centered, means)
 
 
 def _saved(placement: Placement) -> tuple[int, int]:
@@ -133,7 +139,8 @@ def _edits(placement: Placement) -> tuple[AssumedEdit, ...]:
         along = sets[0] if sets else AxisSet.over(shape, axes[value])
         if sets and (len(sets) > 1 or value in axes):
             along = AxisSet.over(shape, ())  # zero: projections on several things need not commute
-        edits.append(AssumedEdit(graph.leaves[value], along, CENTERED if sets else CONSTANT))
+        mean = placement.facts.assumed.means.get(value, 0.0) if sets else 0.0
+        edits.append(AssumedEdit(graph.leaves[value], along, CENTERED if sets else CONSTANT, mean))
     return tuple(edits)
 
 
@@ -150,4 +157,4 @@ def assumptions_of(edits: Sequence[AssumedEdit], value: Mapping[str, int]) -> As
         state: {value[e.key_path]: e.along for e in edits if e.state == state} for state in STATES
     }
     constant = {v: frozenset(along.axes) for v, along in sets[CONSTANT].items()}
-    return Assumptions(constant, sets[CENTERED])
+    return Assumptions(constant, sets[CENTERED], {value[e.key_path]: e.mean for e in edits if e.mean})

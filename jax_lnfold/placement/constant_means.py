@@ -45,7 +45,8 @@ def without_constants(plan: FoldPlan, placement: Placement, values: Mapping[str,
     means = dict(_balanced(found, _free(placement, found), plan, graph.leaves, values))
     paths = {edit.key_path for edit in means.values()}
     centered = tuple(edit for edit in plan.edits if edit.key_path not in paths)
-    return replace(plan, edits=centered, means=tuple(means[leaf] for leaf in sorted(means)))
+    added = tuple(means[leaf] for leaf in sorted(means))
+    return replace(plan, edits=centered, means=(*plan.means, *added))
 
 
 def _free(placement: Placement, found: Sequence[Sequence[_Term]]) -> dict[int, AxisSet]:

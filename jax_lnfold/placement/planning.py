@@ -11,6 +11,7 @@ from ..analysis.facts import Facts
 from ..axes.axis_set import AxisSet
 from ..errors import Bug, PlanFormatError, PlanMismatchError
 from ..options import Options
+from ..plan.edits.assumed import has_one_mean
 from ..plan.edits.center import CenterEdit
 from ..plan.edits.scale import ScaleEdit
 from ..plan.file import LeafSpec
@@ -20,6 +21,7 @@ from ..program.tracing import Traced
 from .absorbing import are_seen
 from .affine import check_affine, with_affine
 from .assuming import assuming, assumptions_of
+from .balancing import Balance
 from .hiding import check_hidden
 from .layer_scale import find_merges
 from .place import Placement, place, place_within
@@ -78,6 +80,7 @@ def placement_of(traced: Traced, options: Options, kept: Container[str] = frozen
 def make_plan(placement: Placement) -> FoldPlan:
     """The placement's edits of parameters."""
     graph = placement.graph
+    given = {edit.key_path for edit in placement.found.get("means", ())}
     try:
         return FoldPlan(
             leaves=tuple(LeafSpec(path, graph.shape(v)) for v, path in graph.leaves.items()),
@@ -85,6 +88,7 @@ def make_plan(placement: Placement) -> FoldPlan:
                 CenterEdit(graph.leaves[v], along)
                 for v, sets in sorted(placement.leaf_sets.items())
                 for along in sets
+                if graph.leaves[v] not in given
             ),
             scales=placement.merges,
             **placement.found,
@@ -117,12 +121,21 @@ def place_again(plan: FoldPlan, graph: Graph, explicit_cost: float) -> Placement
         leaf = value[edit.key_path]
         fixed[leaf] = (*fixed.get(leaf, ()), edit.along)
     ones = frozenset(value[s.key_path] for s in plan.scales)
-    facts = Facts(graph, ones, assumptions_of(plan.assumed, value))
+    assumed = assumptions_of(plan.assumed, value)
+    facts = Facts(graph, ones, assumed)
     merges = _merges_again(plan, value, graph)
     _check_centerings(facts, fixed)
-    # Not `fixed`: no LayerNorm may rest on a leaf whose mean is another number than zero.
+    # Not `fixed`: no LayerNorm may rest on a leaf whose mean is another number than zero, ...
     _check_centerings(facts, {value[e.key_path]: (e.along,) for e in plan.means})
-    placement = place_within(facts, merges, explicit_cost, fixed)
+    given = {value[e.key_path]: e for e in plan.means if assumed.means and has_one_mean(e.along)}
+    while True:  # ... unless that cancels with what is assumed of others
+        also = {leaf: (edit.along,) for leaf, edit in given.items()}
+        placement = place_within(facts, merges, explicit_cost, {**fixed, **also})
+        means = {leaf: edit.means[0] for leaf, edit in given.items()}
+        if not (spoilt := Balance(placement, {**facts.assumed.means, **means}).spoilt()):
+            break
+        facts = Facts(graph, ones, facts.assumed.without_means(spoilt))
+        given = {leaf: edit for leaf, edit in given.items() if leaf not in spoilt}
     found = {name: plan.sections[name] for name in FINDERS}
     for name, edits in found.items():
         for edit in edits:

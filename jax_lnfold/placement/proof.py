@@ -10,19 +10,30 @@ from ..errors import Bug
 from .zero_mean import ZeroMeanGraph
 
 
-def _rests_on(
+def is_given(
+    search: ZeroMeanGraph,
+    claim: Claim,
+    zero: Container[Claim],
+    explicit: Mapping[int, tuple[AxisSet, ...]],
+) -> bool:
+    """Whether a value is edited or centered as claimed, or is so by itself."""
+    value, along = claim
+    resolved = search.resolve(claim)
+    node = search.nodes[resolved]
+    given = node.is_zero or (node.edit and resolved in zero)
+    return given or any(s.refines(along) for s in explicit.get(value, ()))
+
+
+def rests_on(
     search: ZeroMeanGraph,
     claim: Claim,
     zero: Container[Claim],
     explicit: Mapping[int, tuple[AxisSet, ...]],
 ) -> Blocker | Iterable[Claim]:
     """What a claim follows from: nothing if the value is edited or centered there."""
-    value, along = claim
-    resolved = search.resolve(claim)
-    node = search.nodes[resolved]
-    given = node.is_zero or (node.edit and resolved in zero)
-    if given or any(s.refines(along) for s in explicit.get(value, ())):
+    if is_given(search, claim, zero, explicit):
         return ()
+    node = search.nodes[search.resolve(claim)]
     return node.obstacle or Blocker(None, "") if node.needs is None else node.needs
 
 
@@ -35,7 +46,7 @@ def prove(
     """Derive every removed mean again from the edits alone; a failure is a bug of this library."""
     known: dict[Claim, Blocker | None] = {}
     for root in roots:
-        blocker = solve(root, lambda claim: _rests_on(search, claim, zero, explicit), known)
+        blocker = solve(root, lambda claim: rests_on(search, claim, zero, explicit), known)
         if blocker is not None:
             raise Bug(f"apply_fn: a removed mean is not proved ({blocker})")
 
@@ -51,7 +62,7 @@ def resting_on_approximations(
         return frozenset()
 
     def expand(claim: Claim) -> Blocker | Iterable[Claim]:
-        needs = _rests_on(search, claim, zero, explicit)
+        needs = rests_on(search, claim, zero, explicit)
         approximate = needs and search.nodes[search.resolve(claim)].approximate
         return Blocker(None, "") if approximate else needs
 
@@ -71,6 +82,6 @@ def derived_from(
         claim = search.resolve(todo.pop())
         if claim not in seen:
             seen.add(claim)
-            needs = _rests_on(search, claim, zero, explicit)
+            needs = rests_on(search, claim, zero, explicit)
             todo += () if isinstance(needs, Blocker) else needs
     return seen

@@ -368,7 +368,8 @@ class FoldPlan:
         - ``dropped`` (since version 8): the LayerNorm of the name ``norm`` does without its mean.
         - ``assumed`` (since version 9): like ``edits``, but the leaf is not edited: it is so
           already, and must be. With the ``state`` ``"centered"`` its means are zero, with
-          ``"constant"`` it does not vary along the axes ``"all"``, to the last bit.
+          ``"constant"`` it does not vary along the axes ``"all"``, to the last bit. With a ``mean``
+          (since version 10) other than zero, ``"centered"`` means that the only mean is that.
         - ``hidden`` (since version 10): of the kernel of every reader those rows along ``axis``,
           from ``start`` on, that the leaf ``g`` at ``key_path`` has numbers for, become
           ``W - (1 / g) (g W) / D``, with ``D`` the size of ``g``. Unless ``shift`` is null, the
@@ -376,7 +377,8 @@ class FoldPlan:
           kernel as it was. Nothing else is done to any of these leaves.
         - ``version``: 2; 3 if there is an ``affine``; 4 if in one of these ``one`` is 0; 5 if
           leaves are ``untied``; 6 if there are ``queries``; 7 if there are ``means``; 8 if means
-          are ``dropped``; 9 if something is ``assumed``; 10 if something is ``hidden``.
+          are ``dropped``; 9 if something is ``assumed``; 10 if one of these has a ``mean``, or
+          something is ``hidden``.
         """
         version = self.version
         sections = {
@@ -436,6 +438,7 @@ def assumed_error(name: str, path: str, recipe: Recipe, traced: bool = False) ->
     """What to raise if a leaf of the argument `name` is not as the plan takes it to be."""
     facts = [f"constant along {along}" for along in recipe.constant]
     facts += ["zero" if s.trivial else f"centered along {s}" for s in recipe.sets]
+    facts = [f"of mean {recipe.means[0]:.6g}"] if recipe.means else facts
     told = f"{name}: leaf {path!r} must be {' and '.join(facts)}, on which the plan rests"
     if traced:
         return PlanMismatchError(f"{told}, and nobody can tell while it is traced; do this outside")

@@ -273,7 +273,7 @@ def other_of(
             ).copy()
     for edit in plan.assumed:
         if edit.key_path == path and edit.state == "centered":
-            new = centered(new, edit.along)
+            new = centered(new, edit.along) + edit.mean
     return new.astype(x.dtype)
 
 
