@@ -194,10 +194,11 @@ def fold(
             for models that hold their parameters.
         assume_values: also rely on what the values of parameters are: numbers that are all equal
             along an axis (exactly: the scale of a LayerNorm in post-LN, ones after initialisation),
-            or all zero (its shift). The plan says which leaves must stay so, as few as the
-            LayerNorms need that would not fold otherwise (`FoldPlan.assumed`): constant, or
-            without a mean. Trees in which they are otherwise are refused, and `center_updates`
-            keeps them so. Nothing is assumed of leaves without values, nor of those in `exclude`.
+            or all zero, or that have a mean (its shift), which a bias behind it takes out. The plan
+            says which leaves must stay so, as few as the LayerNorms need that would not fold
+            otherwise (`FoldPlan.assumed`): constant, or of this mean. Trees in which they are
+            otherwise are refused, and `center_updates` keeps them so. Nothing is assumed of leaves
+            without values, nor of those in `exclude`.
         weights: with several functions, how often each of them runs, by name; by default alike.
             The report counts them. The plan does not depend on them: an edit costs no function
             anything, and what is paid for, each function pays for itself.

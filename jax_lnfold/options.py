@@ -28,7 +28,7 @@ PRESETS = {
 
 
 class Values(NamedTuple):
-    """What the numbers of a leaf are: all equal along the `constant` axes, or all zero; their mean."""
+    """What the numbers of a leaf are: equal along the `constant` axes, all zero; their `mean`."""
 
     constant: frozenset[int]
     zero: bool

@@ -15,8 +15,8 @@ from ..axes.axis_set import AxisSet
 class Assumptions:
     """By leaf value, the axes along which it is `constant`, and the set along which it has no mean.
 
-    Of some leaves that is so but for their `means`, a number each, of all positions: what is derived
-    holds up to such numbers, and whoever uses it sees to it that they cancel.
+    Of some leaves that is so but for their `means`, a number each, of all positions: what is
+    derived holds up to such numbers, and whoever uses it sees to it that they cancel.
 
     Example:
         >>> from jax_lnfold.axes.axis_set import AxisSet

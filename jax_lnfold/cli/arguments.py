@@ -7,6 +7,7 @@ import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -96,7 +97,7 @@ def _add_report(add: AddParser, run: Run) -> None:
     never = "compile nothing to compare costs"
     cost.add_argument("--no-cost", dest="cost", action="store_false", default=None, help=never)
     parser.add_argument("--check", action="store_true", help="exit with 3 if a LayerNorm is left")
-    _add_fold_affine(parser)
+    _add_options(parser)
 
 
 def _add_plan(add: AddParser, run: Run) -> None:
@@ -104,7 +105,7 @@ def _add_plan(add: AddParser, run: Run) -> None:
     parser = _command(add, run, words, _TARGET, "my_model:target -o plan.json")
     _add_target(parser)
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="instead of stdout")
-    _add_fold_affine(parser)
+    _add_options(parser)
 
 
 def _add_draw(add: AddParser, run: Run) -> None:
@@ -113,6 +114,7 @@ def _add_draw(add: AddParser, run: Run) -> None:
     _add_target(parser)
     instead = "FILE.svg, FILE.dot or (with jax_lnfold[png]) FILE.png instead of SVG on stdout"
     parser.add_argument("-o", "--output", metavar="FILE", type=_picture, help=instead)
+    _add_options(parser)
 
 
 def _add_center(add: AddParser, run: Run) -> None:
@@ -162,12 +164,25 @@ def _program() -> str:
     return SCRIPT if Path(sys.argv[0]).stem == SCRIPT else "python -m jax_lnfold"
 
 
-def _add_fold_affine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--fold-affine",
-        action="store_true",
-        help="move scales and shifts into the linear layers behind them, too",
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `fold`, which `options_of` reads."""
+    words = "move scales and shifts into the linear layers behind them, too"
+    parser.add_argument("--fold-affine", action="store_true", help=words)
+    either = parser.add_mutually_exclusive_group()
+    words = (
+        "let lookups read a copy of a table that something else reads, too, where that saves; the "
+        "plan is then for plan.extend(params)"
     )
+    either.add_argument("--untie", action="store_true", help=words)
+    words = (
+        "rely on scales that are constant now, and on means of shifts; TARGET must return weights"
+    )
+    either.add_argument("--assume-values", action="store_true", help=words)
+
+
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `fold` among the arguments of a command."""
+    return {name: getattr(args, name) for name in ("fold_affine", "untie", "assume_values")}
 
 
 def _add_target(parser: argparse.ArgumentParser) -> None:

@@ -22,7 +22,7 @@ from ..plan.plan import FoldPlan
 from ..printable import counted, printable
 from ..report.summary import rows
 from ..report.table import to_rich
-from .arguments import parser_for
+from .arguments import options_of, parser_for
 from .target import load, place_of_error
 
 DONE, FAILED, USAGE, LEFT, INTERRUPTED = 0, 1, 2, 3, 130
@@ -64,8 +64,7 @@ def _fail(message: str, code: int = FAILED, place: str = "") -> int:
 
 def _report(args: argparse.Namespace) -> int:
     model = load(args.target)
-    options = {"fold_affine": args.fold_affine}
-    report = analyze(model.apply_fn, model.params, *model.inputs, **options)
+    report = analyze(model.apply_fn, model.params, *model.inputs, **options_of(args))
     width = shutil.get_terminal_size((110, 24)).columns
     Console(width=width).print(to_rich(rows(report), report.lines(args.cost)))
     if args.html:
@@ -75,14 +74,13 @@ def _report(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     model = load(args.target)
-    options = {"fold_affine": args.fold_affine}
-    plan = plan_fold(model.apply_fn, model.params, *model.inputs, **options)
+    plan = plan_fold(model.apply_fn, model.params, *model.inputs, **options_of(args))
     return _write(args.output, plan.to_json() + "\n")
 
 
 def _draw(args: argparse.Namespace) -> int:
     model = load(args.target)
-    report = analyze(model.apply_fn, model.params, *model.inputs)
+    report = analyze(model.apply_fn, model.params, *model.inputs, **options_of(args))
     if args.output is None:
         return _write(None, report.to_svg())
     getattr(report, f"to_{args.output.suffix[1:]}")(args.output)

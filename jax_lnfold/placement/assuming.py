@@ -1,8 +1,9 @@
 """LayerNorms that fold because of what values are: scales that are constant, means of shifts.
 
 In post-LN the mean of ``g * n`` is zero for every token if ``g`` is the same number for all
-features, and that of ``b`` is a number that a bias takes out (theory, section 12). That is no property of the program, so it is asked for, and a plan
-says what has to stay so: as little as the LayerNorms rest on that would not fold otherwise.
+features, and that of ``b`` is a number that a bias takes out (theory, section 12). That is no
+property of the program, so it is asked for, and a plan says what has to stay so: as little as the
+LayerNorms rest on that would not fold otherwise.
 """
 
 from __future__ import annotations
@@ -157,4 +158,6 @@ def assumptions_of(edits: Sequence[AssumedEdit], value: Mapping[str, int]) -> As
         state: {value[e.key_path]: e.along for e in edits if e.state == state} for state in STATES
     }
     constant = {v: frozenset(along.axes) for v, along in sets[CONSTANT].items()}
-    return Assumptions(constant, sets[CENTERED], {value[e.key_path]: e.mean for e in edits if e.mean})
+    return Assumptions(
+        constant, sets[CENTERED], {value[e.key_path]: e.mean for e in edits if e.mean}
+    )

@@ -60,13 +60,15 @@ class Balance:
         return {value for value, _ in found} & self.means.keys()
 
     def summed(self, claim: Claim) -> tuple[Counter[int], list[Claim]]:
-        """How often a claimed value has each leaf added, and what else is that the claim rests on."""
+        """How often each leaf is added in a value, and what else the claim rests on."""
         search, explicit = self.placement.search, self.placement.explicit
         producer = search.facts.graph.producer
         times, todo, rest = Counter[int](), Counter({claim: 1}), list[Claim]()
         while todo:
             # What is computed last comes first, so that each value is met once.
-            value, along = max(todo, key=lambda c: -1 if (p := producer[c[0]]) is None else p[0].index)
+            value, along = max(
+                todo, key=lambda c: -1 if (p := producer[c[0]]) is None else p[0].index
+            )
             n, made = todo.pop((value, along)), producer[value]
             if is_given(search, (value, along), self.zero, explicit):
                 times[value] += n
@@ -85,9 +87,13 @@ class Balance:
         if total_of(times, self.means):
             return Blocker(None, "a mean is left")
         search, explicit = self.placement.search, self.placement.explicit
-        needs = [rests_on(search, other, self.zero, explicit) for other in rest]
-        blocked = next((each for each in needs if isinstance(each, Blocker)), None)
-        return blocked or [search.resolve(c) for each in needs for c in each]
+        found = list[Claim]()
+        for other in rest:
+            needs = rests_on(search, other, self.zero, explicit)
+            if isinstance(needs, Blocker):
+                return needs
+            found += map(search.resolve, needs)
+        return found
 
     def spoilt(self) -> set[int]:
         """Leaves to do without, so that less fails; none if nothing does."""

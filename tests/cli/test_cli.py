@@ -70,6 +70,22 @@ def none():
 def scaled():
     return (lambda p, x: (layer_norm(x @ p["stem"]) * p["scale"]) @ p["head"]), PARAMS, of(2, 7)
 
+def _tied(p, tokens):
+    s = p["table"][tokens]
+    s = s + layer_norm(s) @ p["layer"]
+    return layer_norm(s) @ p["table"].T
+
+def tied():
+    return _tied, {"table": of(5, 6), "layer": of(6, 6)}, jax.ShapeDtypeStruct((2, 7), int)
+
+def _post(p, x):
+    x = layer_norm(x) * p["scale"] + p["shift"]
+    return layer_norm(x + jnp.sin(x) @ p["layer"] + p["bias"])
+
+def post():
+    p = {"scale": jnp.ones(6), "shift": jnp.arange(6.0), "layer": jnp.eye(6), "bias": jnp.ones(6)}
+    return _post, p, of(2, 6)
+
 class Nested:
     target = staticmethod(target)
 
@@ -246,6 +262,30 @@ def test_fold_affine(module: str, capsys: Capture) -> None:
         assert len(FoldPlan.from_json(capsys.readouterr().out).affine) == taken_up
         assert main(["report", f"{module}:scaled", "--no-cost", *flags]) == 0
         assert ("1 scale or shift taken up" in capsys.readouterr().out) == taken_up
+
+
+def test_untie(module: str, capsys: Capture) -> None:
+    for flags, untied in (([], 0), (["--untie"], 1)):
+        assert main(["plan", f"{module}:tied", *flags]) == 0
+        assert len(FoldPlan.from_json(capsys.readouterr().out).untied) == untied
+        assert main(["report", f"{module}:tied", "--no-cost", *flags]) == 0
+        assert ("`table` untied by a copy" in capsys.readouterr().out) == untied
+        assert main(["draw", f"{module}:tied", *flags]) == 0
+        assert ("centering" in capsys.readouterr().out) == (not untied)
+
+
+def test_assume_values(module: str, capsys: Capture) -> None:
+    for flags, assumed in (([], set()), (["--assume-values"], {"scale", "shift"})):
+        assert main(["plan", f"{module}:post", *flags]) == 0
+        plan = FoldPlan.from_json(capsys.readouterr().out)
+        assert {edit.key_path for edit in plan.assumed} == assumed
+        assert main(["report", f"{module}:post", "--no-cost", *flags]) == 0
+        assert ("Exact as long as these stay so" in capsys.readouterr().out) == bool(assumed)
+    assert main(["report", f"{module}:target", "--no-cost", "--assume-values"]) == 0
+    assert "Nothing is assumed of 5 parameters" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", f"{module}:post", "--untie", "--assume-values"])
+    assert "--assume-values: not allowed with argument --untie" in capsys.readouterr().err
 
 
 def test_draw(module: str, tmp_path: Path, capsys: Capture) -> None:

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 import jax_lnfold
 from jax_lnfold import FoldPlan, PlanFormatError, PlanMismatchError
 from jax_lnfold.checkpoints.center import center_checkpoint
+from jax_lnfold.trees import leaf_paths
 from tests.helpers.contracts import (
     check_contracts,
     fold_checked,
@@ -283,6 +284,76 @@ def test_rows_of_stacked_shifts_are_left() -> None:
     rest = jax.tree.map(lambda x: jnp.stack([x, x, x]), SHIFTED[0])
     folded = fold_checked(scanned, [SHIFTED[0], rest], X, assume_values=True)
     assert folded.report.n_folded == 0
+
+
+# --- random programs -----------------------------------------------------------------------------
+
+LEAVES = 3
+
+
+def random_post_ln(rng: np.random.Generator) -> tuple[Callable[..., Any], Any]:
+    """Sums of streams, branches, biases and shifts in any order, some the same leaf twice."""
+    params = {
+        kind: [draw(D) if kind != "g" else jnp.full(D, 1.25) for _ in range(LEAVES)]
+        for kind in ("bias", "s", "g")
+    }
+    params["out"] = [draw(D, D) for _ in range(8)]
+    if rng.integers(2):
+        params["s"][1] = params["s"][0][::-1]  # another leaf of the same mean
+
+    def leaf() -> int:
+        return int(rng.integers(LEAVES))
+
+    def term() -> Callable[..., jax.Array]:
+        kind, i, j = rng.integers(7), int(rng.integers(8)), leaf()
+        bias = lambda p: p["bias"][j]  # noqa: E731
+        masked = lambda p, x, y: jnp.where(x[..., :1] > 0, y, 0.0)  # noqa: E731
+        return [
+            lambda p, x: jnp.sin(x) @ p["out"][i] + bias(p),
+            lambda p, x: jnp.sin(x) @ p["out"][i] + bias(p),
+            lambda p, x: jnp.cos(x) @ p["out"][i] - bias(p).reshape(2, -1).reshape(1, D),
+            lambda p, x: jnp.sin(x) @ p["out"][i],
+            lambda p, x: masked(p, x, jnp.sin(x) @ p["out"][i] + bias(p)),
+            lambda p, x: 0.5 * (jnp.sin(x) @ p["out"][i] + bias(p)),
+            lambda p, x: jnp.sin(x) @ p["out"][i] + p["s"][j],
+        ][kind]
+
+    blocks = [
+        (leaf(), leaf(), [(rng.choice([-1, 1]), term()) for _ in range(rng.integers(1, 3))])
+        for _ in range(3)
+    ]
+    noticed = [kind for kind in ("bias", "s") if rng.integers(4) == 0]
+
+    def fn(p: Any, x: jax.Array) -> Any:
+        for g, s, terms in blocks:
+            x = norm({"g": p["g"][g], "s": p["s"][s]}, x)
+            for sign, each in terms:
+                x = x + each(p, x) if sign > 0 else x - each(p, x)
+        return jax.nn.standardize(x), [jnp.tanh(p[kind][0]) for kind in noticed]
+
+    return fn, params
+
+
+@pytest.mark.parametrize("count", [6, pytest.param(1000, marks=pytest.mark.slow)])
+def test_random_programs(count: int) -> None:
+    """What folds is exact, in float64, and again for other numbers that the plan allows."""
+    balanced = 0
+    for seed in range(count):
+        rng = np.random.default_rng(seed)
+        fn, params = random_post_ln(rng)
+        folded = fold_checked(fn, params, X, assume_values=True)
+        plan, left = folded.plan, jax_lnfold.analyze(fn, params, X)
+        assert folded.report.n_folded >= left.n_folded
+        balanced += any(mean for mean in assumed(plan).values())
+        others = {path: draw(*x.shape) for path, x in leaf_paths(params)}
+        for edit in plan.assumed:
+            new = others[path := edit.key_path]
+            constant = edit.state == "constant"
+            others[path] = jnp.full(D, new[0]) if constant else new - new.mean() + edit.mean
+        other = jax.tree.unflatten(jax.tree.structure(params), others.values())
+        again = fold_checked(fn, other, X, plan=plan, center=True)
+        assert again.report.n_folded == folded.report.n_folded
+    assert balanced > count / 5, "the programs should have something to find"
 
 
 # --- plans ---------------------------------------------------------------------------------------
