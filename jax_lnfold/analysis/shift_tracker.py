@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import prod
 
@@ -20,7 +20,16 @@ import jax.numpy as jnp
 from ..axes.axis_set import AxisSet
 from ..axes.labels import ALL, FREE
 from ..program.graph import JOINS, Graph, Op
-from ..program.primitives import IDENTITIES, IDENTITIES_OF_EACH, MOVES, MUL, SCALINGS, STOP
+from ..program.primitives import (
+    CONCATENATE,
+    IDENTITIES,
+    IDENTITIES_OF_EACH,
+    MOVES,
+    MUL,
+    SCALINGS,
+    SLICE,
+    STOP,
+)
 from ..rules import Context, Opaque, no_push, rule_of
 from .shift_algebra import Refused, Sum, Tracked, X, stopped
 from .shift_rules import Arithmetic
@@ -129,6 +138,11 @@ class Tracker:
         # A cast to another kind of number may lose the shift, or a part of it: it is no identity.
         if op.name in IDENTITIES | IDENTITIES_OF_EACH | {STOP} and not self._changes_kind(op):
             return [(op.outputs[i], t) for i, t in enumerate(operands) if t is not None]
+        if (part := self._part(op, operands[0])) is not None:
+            return [(op.outputs[0], part)]
+        if (along := self._rejoined(op, operands)) is not None:
+            self.delegated.append((op.outputs[0], along))
+            return []
         if self._prefers_exact(op, operands, hit):
             try:
                 return self._follow(op, operands, "notices a shift of its operand")
@@ -165,6 +179,42 @@ class Tracker:
             return [(op.outputs[0], result)]
         self._note_cancelled(op, operands, result)
         return []
+
+    def _part(self, op: Op, t: Tracked | None) -> Tracked | None:
+        """A part of what is shifted by one number along the axes that are cut, to be joined again.
+
+        Each part by itself would be noticed by a norm of several of them.
+        """
+        if op.name != SLICE or t is None or not t.is_shift:
+            return None
+        if {reader.name for reader, _ in self.graph.uses[op.outputs[0]]} != {CONCATENATE}:
+            return None
+        shapes = (self.graph.shape(v) for v in (op.inputs[0], op.outputs[0]))
+        cut = [n != m for n, m in zip(*shapes, strict=True)]
+        dims = self._varying(t)
+        if any(d is not None and gone for d, gone in zip(dims, cut, strict=True)):
+            return None
+        return replace(t, form=None, dims=dims)
+
+    def _rejoined(self, op: Op, operands: list[Tracked | None]) -> AxisSet | None:
+        """Along what a whole is shifted, if all of its parts are shifted by the same."""
+        first = operands[0]
+        if op.name != CONCATENATE or first is None or not first.is_shift:
+            return None
+        for t in operands:
+            alike = t is not None and t.response == first.response
+            if t is None or not alike or self._varying(t) != self._varying(first):
+                return None
+        along, axis = self._shifted(op.inputs[0], first), op.params["dimension"]
+        if along is None or self._varying(first)[axis] is not None:
+            return None
+        entries = (ALL if d == axis else entry for d, entry in enumerate(along.entries))
+        return AxisSet.of(self.graph.shape(op.outputs[0]), entries)
+
+    def _varying(self, t: Tracked) -> tuple[int | None, ...]:
+        """The axes of the root along which the shift differs."""
+        uniform = self.along.uniform_along
+        return tuple(None if d is None or uniform(d) else d for d in t.dims)
 
     def _prefers_exact(self, op: Op, operands: list[Tracked | None], hit: list[int]) -> bool:
         """Whether to follow a response through `op` rather than ask about its output instead."""

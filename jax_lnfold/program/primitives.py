@@ -13,6 +13,7 @@ IDENTITIES_OF_EACH = frozenset({"optimization_barrier", "device_put"})
 """Primitives whose outputs are their operands, one by one."""
 MUL, DIV, TRANSPOSE = "mul", "div", "transpose"
 RESHAPE, SLICE, SPLIT, SQUEEZE = "reshape", "slice", "split", "squeeze"
+CONCATENATE = "concatenate"
 SCALINGS = frozenset({MUL, DIV})
 """Elementwise products and quotients."""
 LINEAR = SCALINGS | frozenset("add sub neg add_any select_n".split())

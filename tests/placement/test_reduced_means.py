@@ -195,6 +195,56 @@ def test_what_somebody_notices_stays(name: str) -> None:
     assert edited(folded.plan) == wanted
 
 
+def merged(*last: Callable[[jax.Array], jax.Array]) -> Callable[..., jax.Array]:
+    """A stream of tokens on a map, four of which are normalised together, as in Swin."""
+
+    def fn(params: Any, x: jax.Array) -> jax.Array:
+        first, second = params
+        x = x + branch(first, x)
+        x = x + branch(second, norm(second, x)) + first["s"]
+        corners = [x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)]
+        parts = [f(part) for f, part in zip((same, same, *last), corners, strict=True)]
+        return jax.nn.standardize(jnp.concatenate(parts, axis=-1))
+
+    return fn
+
+
+def same(x: jax.Array) -> jax.Array:
+    return x
+
+
+def turned(params: Any, x: jax.Array) -> jax.Array:
+    """Tokens beside those at the transposed place: only what all tokens share is one number."""
+    x = x + branch(params[0], x)
+    return jax.nn.standardize(jnp.concatenate([x, x.swapaxes(1, 2)], axis=-1))
+
+
+def doubled(params: Any, x: jax.Array) -> jax.Array:
+    """Every token beside itself: its own mean is that of both."""
+    x = x + branch(params[0], x)
+    return jax.nn.standardize(jnp.concatenate([x, x], axis=-1))
+
+
+SHARED = {"0/bias", "1/bias", "0/s"}
+ON_MAPS: dict[str, tuple[Callable[..., jax.Array], set[str]]] = {
+    "merged": (merged(same, same), SHARED),
+    "one negated": (merged(same, lambda x: -x), set()),
+    "one scaled": (merged(same, lambda x: 2 * x), set()),
+    "one without": (merged(same, jnp.cos), set()),
+    "turned": (turned, {"0/bias"}),
+    "doubled": (doubled, {"0/bias", "0/out"}),
+}
+
+
+@pytest.mark.parametrize("name", ON_MAPS)
+def test_what_all_tokens_share_may_be_centered_where_tokens_are_merged(name: str) -> None:
+    """Each token's own mean, which a kernel writes, would be noticed by the norm of several."""
+    fn, wanted = ON_MAPS[name]
+    folded = fold_checked(fn, PARAMS, draw(2, 4, 4, D), reduce_means=True)
+    assert edited(folded.plan) == wanted
+    check_contracts(fn, PARAMS, folded, draw(3, 6, 6, D))
+
+
 def test_excluded_parameters_stay() -> None:
     folded = fold_checked(post_ln, PARAMS, X, reduce_means=True, exclude={"0/out"})
     assert edited(folded.plan) == WRITERS - {"0/out"}
@@ -214,7 +264,9 @@ def test_layers_of_a_loop() -> None:
     assert (only.after.share < only.before.share).all()
 
 
-@pytest.mark.parametrize("name", ["bert", "bart", "mixer_wide", "convnext", "swin_v2", "dit"])
+@pytest.mark.parametrize(
+    "name", ["bert", "bart", "mixer_wide", "convnext", "swin", "swin_v2", "dit"]
+)
 def test_models(name: str) -> None:
     """The same LayerNorms fold, and the same function is computed, at two shapes."""
     model = BY_NAME[name].build()
@@ -229,7 +281,7 @@ def test_models(name: str) -> None:
     if name in ("bert", "bart", "mixer_wide", "dit"):
         norms = measure(folded, model.params, model.inputs).norms
         assert all(n.after.share < n.before.share for n in norms)
-    if name in ("bert", "bart", "mixer_wide"):
+    if name in ("bert", "bart", "mixer_wide", "swin"):
         assert len(folded.plan.edits) > len(plain.plan.edits)
 
 
