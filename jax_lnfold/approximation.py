@@ -21,7 +21,7 @@ from .batches import check_batches
 from .calibration import Calibration
 from .dropping import droppable, without_means
 from .errors import FoldError
-from .fitting import Fit
+from .fitting import NOT_FINITE, Fit
 from .folded import planned
 from .measurement.switched import Switched
 from .measurement.watched import Watched
@@ -139,7 +139,13 @@ def _with_means(
     """The plan that centers what nobody notices, with means that are fitted to the batches."""
     both = [placement_of(traced, replace(options, reduce_means=on)) for on in (True, False)]
     plan, free = make_plan(both[0]), free_means(*both)
-    return Fit(traced, both[0], free, plan.center(params), batches[0]).run(plan, batches).plan
+    found = Fit(traced, both[0], free, plan.center(params), batches[0]).run(plan, batches)
+    if (norm := next((n.path for n in found.norms if n.why == NOT_FINITE), None)) is not None:
+        raise FoldError(
+            f"calibrate: in a batch, what the LayerNorm {norm} reads is infinite or NaN, so that "
+            "no means can be fitted; leave such inputs out"
+        )
+    return found.plan
 
 
 class _Program(NamedTuple):

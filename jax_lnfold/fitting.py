@@ -28,6 +28,8 @@ MOST_FOLDED = 1024
 """LayerNorms that share leaves with more means than that have no folds, which would take memory."""
 MOST_MEANS = 4096
 """LayerNorms that share leaves with more means than that are left centered."""
+NOT_FINITE = "infinite or NaN activations"
+"""Why nothing is fitted to what a LayerNorm reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +183,7 @@ def _solved(parts: Sequence[_Parts], size: int) -> tuple[str, np.ndarray]:
     """The means that fit, or zeros, and why."""
     nothing = np.zeros(size)
     if not all(each.finite for own in parts for each in (*own.folds, own.held)):
-        return "infinite or NaN activations", nothing
+        return NOT_FINITE, nothing
     folds = [*zip(*(own.folds for own in parts), strict=True)]
     v = ridge([own.fitted for own in parts], folds)
     if not v.any():

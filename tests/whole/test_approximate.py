@@ -502,6 +502,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "calibrate: batches have another structure",
     ),
     "nan": ({"calibrate": NAN}, "calibrate: the outputs of apply_fn for a batch are NaN"),
+    "nan where means are fitted": (
+        {"calibrate": NAN[::-1]},
+        r"calibrate: in a batch, what the LayerNorm .* reads is infinite or NaN, so that no means",
+    ),
     "negative": ({"budget": -1e-9}, "budget: -1e-09 is no relative error"),
     "nan budget": ({"budget": math.nan}, "budget: nan is no relative error"),
     "text": ({"budget": "1%"}, "budget: '1%' is no relative error"),

@@ -310,6 +310,14 @@ def test_numbers_that_are_not_finite() -> None:
     assert "infinite or NaN" in str(found)
 
 
+def test_a_norm_of_one_element_is_none() -> None:
+    def fn(p: Any, x: jax.Array) -> jax.Array:
+        return norm(p, x + p["bias"])
+
+    p = {"bias": draw(1), "g": draw(1), "s": draw(1)}
+    assert "No LayerNorm keeps a mean" in str(regress(fn, p, draw(8, 1)))
+
+
 def test_excluded_leaves_get_no_means() -> None:
     found = regress(post_ln, PARAMS, X, exclude={"0/out"})
     assert {edit.key_path for edit in found.plan.means} == {"0/bias", "1/out", "1/bias"}
