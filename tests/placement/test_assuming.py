@@ -375,7 +375,7 @@ def test_numbers_of_leaves() -> None:
     assert found["c"] == (frozenset(), False, pytest.approx(float(leaves["c"].mean()), 1e-14))
     assert found["e"][:2] == (frozenset({1}), False)
     assert found["f"] is None
-    assert found.keys() == {"a", "b", "c", "e", "f"}
+    assert found.keys() == {"a", "b", "c", "e", "f", "g"}
 
 
 @pytest.mark.parametrize(
