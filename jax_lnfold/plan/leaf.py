@@ -148,8 +148,8 @@ def edit_leaf(x: Any, sources: Sequence[Any], recipe: Recipe, donate: bool) -> t
         return _edited(x, terms, recipe).astype(x.dtype), False
     if not isinstance(x, jax.Array):
         x, noted = np.asarray(x), list[str]()
-        ignored = {"divide": "ignore", "invalid": "ignore"}  # what comes of it is no finite number
-        with np.errstate(over="call", call=lambda kind, _: noted.append(kind), **ignored):
+        note = np.errstate(over="call", call=lambda kind, _: noted.append(kind))
+        with note, np.errstate(divide="ignore", invalid="ignore"):  # that makes no finite number
             terms = _terms(x, recipe.means_for(_wide_type(x)), sources, recipe)
             new = _edited_in_blocks(x, terms, recipe)
         added = recipe.summed or recipe.terms
