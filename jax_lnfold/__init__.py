@@ -43,6 +43,7 @@ from .report.report import Report
 from .report.statistics import MeanShare, NormStatistics, Statistics
 from .rewrite.defer import Deferral
 from .rewrite.matrix_unit import MatrixSum
+from .rewrite.respell import Respelled
 from .training import CenterState, center_gradients, center_updates
 from .untied import Untied
 from .verification import Verification, verify

@@ -69,6 +69,7 @@ def fold(
     defer_scale: bool = ...,
     deferred_cost: float | None = ...,
     matrix_unit: bool = ...,
+    respell: bool | str = ...,
     optimize: str | None = ...,
     plan: FoldPlan | None = ...,
     center: bool = ...,
@@ -96,6 +97,7 @@ def fold(
     defer_scale: bool = ...,
     deferred_cost: float | None = ...,
     matrix_unit: bool = ...,
+    respell: bool | str = ...,
     optimize: str | None = ...,
     plan: FoldPlan | None = ...,
     center: bool = ...,
@@ -119,6 +121,7 @@ def fold(
     defer_scale: bool = False,
     deferred_cost: float | None = None,
     matrix_unit: bool = False,
+    respell: bool | str = False,
     optimize: str | None = None,
     plan: FoldPlan | None = None,
     center: bool = False,
@@ -176,9 +179,14 @@ def fold(
             such sums. Squares are split into parts of bfloat16 that add up to what they are
             (theory, section 13); sums are in float32, and derivatives what they were. float64 is
             left alone.
-        optimize: `fold_affine`, `defer_scale` and `matrix_unit` as they measured best on ``"tpu"``,
-            ``"gpu"`` or ``"cpu"``, whatever machine traces the function (for compilation ahead of
-            time), or with ``"auto"`` on the backend at hand (`jax.default_backend`).
+        respell: write LayerNorms that keep their mean as the backend likes best: on TPUs
+            two passes become one (``"one_pass"``), where the input is stored in bfloat16 or float16
+            and so are the results; on GPUs one becomes two (``"two_pass"``); on CPUs nothing.
+            A string says which, True is what suits the platform of `optimize`, or the backend at
+            hand. No less exact, in no smaller range (theory, section 12); derivatives stay.
+        optimize: `fold_affine`, `defer_scale`, `matrix_unit` and `respell` as they measured best on
+            ``"tpu"``, ``"gpu"`` or ``"cpu"``, whatever machine traces the function (for compilation
+            ahead of time), or with ``"auto"`` on the backend at hand (`jax.default_backend`).
         plan: follow this one, of another function, process or shape, instead of looking for the
             best. `params` are then not edited, but must be what ``plan.center`` returns; their
             leaves may be `jax.ShapeDtypeStruct`, so that programs are compiled before there are
@@ -252,6 +260,7 @@ def fold(
         untie,
         matrix_unit,
         assume_values,
+        respell,
     )
     check_donate(donate)
     check_follow(plan, center, options)
@@ -328,6 +337,7 @@ def analyze(
     defer_scale: bool = False,
     deferred_cost: float | None = None,
     matrix_unit: bool = False,
+    respell: bool | str = False,
     optimize: str | None = None,
     exclude: Collection[str] | Callable[[str], bool] = (),
     untie: bool = False,
@@ -348,6 +358,7 @@ def analyze(
         defer_scale: see `fold`.
         deferred_cost: see `fold`.
         matrix_unit: see `fold`.
+        respell: see `fold`.
         optimize: see `fold`.
         exclude: see `fold`.
         untie: see `fold`.
@@ -382,6 +393,7 @@ def analyze(
         untie,
         matrix_unit,
         assume_values,
+        respell,
     )
     traced, placement, plan = _analysis(
         apply_fn, params, inputs, keywords, options, weights, exclude

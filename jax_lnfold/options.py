@@ -20,9 +20,11 @@ APPROXIMATIONS = frozenset({"dropout", "mean"})
 
 DEFERRED_COST = {"cpu": 0.1, "gpu": 1.0, "tpu": 0.05}
 """What it costs to scale an element of a result, by platform: see `bench/README.md`."""
+SPELLINGS = {"tpu": "one_pass", "gpu": "two_pass"}
+"""How a LayerNorm that keeps its mean is spelled best, by platform; elsewhere it stays."""
 PRESETS = {
-    "tpu": frozenset({"fold_affine", "matrix_unit"}),
-    "gpu": frozenset({"fold_affine"}),
+    "tpu": frozenset({"fold_affine", "matrix_unit", "respell"}),
+    "gpu": frozenset({"fold_affine", "respell"}),
 }
 """What `optimize` turns on, by platform: what was measured to pay (`bench/README.md`)."""
 
@@ -44,6 +46,7 @@ class Options:
     With `reduce_means` parameters are centered for LayerNorms that keep their mean, too.
     With `untie`, lookups may read copies of leaves. With `drop_means`, LayerNorms may do without a
     mean that is not zero, if a plan says which. With `matrix_unit`, statistics are products.
+    `respell` is the spelling of LayerNorms that keep their mean, empty if they stay as they are.
     With `assume_values`, leaves may be taken to stay what their `values` are, by key path; None is
     what nobody here can see.
     """
@@ -58,6 +61,7 @@ class Options:
     untie: bool = False
     drop_means: bool = False
     matrix_unit: bool = False
+    respell: str = ""
     assume_values: bool = False
     values: Mapping[str, Values | None] = field(default_factory=dict)
 
@@ -74,6 +78,7 @@ def check_options(
     untie: Any = False,
     matrix_unit: Any = False,
     assume_values: Any = False,
+    respell: Any = False,
 ) -> Options:
     """The options; raises a `FoldError` unless they have a meaning."""
     cost = _positive(explicit_cost)
@@ -85,7 +90,8 @@ def check_options(
     _require_bool("matrix_unit", matrix_unit)
     _require_bool("assume_values", assume_values)
     platform = _platform(optimize)
-    deferred = _deferred_cost(deferred_cost, platform or jax.default_backend())
+    target = platform or jax.default_backend()
+    deferred = _deferred_cost(deferred_cost, target)
     preset = PRESETS.get(platform, frozenset())
     return Options(
         cost,
@@ -97,6 +103,7 @@ def check_options(
         untie=bool(untie),
         drop_means="mean" in approximations,
         matrix_unit=bool(matrix_unit) or "matrix_unit" in preset,
+        respell=_spelling(respell, target, "respell" in preset),
         assume_values=bool(assume_values),
     )
 
@@ -173,6 +180,17 @@ def _deferred_cost(cost: Any, platform: str) -> float:
             f"deferred_cost: {cost!r} is no number from 0 on; pass None for that of the backend"
         )
     return float(cost)
+
+
+def _spelling(respell: Any, platform: str, preset: bool) -> str:
+    """The one that was passed, or that of the platform; empty for none."""
+    if isinstance(respell, str) and respell in SPELLINGS.values():
+        return respell
+    if not isinstance(respell, (bool, np.bool_)):
+        raise FoldError(
+            f'respell: {respell!r} is no bool and no spelling; pass True, "one_pass" or "two_pass"'
+        )
+    return SPELLINGS.get(platform, "") if respell or preset else ""
 
 
 def _platform(optimize: Any) -> str:

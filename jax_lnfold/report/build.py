@@ -44,6 +44,7 @@ def make_report(
         affine_left=tuple(ScaleLeft(path, why) for path, why in placement.affine_left.items()),
         deferred=rewritten.deferred,
         on_matrix_unit=rewritten.sums,
+        respelled=rewritten.respelled,
         opaque=dict(Counter(op.eqn.primitive.name for op in unknown)),
         visits=facts.visits,
         rounded=_rounded(graph, plan),

@@ -36,7 +36,8 @@ class Norm:
     is the name of the function that computes it, if that was declared to be a LayerNorm. `also`
     says what else became of it: ``"affine"`` if linear layers, or queries, have taken up its scale,
     ``"deferred"`` if products are scaled in its place, ``"matrix unit"`` if its statistics are
-    products.
+    products, ``"respelled"`` if it takes one pass over its input where it took two, or the other
+    way round.
 
     Example:
         >>> import jax, jax.numpy as jnp, jax_lnfold
@@ -124,6 +125,7 @@ def also_of(
     taken = {edit.key_path for edit in (*plan.affine, *plan.queries)}
     deferred = {each.root for each in rewritten.deferred}
     products = {each.root for each in rewritten.sums}
+    others = {each.root for each in rewritten.respelled}
 
     def also(norm: LayerNorm, name: Name) -> Iterator[str]:
         root = None if norm.root is None else roots.get(norm.root.index)
@@ -133,6 +135,8 @@ def also_of(
             yield "deferred"
         if root is not None and root in products:
             yield "matrix unit"
+        if root is not None and root in others:
+            yield "respelled"
 
     return [(*also(norm, name),) for norm, name in zip(placement.norms, names, strict=True)]
 

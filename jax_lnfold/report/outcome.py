@@ -14,6 +14,7 @@ from ..plan.plan import FoldPlan
 from ..program.graph import Location
 from ..rewrite.defer import Deferral
 from ..rewrite.matrix_unit import MatrixSum
+from ..rewrite.respell import Respelled
 from .approximation import Approximation
 from .events import Event
 from .norms import Insertion, Norm
@@ -85,9 +86,9 @@ class Outcome:
     many explicit centerings would be inserted, if none were. `untied` are the leaves of which
     lookups read a copy, and the bytes of each copy; with `untie`, `tied` are those in the way that
     stay. `statistics` are those of `with_statistics`. `approximation` is what was measured if
-    LayerNorms do without a mean that is not zero. `on_matrix_unit` are sums that are products. With
-    `assume_values`, `unknown` are the leaves of which nothing is assumed: their values are not at
-    hand.
+    LayerNorms do without a mean that is not zero. `on_matrix_unit` are sums that are products,
+    `respelled` the LayerNorms that take another number of passes. With `assume_values`, `unknown`
+    are the leaves of which nothing is assumed: their values are not at hand.
     """
 
     norms: tuple[Norm, ...]
@@ -112,6 +113,7 @@ class Outcome:
     untied: tuple[UntiedLeaf, ...] = ()
     tied: tuple[TiedLeaf, ...] = ()
     on_matrix_unit: tuple[MatrixSum, ...] = ()
+    respelled: tuple[Respelled, ...] = ()
     unknown: tuple[str, ...] = ()
 
     @property

@@ -100,6 +100,13 @@ def _on_matrix_unit(outcome: Outcome) -> Iterable[str]:
         yield f"{number} of statistics computed on the matrix unit, as products with ones."
 
 
+def _respelled(outcome: Outcome) -> Iterable[str]:
+    if outcome.respelled:
+        number = counted(len(outcome.respelled), "LayerNorm")
+        passes = "two passes" if outcome.respelled[0].two_pass else "one pass"
+        yield f"{number} respelled in {passes}, with the mean."
+
+
 def _excluded(outcome: Outcome) -> Iterable[str]:
     if outcome.unrestricted is not None:
         folded, inserted = outcome.unrestricted
@@ -158,7 +165,7 @@ def _outcome(outcome: Outcome) -> Iterable[str]:
         edited.append(f"{counted(outcome.constants, 'constant')} centered")
     if outcome.norms:
         edited.append(f"{counted(outcome.n_inserted, 'explicit centering')} inserted")
-    elif not (edited or outcome.deferred or outcome.on_matrix_unit):
+    elif not (edited or outcome.deferred or outcome.on_matrix_unit or outcome.respelled):
         return [f"{headline(outcome)}; nothing was changed."]
     return [f"{', '.join((headline(outcome), *edited))}."]
 
@@ -195,6 +202,7 @@ SECTIONS: tuple[Section, ...] = (
     _assumed,
     _deferred,
     _on_matrix_unit,
+    _respelled,
     _scales_left,
     _approximation,
     _means_left_out,

@@ -34,6 +34,7 @@ from .inline import inlined
 from .jaxprs import live, same
 from .ones_products import as_before, group_sums, parts_of_squares
 from .roots import Root, roots_of, roots_reached
+from .rounded import is_rounded
 from .walk import Walk
 
 _AROUND = frozenset({"integer_pow", "reduce_sum", "rsqrt", "sqrt", "square"})
@@ -147,7 +148,7 @@ class _Rewriter(Walk):
         steps = self._steps(start, op.path)
         usable = square is None or square.path == op.path
         usable = usable and self._norm(op) not in self.left
-        if not (usable and self._is_exact(square, start, steps) and self._is_rounded(op)):
+        if not (usable and self._is_exact(square, start, steps) and is_rounded(self.graph, op.outputs, SHORT)):
             return None
         return self._best(op, square, start, steps)
 
@@ -192,23 +193,6 @@ class _Rewriter(Walk):
             and (square is not None or dtype == jnp.bfloat16)
             and not any(is_explicit(self.graph.avals[v]) for v in values)
         )
-
-    def _is_rounded(self, op: Op) -> bool:
-        """Whether all that is made of a sum is rounded to few bits before it is read otherwise."""
-        todo, seen = list(op.outputs), {*op.outputs}
-        while todo:
-            value = todo.pop()
-            dtype = self.graph.avals[value].dtype
-            if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= SHORT:
-                continue
-            if value in self.graph.outputs:
-                return False
-            for use, _ in self.graph.uses[value]:
-                if use.name not in ELEMENTWISE | MOVES:
-                    return False
-                todo += {*use.outputs} - seen
-                seen |= {*use.outputs}
-        return True
 
     def _best(self, op: Op, square: Op | None, start: int, steps: Sequence[Step]) -> _Sum | None:
         """The sum over stretches of features of a product, or else of what is no product."""

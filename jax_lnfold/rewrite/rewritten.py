@@ -9,28 +9,35 @@ from ..options import Options
 from ..placement.place import Placement
 from .defer import Deferral, defer_scales
 from .matrix_unit import MatrixSum, sums_on_matrix_unit
+from .respell import Respelled, respelled
 from .rewriter import rewrite
 from .roots import Root, roots_of
 
 
 @dataclass(frozen=True, slots=True)
 class Rewritten:
-    """A folded program, the scales that are deferred in it, and the sums that are products."""
+    """A folded program, the scales that are deferred in it, and the sums that are products.
+
+    `respelled` are the LayerNorms that keep their mean, where they are spelled otherwise.
+    """
 
     program: ClosedJaxpr
     deferred: tuple[Deferral, ...] = ()
     sums: tuple[MatrixSum, ...] = ()
+    respelled: tuple[Respelled, ...] = ()
 
 
 def rewritten(closed: ClosedJaxpr, placement: Placement, options: Options) -> Rewritten:
     """The folded program, with what the options ask for."""
-    program, deferred, sums = rewrite(closed, placement), (), ()
+    program, deferred, sums, others = rewrite(closed, placement), (), (), ()
+    leaves = [*placement.graph.leaves.values()]
     if options.deferred_cost is not None:
         program, deferred = defer_scales(program, options.deferred_cost)
     if options.matrix_unit:
-        leaves = [*placement.graph.leaves.values()]
         program, sums = sums_on_matrix_unit(program, leaves, _left(placement))
-    return Rewritten(program, deferred, sums)
+    if options.respell:
+        program, others = respelled(program, leaves, options.respell)
+    return Rewritten(program, deferred, sums, others)
 
 
 def _left(placement: Placement) -> set[Root]:
