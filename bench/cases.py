@@ -99,11 +99,14 @@ TPU = {  # a program takes the compiler half a minute of one core for v5e, and a
         *sweep("vit_b_qk_norm", (16,), dtypes=LOW),
         *sweep("swin_t", (16,), dtypes=LOW),
         *sweep("vit_l", (16,), (), ONE, LOW),
+        *sweep("bert_base", (8,), dtypes=LOW),
+        *sweep("post_ln_768", (16,), dtypes=LOW),
     ),
     "v6e": (
         *sweep("vit_b", (16,), (), ONE, LOW),
         *sweep("gpt2", (4,), dtypes=LOW),
         *sweep("whisper_base_encoder", (4,), dtypes=LOW),
+        *sweep("post_ln_384", (16,), dtypes=LOW),
     ),
 }
 
@@ -117,6 +120,8 @@ AHEAD_OF_TIME_GPU = (  # a program takes the compiler 2 to 15 seconds
     *sweep("gpt2_decode", (1, 16), dtypes=LOW),
     *sweep("whisper_base_encoder", (4,), dtypes=LOW),
     *sweep("clip_l_text", (16,), dtypes=LOW),
+    *sweep("bert_base", (8,), dtypes=LOW),
+    *sweep("post_ln_768", (16,), dtypes=LOW),
     *sweep("vit_b", (16,)),
 )
 

@@ -218,6 +218,54 @@ class ClipText(nn.Module):
         return nn.Dense(c.width, use_bias=False, dtype=c.dtype, name="project")(x)
 
 
+class PostBlock(nn.Module):
+    """A post-LN block: each norm is behind the sum of a branch and the stream."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps ``[batch, tokens, width]`` to the same."""
+        c = self.config
+        dense, norm = partial(nn.Dense, dtype=c.dtype), partial(c.norm, dtype=c.dtype)
+        heads = dense(3 * c.width, name="qkv")(x).reshape(*x.shape[:2], 3 * c.heads, -1)
+        y = jax.nn.dot_product_attention(*jnp.split(heads, 3, axis=2), is_causal=c.causal)
+        x = norm(name="attn_norm")(x + dense(c.width, name="out")(y.reshape(x.shape)))
+        h = c.act(dense(4 * c.width, name="fc1")(x))
+        return norm(name="mlp_norm")(x + dense(c.width, name="fc2")(h))
+
+
+class PostEncoder(nn.Module):
+    """Post-LN blocks (Vaswani et al. 2017)."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps ``[batch, tokens, width]`` to the same."""
+        for i in range(self.config.depth):
+            x = PostBlock(self.config, name=f"block_{i}")(x)
+        return x
+
+
+class Bert(nn.Module):
+    """BERT (Devlin et al. 2019) with its pooler; all segments are the first one."""
+
+    config: Config
+    vocab: int = 30522
+    context: int = 512
+
+    @nn.compact
+    def __call__(self, ids: Array) -> tuple[Array, Array]:
+        """Maps ``[batch, tokens]`` to ``[batch, tokens, width]`` and ``[batch, width]``."""
+        c, table = self.config, partial(nn.Embed, features=self.config.width)
+        x = table(self.vocab, dtype=c.dtype, name="tokens")(ids)
+        x = x + table(self.context, dtype=c.dtype, name="positions")(jnp.arange(ids.shape[1]))
+        x = x + table(2, dtype=c.dtype, name="segments")(jnp.zeros_like(ids))
+        x = PostEncoder(c, name="encoder")(c.norm(dtype=c.dtype, name="embeddings_norm")(x))
+        return x, jnp.tanh(nn.Dense(c.width, dtype=c.dtype, name="pooler")(x[:, 0]))
+
+
 class WindowBlock(Block):
     """A block of Swin: attention within windows of a map, with a bias by relative position."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,7 +14,7 @@ import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
 import jax_lnfold
-from jax_lnfold.options import DEFERRED_COST
+from jax_lnfold.options import DEFERRED_COST, SPELLINGS
 
 from .models import NORMS
 from .registry import MODELS
@@ -24,11 +25,17 @@ FOLDS: dict[str, dict[str, Any]] = {
     "folded, affine": {"fold_affine": True},
     "folded, affine, deferred": {"fold_affine": True, "defer_scale": True},
     "folded, affine, matrix unit": {"fold_affine": True, "matrix_unit": True},
+    "folded, affine, respelled": {"fold_affine": True, "respell": True},
 }
 """Variants that are folds, with the arguments of `jax_lnfold.fold`."""
+LEFT_OUT = "means left out"
+APPROXIMATE: dict[str, dict[str, Any]] = {
+    LEFT_OUT: {"fold_affine": True, "approximate": {"mean"}, "budget": math.inf}
+}
+"""What computes something else, for comparison; on demand."""
 FORWARD = (ORIGINAL, *FOLDS, BOUND)
 VARIANTS = (ORIGINAL, FOLDED, BOUND)  # those that are trained, too
-ONLY_THE_PROGRAM = {"defer_scale", "deferred_cost", "matrix_unit"}
+ONLY_THE_PROGRAM = {"defer_scale", "deferred_cost", "matrix_unit", "respell"}
 """They change no parameters: no plan has them."""
 
 
@@ -83,11 +90,17 @@ def program(
     variant: str, apply_fn: Callable[..., Any], params: Any, x: Any, target: str | None = None
 ) -> Program:
     """A variant of a function, from shapes alone."""
+    if variant in APPROXIMATE:  # edits that need numbers
+        options = APPROXIMATE[variant]
+        folded = jax_lnfold.fold(apply_fn, random_arrays(params), x, **options)
+        return Program(variant, apply_fn, folded.apply, params, x)
     if variant not in FOLDS:
         return Program(variant, apply_fn, apply_fn, params, x)
     options = dict(FOLDS[variant])
     if target and "defer_scale" in options:
         options["deferred_cost"] = DEFERRED_COST[target]
+    if target and "respell" in options:
+        options["respell"] = SPELLINGS.get(target, False)
     for_plan = {key: value for key, value in options.items() if key not in ONLY_THE_PROGRAM}
     run = folded_function(apply_fn, params, x, **options)
     return Program(variant, apply_fn, run, params, x, for_plan)

@@ -10,7 +10,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .models import GPT, ClipText, Config, Decoder, Swin, ViT, WhisperEncoder, quick_gelu
+from .models import (
+    GPT,
+    Bert,
+    ClipText,
+    Config,
+    Decoder,
+    PostEncoder,
+    Swin,
+    ViT,
+    WhisperEncoder,
+    quick_gelu,
+)
 from .video import Video, VideoModel, clips
 
 Inputs = Callable[[Any, int, int, Any], Any]
@@ -30,6 +41,11 @@ def tokens(config: Config, batch: int, length: int, dtype: Any) -> Any:
 def mels(config: Config, batch: int, length: int, dtype: Any) -> Any:
     """Spectrograms."""
     return jax.ShapeDtypeStruct((batch, length, 80), dtype)
+
+
+def streams(config: Config, batch: int, length: int, dtype: Any) -> Any:
+    """What blocks take."""
+    return jax.ShapeDtypeStruct((batch, length, config.width), dtype)
 
 
 def cached(config: Config, batch: int, length: int, dtype: Any) -> Any:
@@ -69,6 +85,9 @@ MODELS: dict[str, Entry] = {
     "gpt2_xl_decode": Entry(Decoder, XL, cached, 1024),
     "whisper_base_encoder": Entry(WhisperEncoder, Config(6, 512, 8), mels, 3000),
     "clip_l_text": Entry(ClipText, replace(GPT2, act=quick_gelu), tokens, 77),
+    "bert_base": Entry(Bert, BASE, tokens, 512),
+    "post_ln_768": Entry(PostEncoder, Config(3, 768, 12), streams, 256),
+    "post_ln_384": Entry(PostEncoder, Config(3, 384, 6), streams, 256),
     "video_encoder": Entry(VideoModel, Video(), clips, 384),
     "video_encoder_normed": Entry(VideoModel, Video(feature_norm=True), clips, 384),
     "video_first_token": Entry(VideoModel, Video(part="first token"), clips, 384),

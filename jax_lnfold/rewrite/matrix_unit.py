@@ -148,7 +148,11 @@ class _Rewriter(Walk):
         steps = self._steps(start, op.path)
         usable = square is None or square.path == op.path
         usable = usable and self._norm(op) not in self.left
-        if not (usable and self._is_exact(square, start, steps) and is_rounded(self.graph, op.outputs, SHORT)):
+        if not (
+            usable
+            and self._is_exact(square, start, steps)
+            and is_rounded(self.graph, op.outputs, SHORT)
+        ):
             return None
         return self._best(op, square, start, steps)
 

@@ -19,14 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .._compat import ClosedJaxpr, Jaxpr, JaxprEqn, Var, is_explicit, trace_like
+from .._compat import ClosedJaxpr, Jaxpr, JaxprEqn, Var, evaluate, is_explicit, trace_like
 from ..analysis.facts import Facts
 from ..analysis.layer_norms import LayerNorm, find_norms
 from ..analysis.shift_algebra import exact_number
 from ..axes.axis_set import AxisSet
 from ..program.flatten import flatten
 from ..program.graph import Graph, Op
-from ..program.primitives import DIV, IDENTITIES, MOVES, SCALINGS
+from ..program.primitives import DIV, IDENTITIES, MOVES, MUL, SCALINGS
 from .inline import inlined
 from .jaxprs import live, reading, same
 from .ones_products import as_before
@@ -35,12 +35,15 @@ from .rounded import is_rounded
 from .walk import Walk
 
 _AROUND = frozenset({"integer_pow", "reduce_sum", "rsqrt", "sqrt", "square"})
+_CAST = "convert_element_type"
 _PASSES_ON = MOVES | IDENTITIES
 _TO_THE_ROOT = SCALINGS | _PASSES_ON | frozenset("add clamp max min select_n sub".split())
 _STORED = frozenset(map(np.dtype, (jnp.bfloat16, jnp.float16)))
 _DIGITS = np.finfo(np.float32).nmant + 1
 _EPSILON = 2.0**-80
 """What is added to a variance, at least: next to it, what underflows in one pass does not show."""
+_DOWN, _LARGE = np.float32(2.0**-64), np.float32(2.0**-8)
+"""What large numbers are multiplied by, and what sums of their squares are beyond."""
 SHORT = 16
 """Bits of a number that does not show the last digits of a variance in float32."""
 
@@ -169,7 +172,7 @@ def _in_one_pass(facts: Facts, norm: LayerNorm) -> Iterator[_Change]:
             if not (usable and count and graph.avals[x].dtype == np.float32):
                 continue
             # Sums of so many numbers, and of the halves of their squares, are exact.
-            if (jnp.finfo(stored).nmant + 1) + count.bit_length() > _DIGITS:
+            if (jnp.finfo(stored).nmant + 1) + count.bit_length() >= _DIGITS:
                 continue
             if _ends_in(graph, op, norm) and _hides_underflow(graph, op):
                 yield _Change(norm, op, x, atom, _one_pass(axes, count, np.dtype(stored)))
@@ -215,67 +218,77 @@ def _hides_underflow(graph: Graph, op: Op) -> bool:
         if value in graph.outputs:
             return False
         for use, position in graph.uses[value]:
-            other = graph.scalar(use.inputs[1 - position]) if len(use.inputs) == 2 else None
-            if use.name == "add" and other is not None and _EPSILON <= other < np.inf:
+            other = _number(graph, use.inputs[1 - position]) if len(use.inputs) == 2 else None
+            if use.name in ("add", "max") and other is not None and _EPSILON <= other < np.inf:
                 continue
-            scaled = use.name in SCALINGS and other is not None and _shrinks(use, position, other)
-            if not (scaled or use.name in MOVES or use.name in IDENTITIES):
+            if not (use.name in _PASSES_ON or _shrinks(graph, use, position, other)):
                 return False
             todo += {*use.outputs} - seen
             seen |= {*use.outputs}
     return True
 
 
-def _shrinks(op: Op, position: int, number: np.ndarray) -> bool:
-    """Whether it multiplies by a number of at most one."""
+def _shrinks(graph: Graph, op: Op, position: int, number: Any) -> bool:
+    """Whether differences of an operand become no larger: of one in a choice that is fixed, too."""
+    if op.name == "select_n":
+        return position > 0 and graph.fixed[op.inputs[0]]
+    if number is None:
+        return False
     if op.name == DIV:
         return position == 0 and bool(number >= 1)
-    return bool(0 < number <= 1)
+    return op.name == "max" or (op.name == MUL and bool(0 < number <= 1))
+
+
+def _number(graph: Graph, value: int) -> Any:
+    """The number that every element of a value has, if the program fixes it or computes it."""
+    while (made := graph.producer[value]) is not None and made[0].name in MOVES:
+        value = made[0].inputs[0]
+    if made is None or graph.shape(value) or not graph.fixed[value]:
+        return graph.scalar(value)
+    operands = [_number(graph, v) for v in made[0].inputs]
+    if any(n is None for n in operands) or made[0].role:
+        return None
+    return np.asarray(evaluate(made[0].eqn, operands)[made[1]])
 
 
 def _one_pass(
     axes: Sequence[int], count: int, dtype: np.dtype[Any]
 ) -> Callable[[jax.Array], jax.Array]:
-    """The sum of squares about the mean, from sums of `x` and its squares; derivatives as before."""
-
-    def in_one_pass(x: jax.Array) -> jax.Array:
-        total, large = _about_mean(x, axes, count, dtype)
-        if jnp.finfo(dtype).maxexp < 64:  # squares are within float32
-            return lax.max(total, np.float32(0))
-        # What overflows, or is about to, once more for numbers that are small enough.
-        down, up = np.float32(2.0**-64), np.float32(2.0**64)
-        scaled, large = _about_mean(x * down, axes, count, dtype)
-        total = lax.select(large > np.float32(2.0**-8), scaled * up * up, total)
-        return lax.max(total, np.float32(0))
-
-    def sum_of_squares_about_mean(x: jax.Array) -> jax.Array:
-        return as_before(in_one_pass, _two_passes(axes, count))(x)
-
-    return sum_of_squares_about_mean
-
-
-def _about_mean(
-    x: jax.Array, axes: Sequence[int], count: int, dtype: np.dtype[Any]
-) -> tuple[jax.Array, jax.Array]:
-    """The sum of squares about the mean, and, roughly, that of the squares.
+    """The sum of squares about the mean, from sums of `x` and its squares; derivatives as before.
 
     Numbers of `dtype` have squares of twice its digits. Split in halves, these have sums without
     rounding where it matters: where all are about as large as the mean. With a number p of `dtype`
     near the mean, ``sum((x - mean)**2) = sum(x**2 - p**2) - 2 p d - d**2 / n``, d = sum(x - p).
     """
+    digits, n = jnp.finfo(dtype).nmant, np.float32(count)
 
     def halves(square: jax.Array) -> tuple[jax.Array, jax.Array]:
-        upper = lax.reduce_precision(square, 8, jnp.finfo(dtype).nmant)
+        upper = lax.reduce_precision(square, 8, digits)
         return upper, square - upper
 
-    n = np.float32(count)
-    upper, lower = (jnp.sum(half, axis=axes) for half in halves(x * x))
-    total = jnp.sum(x, axis=axes)
-    near = lax.reduce_precision(total / n, 8, jnp.finfo(dtype).nmant)
-    more, rest = halves(near * near)
-    squares = (upper - n * more) + (lower - n * rest)
-    moved = total - n * near
-    return squares - 2 * near * moved - moved * moved / n, upper
+    def about_mean(upper: jax.Array, lower: jax.Array, total: jax.Array) -> jax.Array:
+        near = lax.reduce_precision(total / n, 8, digits)
+        more, rest = halves(near * near)
+        squares = (upper - n * more) + (lower - n * rest)
+        moved = total - n * near
+        return squares - 2 * near * moved - moved * moved / n
+
+    def in_one_pass(x: jax.Array) -> jax.Array:
+        upper, lower = (jnp.sum(half, axis=axes) for half in halves(x * x))
+        total = jnp.sum(x, axis=axes)
+        found = about_mean(upper, lower, total)
+        if jnp.finfo(dtype).maxexp > 64:  # once more where squares leave float32, or are about to
+            large = jnp.sum(lax.square(x * _DOWN), axis=axes)
+            scaled = about_mean(large, jnp.zeros_like(large), total * _DOWN)
+            is_large = large > _LARGE
+            up = jnp.where(is_large, 1 / _DOWN, 1)  # a constant squared would be infinite
+            found = jnp.where(is_large, scaled, found) * up * up
+        return lax.max(found, np.float32(0))
+
+    def sum_of_squares_about_mean(x: jax.Array) -> jax.Array:
+        return as_before(in_one_pass, _two_passes(axes, count))(x)
+
+    return sum_of_squares_about_mean
 
 
 # --- from one pass to two -------------------------------------------------------------------------
@@ -301,7 +314,17 @@ def _in_two_passes(facts: Facts, norm: LayerNorm) -> Iterator[_Change]:
 
 def _is_input_of(graph: Graph, x: int, norm: LayerNorm) -> bool:
     """Whether the norm averages this very value."""
-    return any(x == op.inputs[0] for op in norm.sums)
+    return any(_alike(graph, x, op.inputs[0]) for op in norm.sums)
+
+
+def _alike(graph: Graph, one: int, other: int) -> bool:
+    """Whether two values are the same numbers, each cast by itself perhaps."""
+
+    def source(value: int) -> tuple[int, Any]:
+        dtype, made = graph.avals[value].dtype, graph.producer[value]
+        return graph.same[made[0].inputs[0] if made and made[0].name == _CAST else value], dtype
+
+    return source(one) == source(other) or graph.same[one] == graph.same[other]
 
 
 def _ends_in_root(graph: Graph, op: Op, norm: LayerNorm) -> bool:
@@ -333,7 +356,7 @@ def _of_squared_sum(graph: Graph, value: int, squares: Op, count: int) -> Fracti
     while (made := graph.producer[value]) is not None:
         op = made[0]
         if op.name == "reduce_sum":
-            alike = x is not None and op.inputs[0] == x[0].inputs[0]
+            alike = x is not None and _alike(graph, op.inputs[0], x[0].inputs[0])
             alike = alike and op.params["axes"] == squares.params["axes"]
             return factor if alike and power == 2 else None
         if op.is_square:
