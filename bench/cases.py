@@ -33,6 +33,8 @@ class Case:
         return " ".join(map(str, self.key))
 
 
+POST_LN = ("bert_base", "post_ln_768", "post_ln_384")
+"""Models in which no mean folds: not among those that tables tell together."""
 KEYS = (*(f.name for f in fields(Case) if f.compare), "variant")
 
 

@@ -9,8 +9,8 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from .cases import KEYS
-from .programs import BOUND, FOLDS, FORWARD, ORIGINAL
+from .cases import KEYS, POST_LN
+from .programs import BOUND, FOLDS, ORIGINAL
 from .timing import spread
 
 MAIN = ("cycles", "microseconds")
@@ -23,15 +23,19 @@ Cases = Mapping[tuple[Any, ...], Found]
 
 
 def table(rows: Iterable[Row], quantity: str | None = None, markdown: bool = False) -> Table:
-    """One row per case that has the original and the bound; then all that lack no variant."""
+    """One row per case that has the original and the bound; then all that lack no variant.
+
+    Models in which no mean folds are not among those.
+    """
     found = complete(rows)
     look = {"box": box.MARKDOWN} if markdown else {}
     shown = Table("model", "batch", "length", "norm", *FOLDS, BOUND, **look)
     for (model, batch, length, spelling, dtype), by_variant in found.items():
         about = model, str(batch), str(length), f"{spelling} {dtype}"
         shown.add_row(*about, *cells(by_variant, quantity))
-    known = {variant for by_variant in found.values() for variant in by_variant} & {*FORWARD}
-    whole = {case: v for case, v in found.items() if v.keys() >= known}
+    pre_ln = {case: v for case, v in found.items() if case[0] not in POST_LN}
+    known = {variant for by_variant in pre_ln.values() for variant in by_variant}
+    whole = {case: v for case, v in pre_ln.items() if v.keys() == known}
     for kind in dict.fromkeys(case[-2:] for case in whole):
         some = {case: v for case, v in whole.items() if case[-2:] == kind}
         values = [together(some, variant, quantity) for variant in (*FOLDS, BOUND)]

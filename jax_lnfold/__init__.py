@@ -86,6 +86,7 @@ __all__ = [
     "RegressedNorm",
     "Regression",
     "Report",
+    "Respelled",
     "ScaleEdit",
     "ScaleLeft",
     "Statistics",

@@ -183,7 +183,7 @@ def fold(
             two passes become one (``"one_pass"``), where the input is stored in bfloat16 or float16
             and so are the results; on GPUs one becomes two (``"two_pass"``); on CPUs nothing.
             A string says which, True is what suits the platform of `optimize`, or the backend at
-            hand. No less exact, in no smaller range (theory, section 12); derivatives stay.
+            hand. No less exact, in no smaller range (theory, section 14); derivatives stay.
         optimize: `fold_affine`, `defer_scale`, `matrix_unit` and `respell` as they measured best on
             ``"tpu"``, ``"gpu"`` or ``"cpu"``, whatever machine traces the function (for compilation
             ahead of time), or with ``"auto"`` on the backend at hand (`jax.default_backend`).

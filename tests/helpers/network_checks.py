@@ -23,7 +23,7 @@ from jax_lnfold.folded import placed_again
 from jax_lnfold.placement.hiding import hidden_means
 from jax_lnfold.placement.place import Placement, place
 from jax_lnfold.program.tracing import Traced, trace
-from jax_lnfold.rewrite import matrix_unit
+from jax_lnfold.rewrite import matrix_unit, variances
 from jax_lnfold.rules.partitions import centered, is_uniform, is_zero_mean, uniform_shift
 from tests.helpers.contracts import assert_drop_in, assert_identical, relative_difference, snapshot
 from tests.helpers.interpreter import Interpreter
@@ -45,7 +45,18 @@ MODES: dict[str, dict[str, Any]] = {
         "deferred_cost": 0.0,
         "matrix_unit": True,
     },
+    "one_pass": {"respell": "one_pass"},
+    "two_pass": {"respell": "two_pass"},
+    "one_pass_and_all": {"fold_affine": True, "matrix_unit": True, "respell": "one_pass"},
+    "two_pass_and_all": {
+        "fold_affine": True,
+        "defer_scale": True,
+        "deferred_cost": 0.0,
+        "respell": "two_pass",
+    },
 }
+FOR_FEW_DIGITS = {"matrix_unit", "one_pass", "matrix_unit_and_all", "one_pass_and_all"}
+"""Modes that leave float64 alone."""
 ASSUMING = [{}, {"fold_affine": True}, {"reduce_means": True, "defer_scale": True}]
 """Options that values are assumed with."""
 ALONE = 2
@@ -68,15 +79,19 @@ def folds(
     seen: list[jax_lnfold.Folded] = []
     is_double = any(x.dtype == np.float64 for x in jax.tree.leaves(network.params))
     for mode in modes:
-        if is_double and "matrix_unit" in MODES[mode]:
-            continue  # left alone
+        if is_double and mode in FOR_FEW_DIGITS:
+            continue
         # Whatever the sizes, and whether or not the order of summation shows.
-        with mock.patch.multiple(matrix_unit, TOKENS=1, FEATURES=1, SHORT=32):
+        with (
+            mock.patch.multiple(matrix_unit, TOKENS=1, FEATURES=1, SHORT=32),
+            mock.patch.object(variances, "SHORT", 32),
+        ):
             folded = jax_lnfold.fold(network.apply, network.params, *network.inputs, **MODES[mode])
         report = folded.report
         assert report.n_folded <= len(report.norms)
         found.update(folds=1, affine=len(report.affine), deferred=len(report.deferred))
         found.update(untied=len(report.untied), products=len(report.on_matrix_unit))
+        found.update(respelled=len(report.respelled))
         if not any(f.plan == folded.plan and same_program(f.report, report) for f in seen):
             if not seen:
                 found.update(folded=report.n_folded, inserted=report.n_inserted)
@@ -86,7 +101,10 @@ def folds(
 
 
 def same_program(one: jax_lnfold.Report, other: jax_lnfold.Report) -> bool:
-    return (one.deferred, one.on_matrix_unit) == (other.deferred, other.on_matrix_unit)
+    def changes(report: jax_lnfold.Report) -> tuple[Any, ...]:
+        return report.deferred, report.on_matrix_unit, report.respelled
+
+    return changes(one) == changes(other)
 
 
 # Contracts.

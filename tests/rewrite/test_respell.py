@@ -1,4 +1,4 @@
-"""LayerNorms in the other spelling: where, as exact, in the same range, with the same derivatives."""
+"""LayerNorms in the other spelling: where, as exact, in the same range, and with derivatives."""
 
 from __future__ import annotations
 
@@ -229,9 +229,9 @@ def test_one_number_that_differs(dtype: Any) -> None:
     """By one unit in the last place, below and above a power of two."""
     of_one_pass = sum_about_mean(two_pass, rows(dtype, 0))
     for base in (1.0, 256.0, 255.0, 1000.0):
-        x = np.full((64, 768), base)
+        x, below = np.full((64, 768), base), jnp.nextafter(*jnp.asarray([base, 0], dtype))
         for row in range(64):
-            x[row, : 12 * row + 1] = float(jnp.nextafter(jnp.asarray(base, dtype), jnp.asarray(0, dtype)))
+            x[row, : 12 * row + 1] = float(below)
         want = np.square(x - x.mean(-1, keepdims=True)).sum(-1)
         np.testing.assert_allclose(of_one_pass(jnp.asarray(x, dtype)), want, rtol=1e-6)
 
@@ -348,6 +348,15 @@ def of_another(x: Array) -> Array:
     return scaled(x, w - w.mean(-1, keepdims=True), variance)
 
 
+def of_other_tokens(x: Array) -> Array:
+    """As many rows as columns: beside the variance, a difference of sums of different tokens."""
+    w = wide(x[:, :3])
+    mean, second = w.mean(-1), jnp.square(w).mean(-1)
+    odd = second.T - jnp.square(mean)
+    variance = jnp.square(w - mean[..., None]).mean(-1)
+    return scaled(x[:, :3], w - mean[..., None], (variance + odd)[..., None])
+
+
 STAYS: dict[str, tuple[str, Callable[[Array], Any]]] = {
     "rounded after the cast": ("one_pass", lambda x: two_pass(wide(x) * 1.1).astype(x.dtype)),
     "a result of 32 bits": ("one_pass", lambda x: two_pass(wide(x))),
@@ -365,6 +374,7 @@ STAYS: dict[str, tuple[str, Callable[[Array], Any]]] = {
     "no variance": ("two_pass", wrong_factor),
     "squares read twice": ("two_pass", squares_read_twice),
     "mean of another": ("two_pass", of_another),
+    "mean of other tokens": ("two_pass", of_other_tokens),
 }
 
 
@@ -429,5 +439,5 @@ def test_the_platform_says_how(platform: str, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("respell", ["", "three_pass", 1, None, 0.0])
 def test_bad_values(respell: Any) -> None:
-    with pytest.raises(jax_lnfold.FoldError, match="respell: .* pass True"):
+    with pytest.raises(jax_lnfold.FoldError, match=r"respell: .* pass True"):
         jax_lnfold.fold(model(two_pass), params(), stream(), respell=respell)

@@ -129,7 +129,7 @@ def test_contracts(count: int) -> None:
     assert counts["programs"] == count
     share = counts["folded"] / counts["norms"]
     assert 0.1 < share < 0.9, "the programs should have something to find and to refuse"
-    assert min(counts["affine"], counts["deferred"]) > 5
+    assert min(counts["affine"], counts["deferred"], counts["respelled"]) > 5
 
 
 @pytest.mark.parametrize("count", [9, pytest.param(300, marks=pytest.mark.slow)])
@@ -181,9 +181,10 @@ def test_gradients() -> None:
 @pytest.mark.wide
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rounded_programs_are_as_accurate(dtype: str) -> None:
-    found = check_many([dtype], range(0, 24, 3), ["both", "matrix_unit_and_all"])
+    modes = ["both", "matrix_unit_and_all", "one_pass_and_all", "two_pass_and_all"]
+    found = check_many([dtype], range(0, 24, 3), modes)
     assert not found.failures
-    made = ("folded", "affine", *["products"] * (dtype == "float32"))
+    made = ("folded", "affine", "respelled", *["products"] * (dtype == "float32"))
     assert min(found.counts[name] for name in made) > 0
     assert np.quantile(found.ratios, 0.9) < 1.4
 

@@ -1,0 +1,66 @@
+"""Sums of squares about the mean, in one pass over the numbers or in two (theory, section 14)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from .ones_products import as_before
+
+_DOWN, _LARGE = np.float32(2.0**-64), np.float32(2.0**-8)
+"""What large numbers are multiplied by, and what sums of their squares are beyond."""
+
+
+def one_pass_sum(
+    axes: Sequence[int], count: int, dtype: np.dtype[Any]
+) -> Callable[[jax.Array], jax.Array]:
+    """The sum of squares about the mean, from sums of `x` and its squares; derivatives as before.
+
+    Numbers of `dtype` have squares of twice its digits. Split in halves, these have sums without
+    rounding where it matters: where all are about as large as the mean. With a number p of `dtype`
+    near the mean, ``sum((x - mean)**2) = sum(x**2 - p**2) - 2 p d - d**2 / n``, d = sum(x - p).
+    """
+    digits, n = jnp.finfo(dtype).nmant, np.float32(count)
+
+    def halves(square: jax.Array) -> tuple[jax.Array, jax.Array]:
+        upper = lax.reduce_precision(square, 8, digits)
+        return upper, square - upper
+
+    def about_mean(upper: jax.Array, lower: jax.Array, total: jax.Array) -> jax.Array:
+        near = lax.reduce_precision(total / n, 8, digits)
+        more, rest = halves(near * near)
+        squares = (upper - n * more) + (lower - n * rest)
+        moved = total - n * near
+        return squares - 2 * near * moved - moved * moved / n
+
+    def in_one_pass(x: jax.Array) -> jax.Array:
+        upper, lower = (jnp.sum(half, axis=axes) for half in halves(x * x))
+        total = jnp.sum(x, axis=axes)
+        found = about_mean(upper, lower, total)
+        if jnp.finfo(dtype).maxexp > 64:  # once more where squares leave float32, or are about to
+            large = jnp.sum(lax.square(x * _DOWN), axis=axes)
+            scaled = about_mean(large, jnp.zeros_like(large), total * _DOWN)
+            is_large = large > _LARGE
+            up = jnp.where(is_large, 1 / _DOWN, 1)  # a constant squared would be infinite
+            found = jnp.where(is_large, scaled, found) * up * up
+        return lax.max(found, np.float32(0))
+
+    def sum_of_squares_about_mean(x: jax.Array) -> jax.Array:
+        return as_before(in_one_pass, two_pass_sum(axes, count))(x)
+
+    return sum_of_squares_about_mean
+
+
+def two_pass_sum(axes: Sequence[int], count: int) -> Callable[[jax.Array], jax.Array]:
+    """The sum of squares about the mean as a LayerNorm in two passes has it."""
+
+    def sum_of_squares_about_mean(x: jax.Array) -> jax.Array:
+        mean = jnp.sum(x, axis=axes, keepdims=True) / np.asarray(count, x.dtype)
+        return jnp.sum(lax.square(x - mean), axis=axes)
+
+    return sum_of_squares_about_mean
