@@ -14,7 +14,7 @@ from .programs import BOUND, FOLDS, ORIGINAL
 from .tables import complete, ratios
 
 # The palette of Okabe and Ito; every mark has a shape of its own besides.
-COLORS = ("#0072B2", "o"), ("#D55E00", "^"), ("#009E73", "s"), ("#CC79A7", "D")
+COLORS = ("#0072B2", "o"), ("#D55E00", "^"), ("#009E73", "s"), ("#CC79A7", "D"), ("#E69F00", "v")
 MARKS = {v: {"color": color, "marker": mark} for v, (color, mark) in zip(FOLDS, COLORS)}  # noqa: B905
 TITLES = {"one_pass": "one-pass variance", "two_pass": "two-pass variance"}
 

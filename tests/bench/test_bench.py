@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 import jax_lnfold
 from bench import card, gpu, pallas_norm, sharded
 from bench.__main__ import RESULTS, main, missing
-from bench.cases import AHEAD_OF_TIME_GPU, CPU, GPU, TPU, Case, pick, sweep
+from bench.cases import AHEAD_OF_TIME_GPU, CPU, GPU, POST_LN, TPU, Case, pick, sweep
 from bench.models import GPT, NORMS, Config, Decoder, Swin, WindowBlock
 from bench.plots import draw
 from bench.programs import (
@@ -30,6 +30,7 @@ from bench.programs import (
     FOLDED,
     FOLDS,
     FORWARD,
+    LEFT_OUT,
     ORIGINAL,
     SharedArrays,
     random_arrays,
@@ -278,7 +279,10 @@ def shallow(monkeypatch: pytest.MonkeyPatch, name: str, depth: int = 2, **sizes:
 INSERTED = dict.fromkeys("gpt2 gpt2_xl whisper_base_encoder gpt2_decode gpt2_xl_decode".split(), 1)
 
 
-@pytest.mark.parametrize("name", [n for n in MODELS if n != "swin_t" and "video" not in n])
+WHOLE = [n for n in MODELS if n not in ("swin_t", *POST_LN) and "video" not in n]
+
+
+@pytest.mark.parametrize("name", WHOLE)
 def test_models_fold_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """From shapes alone, at the published widths; the bound has no reductions of a norm."""
     depth, qk = 2, shallow(monkeypatch, name).qk_norm
@@ -294,6 +298,31 @@ def test_models_fold_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert added[2] <= added[1] - 2 * depth, "shifts are gone"
     assert original.plan is bound.plan is None
     assert {leaf.dtype for leaf in jax.tree.leaves(folded.params)} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize("target", ["tpu", "gpu"])
+@pytest.mark.parametrize("name", POST_LN)
+def test_post_ln_is_respelled(name: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All norms but that of BERT's embeddings, which folds, and only where the spelling differs."""
+    shallow(monkeypatch, name)
+    for spelling in ("one_pass", "two_pass"):
+        affine, respelled = variants(
+            name, 2, spelling, "bfloat16", stored="bfloat16", target=target,
+            length=16, chosen=("folded, affine", "folded, affine, respelled"),
+        )  # fmt: skip
+        texts = [str(jax.make_jaxpr(p.apply)(p.params, p.x)) for p in (affine, respelled)]
+        other = (target, spelling) in (("tpu", "two_pass"), ("gpu", "one_pass"))
+        calls = [text.count("name=sum_of_squares_about_mean") for text in texts]
+        assert calls == [0, 4 if other else 0]
+
+
+def test_bert_without_its_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    shallow(monkeypatch, "bert_base", width=24, heads=3)
+    original, left_out, bound = variants(
+        "bert_base", 2, "two_pass", "bfloat16", length=16, chosen=(ORIGINAL, LEFT_OUT, BOUND)
+    )
+    sums = sums_of(original, left_out, bound)
+    assert (sums[0] - sums[1], sums[0] - sums[2]) == (5, 10)
 
 
 def test_the_kernel_of_pallas_is_a_layer_norm_and_folds(monkeypatch: pytest.MonkeyPatch) -> None:
