@@ -12,9 +12,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import FoldError
+from ..plan.editing import edit_leaf, is_edited, unfinished
 from ..plan.edits.edit import LeafEdit, fills_of
-from ..plan.leaf import edit_leaf, is_edited, look_at
 from ..plan.plan import FoldPlan, assumed_error, overflow_error
+from ..plan.together import Job
 from .formats import open_store
 from .key_map import KeyMap
 from .leaf_store import real_path
@@ -112,7 +113,8 @@ def _edited(
     """The leaf as `FoldPlan.center` leaves it: as it is, if it is so already."""
     old = rewriter.read(views[path])
     sources = [rewriter.read(views[source]) for source in edit.sources]
-    if fills is not None and all(look_at(old, sources, edit.recipe, fills)):
+    job = Job(0, (*range(1, 1 + len(sources)),), edit.recipe, None if fills is None else (*fills,))
+    if not unfinished([old, *sources], [job]):
         return old
     new, too_large = edit_leaf(old, sources, edit.recipe, donate=False)
     if too_large:

@@ -6,8 +6,7 @@ A plan holds no arrays; it can be written to a file and applied to any tree of t
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from typing import Any, get_args, get_type_hints
@@ -20,6 +19,7 @@ from ..errors import FoldError, PlanFormatError, PlanMismatchError, TreeError
 from ..printable import printable, written
 from ..trees import FLOATS, check_leaves, committed_to, is_editable
 from ..untied import copied_in, extended
+from .editing import edit_leaf, edit_leaves, replaceable, unfinished
 from .edits.affine import AffineEdit
 from .edits.assumed import AssumedEdit
 from .edits.center import CenterEdit
@@ -31,7 +31,8 @@ from .edits.queries import QueryEdit
 from .edits.scale import ScaleEdit
 from .edits.untie import UntieEdit
 from .file import LeafSpec, check_plan, parse
-from .leaf import Recipe, edit_leaf, is_edited, look_at, overflows
+from .leaf import Recipe
+from .together import Job
 from .tree_fit import Fit, names_in
 
 
@@ -165,43 +166,33 @@ class FoldPlan:
         plan.check_assumed(params)
         leaves, treedef = jax.tree.flatten(params)
         jobs = plan._jobs(leaves)
-        places = Counter(map(id, leaves))  # an array at two key paths keeps its memory
-        arrays = [i for i in jobs if isinstance(leaves[i], jax.Array)]
-        given = {i for i in arrays if donate and places[id(leaves[i])] == 1}
-        if given:  # what is donated is gone: look at all leaves first
-            plan._refuse({i: overflows(leaves[i], *job) for i, job in jobs.items()})
-        changed = dict(enumerate(leaves))
-        too_large = {}
-        for i, job in jobs.items():
-            changed[i], too_large[i] = edit_leaf(leaves[i], *job, i in given)
-        plan._refuse(jax.device_get(too_large))
-        return treedef.unflatten(changed.values())
+        if any(is_tracer(leaves[i]) for job in jobs for i in (job.leaf, *job.sources)):
+            # Derivatives are those of a projection: no look at what is there.
+            edits = ((i, [leaves[s] for s in sources], recipe) for i, sources, recipe, _ in jobs)
+            changed = {i: edit_leaf(leaves[i], taken, r, False)[0] for i, taken, r in edits}
+        else:
+            given = replaceable(leaves, jobs) if donate else set[int]()
+            changed = edit_leaves(leaves, jobs, given, plan._refuse)
+        return treedef.unflatten(changed.get(i, x) for i, x in enumerate(leaves))
 
-    def _jobs(self, leaves: list[Any]) -> dict[int, tuple[list[Any], Recipe]]:
-        """What each leaf takes that an edit would change, and its recipe, by its position."""
+    def _jobs(self, leaves: list[Any]) -> list[Job]:
+        """What is edited, in an order in which no leaf is taken after it was edited itself."""
         position = {leaf.key_path: i for i, leaf in enumerate(self.leaves)}
-        edits, jobs = self.leaf_edits(), dict[int, tuple[list[Any], Recipe]]()
+        edits, jobs = self.leaf_edits(), list[Job]()
         for path, edit in edits.items():
             if edit.recipe.assumed:
                 continue
-            sources = [leaves[position[source]] for source in edit.sources]
-            jobs[i := position[path]] = (sources, edit.recipe)
-            if len({committed_to(x) for x in (leaves[i], *sources)} - {None}) > 1:
+            fills = fills_of(edits, edit)
+            sources = tuple(position[source] for source in edit.sources)
+            jobs.append(
+                Job(position[path], sources, edit.recipe, None if fills is None else (*fills,))
+            )
+            if len({committed_to(leaves[i]) for i in (position[path], *sources)} - {None}) > 1:
                 raise TreeError(
                     f"params: leaf {path!r} is on other devices than what is to be merged into "
                     "it; put them together with jax.device_put"
                 )
-        if any(is_tracer(x) for i, (sources, _) in jobs.items() for x in (leaves[i], *sources)):
-            return jobs  # derivatives are those of a projection
-        looks = jax.device_get(
-            {
-                position[path]: look_at(leaves[position[path]], *jobs[position[path]], fills)
-                for path, edit in edits.items()
-                if not edit.recipe.assumed
-                if (fills := fills_of(edits, edit)) is not None
-            }
-        )
-        return {i: job for i, job in jobs.items() if not (i in looks and all(looks[i]))}
+        return jobs
 
     def is_centered(self, params: Any) -> bool:
         """Whether `params` are as `center` leaves them, up to the rounding of each leaf's dtype.
@@ -223,14 +214,7 @@ class FoldPlan:
     def not_centered(self, params: Any) -> str | None:
         """The key path of the first leaf that `is_centered` does not find as it should be."""
         plan = self.fitted(params)
-        edits = plan.leaf_edits()
-        leaves = zip(plan.leaves, jax.tree.leaves(params), strict=True)
-        looks = {
-            leaf.key_path: is_edited(x, edits[leaf.key_path].recipe, slack=2.0)
-            for leaf, x in leaves
-            if leaf.key_path in edits
-        }
-        return next((path for path, done in jax.device_get(looks).items() if not done), None)
+        return plan._not_as_edited(params, plan.leaf_edits())
 
     def check_assumed(self, params: Any, argument: str = "params") -> None:
         """See to it that leaves are what this plan, which fits them, takes them to be.
@@ -240,12 +224,18 @@ class FoldPlan:
         """
         edits = {path: e for path, e in self.leaf_edits().items() if e.recipe.assumed}
         leaves = zip(self.leaves, jax.tree.leaves(params), strict=True)
-        found = {leaf.key_path: x for leaf, x in leaves if leaf.key_path in edits}
-        unknown = next((path for path, x in found.items() if is_tracer(x)), None)
-        looks = {} if unknown else {p: is_edited(x, edits[p].recipe, 2.0) for p, x in found.items()}
-        path = next((p for p, done in jax.device_get(looks).items() if not done), unknown)
+        unknown = (leaf.key_path for leaf, x in leaves if leaf.key_path in edits and is_tracer(x))
+        traced = next(unknown, None)
+        path = self._not_as_edited(params, edits) if traced is None else traced
         if path is not None:
-            raise assumed_error(argument, path, edits[path].recipe, unknown is not None)
+            raise assumed_error(argument, path, edits[path].recipe, traced is not None)
+
+    def _not_as_edited(self, params: Any, edits: Mapping[str, LeafEdit]) -> str | None:
+        """The key path of the first leaf that is not as one of these edits leaves it."""
+        paths = [leaf.key_path for leaf in self.leaves]
+        jobs = [Job(i, (), edits[p].recipe, ()) for i, p in enumerate(paths) if p in edits]
+        left = unfinished(jax.tree.leaves(params), jobs, slack=2.0)
+        return paths[left[0].leaf] if left else None
 
     def leaf_edits(self) -> dict[str, LeafEdit]:
         """What is done to each leaf, by key path.
@@ -266,10 +256,9 @@ class FoldPlan:
         edits = self.leaf_edits()
         return {*edits, *(source for edit in edits.values() for source in edit.sources)}
 
-    def _refuse(self, too_large: dict[int, Any]) -> None:
-        for i, overflow in too_large.items():
-            if overflow:
-                raise overflow_error("params", self.leaves[i].key_path)
+    def _refuse(self, too_large: Iterable[int]) -> None:
+        for i in too_large:
+            raise overflow_error("params", self.leaves[i].key_path)
 
     def fitted(
         self,

@@ -26,14 +26,10 @@ from bench.tpu import collectives
 from jax_lnfold.axes.axis_set import AxisSet
 from jax_lnfold.axes.labels import ALL, FREE, Labels
 from jax_lnfold.placement.place import Placement, place
-from jax_lnfold.plan.leaf import (
-    Factor,
-    Recipe,
-    _compiled_bound,
-    _compiled_edit,
-    edit_leaf,
-    overflows,
-)
+from jax_lnfold.plan import together
+from jax_lnfold.plan.editing import edit_leaf
+from jax_lnfold.plan.leaf import Factor, Recipe
+from jax_lnfold.plan.together import Job
 from jax_lnfold.program.flatten import flatten
 from jax_lnfold.program.garbage import collector_paused
 from jax_lnfold.program.tracing import trace
@@ -136,6 +132,25 @@ TAKES_SHIFT = Recipe(axes=(0,), summed=(0,))
 LEAF = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32)
 
 
+def lowered(recipe: Recipe, donate: bool, sharding: Any, *arrays: Any) -> Any:
+    """The program for one leaf, which is followed by those that it takes."""
+    part = together._Part(Job(0, (*range(1, len(arrays)),), recipe, ()), sharding)
+    step = together._edit if donate else together._edit_and_look
+    program = together._compiled(step, (part,), (0,) if donate else (), 1.0)
+    return program.lower([None], *arrays).compile()
+
+
+def is_bounded(x: Any, recipe: Recipe) -> bool:
+    """Whether a look at what is given says that the edit does not overflow."""
+    (found,) = together.looks_of([x], [Job(0, (), recipe)])
+    return not found.unbounded
+
+
+def overflows(x: Any, recipe: Recipe) -> bool:
+    """What the closer look says."""
+    return together.overflows_of([x], [Job(0, (), recipe)]) == {0}
+
+
 @pytest.fixture
 def optimised() -> Iterator[None]:
     """As users compile; other tests save that time."""
@@ -151,12 +166,14 @@ def test_memory_of_one_edit(name: str) -> None:
     recipe, size = centered(name), ROWS * WIDTH * 4
     means = 2 * size // 8
     for donate in (False, True):
-        memory = _compiled_edit(recipe, donate, None).lower(LEAF, None).compile().memory_analysis()
+        memory = lowered(recipe, donate, None, LEAF).memory_analysis()
         assert memory.alias_size_in_bytes == donate * size
         assert memory.output_size_in_bytes < size + 100
         assert memory.temp_size_in_bytes <= means + size
-    look = _compiled_bound(recipe).lower(LEAF, None).compile().memory_analysis()
-    assert look.temp_size_in_bytes + look.output_size_in_bytes < 1000, "before a donation"
+    part = together._Part(Job(0, (), recipe), None)
+    look = together._compiled(together._look, (part,), (), 1.0).lower([None], LEAF).compile()
+    memory = look.memory_analysis()
+    assert memory.temp_size_in_bytes + memory.output_size_in_bytes < 1000, "before a donation"
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
@@ -166,32 +183,30 @@ def test_bound_on_what_an_edit_makes(dtype: Any) -> None:
     weights = np.random.default_rng(0).normal(0, 1, (ROWS, WIDTH))
     for scale, holds in ((1, True), (largest, False), (np.inf, False)):
         x = jnp.asarray(weights / np.abs(weights).max() * scale, dtype)
-        assert bool(_compiled_bound(recipe)(x, None)) is holds
+        assert is_bounded(x, recipe) is holds
     uneven = jnp.zeros((ROWS, WIDTH), dtype).at[0, :-1].set(largest).at[0, -1].set(-largest)
-    assert overflows(uneven, (), recipe)
+    assert overflows(uneven, recipe)
     assert edit_leaf(uneven, (), recipe, donate=False)[1]
     gone = uneven.at[0].set(largest)  # its sum overflows, and then infinity minus infinity
     wide = dtype != jnp.float16
     assert bool(edit_leaf(gone, (), recipe, donate=False)[1]) is wide
-    assert overflows(gone, (), recipe) is wide
+    assert overflows(gone, recipe) is wide
     for spoilt in (jnp.nan, jnp.inf):
         given = jnp.ones((ROWS, WIDTH), dtype).at[3, 4].set(spoilt)
-        assert not overflows(given, (), recipe)
+        assert not overflows(given, recipe)
         assert not edit_leaf(given, (), recipe, donate=False)[1]
-    assert not overflows(uneven.at[0].set(jnp.inf), (), recipe)
-    assert not overflows(uneven / (4 * WIDTH * ROWS), (), recipe)
+    assert not overflows(uneven.at[0].set(jnp.inf), recipe)
+    assert not overflows(uneven / (4 * WIDTH * ROWS), recipe)
 
 
 @pytest.mark.usefixtures("optimised")
 def test_memory_of_an_affine_edit() -> None:
     vector = jax.ShapeDtypeStruct((ROWS,), jnp.float32)
-    scaled = (
-        _compiled_edit(SCALED, True, None).lower(LEAF, None, vector).compile().memory_analysis()
-    )
+    scaled = lowered(SCALED, True, None, LEAF, vector).memory_analysis()
     assert scaled.alias_size_in_bytes == ROWS * WIDTH * 4
     assert scaled.temp_size_in_bytes <= ROWS * WIDTH * 4
     bias = jax.ShapeDtypeStruct((WIDTH,), jnp.float32)
-    taken = _compiled_edit(TAKES_SHIFT, True, None).lower(bias, None, vector, LEAF).compile()
+    taken = lowered(TAKES_SHIFT, True, None, bias, vector, LEAF)
     assert taken.memory_analysis().temp_size_in_bytes <= ROWS * WIDTH * 4
 
 
@@ -236,7 +251,7 @@ def test_memory_of_donated_leaves(affine: bool, monkeypatch: pytest.MonkeyPatch)
     """Before and after every edit no more arrays are alive than before all."""
     plan = plan_of(affine)
     params = random_arrays(SHAPES)
-    names, edit = {*plan.leaf_edits()}, jax_lnfold.plan.plan.edit_leaf
+    names, call = {*plan.leaf_edits()}, together._call
     gc.collect()
 
     def alive() -> int:
@@ -245,13 +260,13 @@ def test_memory_of_donated_leaves(affine: bool, monkeypatch: pytest.MonkeyPatch)
     before, found = alive(), []
 
     def noted(*arguments: Any) -> Any:
-        result = edit(*arguments)
+        result = call(*arguments)
         found.append(alive())
         return result
 
-    monkeypatch.setattr("jax_lnfold.plan.plan.edit_leaf", noted)
+    monkeypatch.setattr(together, "_call", noted)
     new = plan.center(params, donate=True)
-    assert len(found) == len(names)
+    assert len(found) == 2, "a look at all, and the edit"
     assert max(found) <= before + 100  # flags
     assert {k for k, x in params.items() if x.is_deleted()} == names
     assert sum(x.nbytes for x in new.values()) == sum(s.size * 4 for s in SHAPES.values())
@@ -287,7 +302,7 @@ def test_sharded_leaves_stay_where_they_are(name: str, spec: str) -> None:
     x = np.random.default_rng(0).normal(2, 1, (ROWS, WIDTH)).astype(np.float32)
     placed = jax.device_put(x, sharding)
     for donate in (False, True):
-        compiled = _compiled_edit(recipe, donate, sharding).lower(placed, None).compile()
+        compiled = lowered(recipe, donate, sharding, placed)
         sums = exchanged(compiled)
         assert sums <= ROWS * 12, "no more than one number for each group"
         if spec == "other axis":
@@ -311,10 +326,10 @@ def test_affine_edits_of_sharded_leaves(spec: str) -> None:
     w, b, g, c = (rng.normal(size=s).astype(np.float32) for s in ((ROWS, WIDTH), WIDTH, ROWS, ROWS))
     placed = [jax.device_put(x, s) for x, s in ((w, kernel), (b, bias), (g, vector), (c, vector))]
     for donate in (True, False):
-        scaled = _compiled_edit(SCALED, donate, kernel).lower(placed[0], None, placed[2]).compile()
+        scaled = lowered(SCALED, donate, kernel, placed[0], placed[2])
         assert exchanged(scaled) <= 1
-        taken = _compiled_edit(TAKES_SHIFT, donate, bias)
-        assert exchanged(taken.lower(placed[1], None, placed[3], placed[0]).compile()) <= WIDTH
+        taken = lowered(TAKES_SHIFT, donate, bias, placed[1], placed[3], placed[0])
+        assert exchanged(taken) <= WIDTH
     found = edit_leaf(placed[1], (placed[3], placed[0]), TAKES_SHIFT, donate=False)[0]
     np.testing.assert_allclose(found, b + c @ w, rtol=1e-4, atol=1e-5)
     assert found.sharding == bias

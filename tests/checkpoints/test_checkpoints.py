@@ -25,7 +25,8 @@ from jax_lnfold.api import plan_fold
 from jax_lnfold.axes.axis_set import AxisSet
 from jax_lnfold.axes.labels import ALL, FREE, Entry, Labels
 from jax_lnfold.checkpoints.center import center_checkpoint
-from jax_lnfold.plan.leaf import Factor, Recipe, edit_leaf
+from jax_lnfold.plan.editing import edit_leaf
+from jax_lnfold.plan.leaf import Factor, Recipe
 from jax_lnfold.plan.plan import CenterEdit, LeafSpec
 from jax_lnfold.trees import leaf_paths
 from tests.models.norm_spellings import layer_norm

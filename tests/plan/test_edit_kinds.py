@@ -17,12 +17,13 @@ from jax_lnfold import FoldPlan, PlanFormatError
 from jax_lnfold.axes.axis_set import AxisSet
 from jax_lnfold.cli.commands import main
 from jax_lnfold.placement.planning import FINDERS
+from jax_lnfold.plan.editing import edit_leaf
 from jax_lnfold.plan.edits.affine import AffineEdit, AffineReader
 from jax_lnfold.plan.edits.center import CenterEdit
 from jax_lnfold.plan.edits.queries import QueryEdit
 from jax_lnfold.plan.edits.scale import ScaleEdit
 from jax_lnfold.plan.file import LeafSpec
-from jax_lnfold.plan.leaf import Factor, Multiplier, Recipe, edit_leaf
+from jax_lnfold.plan.leaf import Factor, Multiplier, Recipe
 from jax_lnfold.plan.plan import KINDS
 
 SHAPES = {"w": (3, 4), "v": (4, 5), "b": (5,), "g": (4,), "c": (4,), "h": (3,), "k": (3, 2)}

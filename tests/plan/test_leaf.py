@@ -14,7 +14,8 @@ import pytest
 import jax_lnfold.plan.leaf
 from jax_lnfold.axes.axis_set import AxisSet
 from jax_lnfold.axes.labels import ALL, FREE
-from jax_lnfold.plan.leaf import Factor, Recipe, center_array, edit_leaf
+from jax_lnfold.plan.editing import edit_leaf
+from jax_lnfold.plan.leaf import Factor, Recipe, center_array
 
 ROWS, WIDTH = 5, 96
 CENTERED = Recipe(sets=(AxisSet((ROWS, WIDTH), (FREE, ALL)),))

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 import jax_lnfold
 import jax_lnfold.plan.leaf
+import jax_lnfold.plan.together
 from jax_lnfold import FoldPlan, PlanFormatError, PlanMismatchError, TreeError, center_updates
 from jax_lnfold.axes.axis_set import AxisSet
 from jax_lnfold.axes.labels import FREE, Labels
@@ -149,11 +150,11 @@ def test_leaves_that_are_spread_over_devices() -> None:
 
 def test_one_program_for_all_numbers() -> None:
     edits = [edit_of("w", (3, 7), [1], size) for size in (1, 2, 3)]
-    before = jax_lnfold.plan.leaf._compiled_edit.cache_info().misses
+    before = jax_lnfold.plan.together._compiled.cache_info().misses
     for edit in edits:
         found = plan_of(edit).center({"w": jnp.ones((3, 7))})["w"]
         np.testing.assert_allclose(found.mean(1), edit.means, atol=1e-14)
-    assert jax_lnfold.plan.leaf._compiled_edit.cache_info().misses <= before + 1
+    assert jax_lnfold.plan.together._compiled.cache_info().misses <= before + 1
 
 
 # --- plans and their files -----------------------------------------------------------------------
