@@ -143,9 +143,10 @@ def fold(
         params: any pytree of arrays.
         *example_inputs: arrays or `jax.ShapeDtypeStruct`; the folded function takes other shapes,
             too. Without them the analysis waits for the first call ``folded(*inputs)``.
-        donate: reuse the memory of edited leaves (the arrays in `params` are then deleted).
-            Everything is analysed and checked before the first of them goes. Only if an edit
-            itself fails or is interrupted (no memory, Ctrl-C), those edited before it are lost.
+        donate: reuse the memory of edited leaves: JAX arrays in `params` are then deleted, NumPy
+            arrays that own their memory edited in place (see `FoldPlan.center`). Everything is
+            analysed and checked before the first of them goes. Only if an edit itself fails or is
+            interrupted (no memory, Ctrl-C), those edited before it are lost.
         explicit_cost: cost of an explicit centering per element, where a LayerNorm's own
             centering costs 1 (theory, section 3).
         approximate: with ``{"dropout"}``, elementwise dropout is taken for the identity: in a
