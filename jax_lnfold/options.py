@@ -25,8 +25,12 @@ SPELLINGS = {"tpu": "one_pass", "gpu": "two_pass"}
 PRESETS = {
     "tpu": frozenset({"fold_affine", "matrix_unit", "respell"}),
     "gpu": frozenset({"fold_affine", "respell"}),
+    "cpu": frozenset({"fold_affine", "defer_scale"}),
 }
 """What `optimize` turns on, by platform: what was measured to pay (`bench/README.md`)."""
+MOST_PRODUCTS = {"cpu": 512}
+"""Where a preset turns that on only for norms whose products outweigh them by no more than that:
+so many numbers of its results may read each number of a norm, or it is left alone."""
 
 
 class Values(NamedTuple):
@@ -47,6 +51,8 @@ class Options:
     With `untie`, lookups may read copies of leaves. With `drop_means`, LayerNorms may do without a
     mean that is not zero, if a plan says which. With `matrix_unit`, statistics are products.
     `respell` is the spelling of LayerNorms that keep their mean, empty if they stay as they are.
+    `affine_most` and `deferred_most` are the most multiplications, by the products behind it, of a
+    number whose scale is taken up, or deferred.
     With `assume_values`, leaves may be taken to stay what their `values` are, by key path; None is
     what nobody here can see.
     """
@@ -64,6 +70,8 @@ class Options:
     respell: str = ""
     assume_values: bool = False
     values: Mapping[str, Values | None] = field(default_factory=dict)
+    affine_most: float = math.inf
+    deferred_most: float = math.inf
 
 
 def check_options(
@@ -92,7 +100,7 @@ def check_options(
     platform = _platform(optimize)
     target = platform or jax.default_backend()
     deferred = _deferred_cost(deferred_cost, target)
-    preset = PRESETS.get(platform, frozenset())
+    preset, most = PRESETS.get(platform, frozenset()), MOST_PRODUCTS.get(platform, math.inf)
     return Options(
         cost,
         "dropout" in approximations,
@@ -105,6 +113,8 @@ def check_options(
         matrix_unit=bool(matrix_unit) or "matrix_unit" in preset,
         respell=_spelling(respell, target, "respell" in preset),
         assume_values=bool(assume_values),
+        affine_most=math.inf if fold_affine else most,
+        deferred_most=math.inf if defer_scale else most,
     )
 
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from heapq import heappop, heappush
+from math import inf
 
 from ..errors import PlanMismatchError
 from ..options import Options
 from ..plan.edits.affine import AffineEdit, AffineReader
+from ..program.counts import products_per_element
 from ..program.graph import Graph, Op
 from ..program.primitives import DIV, LINEAR, MUL
 from .absorbing import AxisPlaces, CannotAbsorb, are_seen, candidates, carried, moved_places
@@ -31,7 +33,7 @@ def with_affine(placement: Placement, options: Options) -> Placement:
     busy = {path for merge in placement.merges for path in merge.parts}
     busy |= {graph.leaves[v] for v in placement.leaf_sets}
     excluded = {graph.leaves[v] for v in graph.excluded}
-    found, left = find_affine(graph)
+    found, left = find_affine(graph, options.affine_most)
     for value, merge in [*found.items()]:
         # What is merged or centered, and then filled, would not be what the layers take up.
         if {merge.key_path, merge.shift} & busy:
@@ -60,10 +62,11 @@ def check_affine(edit: AffineEdit, value: Mapping[str, int], graph: Graph) -> No
         )
 
 
-def find_affine(graph: Graph) -> tuple[dict[int, AffineEdit], dict[int, str]]:
+def find_affine(graph: Graph, most: float = inf) -> tuple[dict[int, AffineEdit], dict[int, str]]:
     """The scales that can be taken up, and why all others cannot, by leaf value.
 
-    No leaf has a part in two of them.
+    No leaf has a part in two of them. Those are left that scale numbers which products multiply
+    more than `most` times each: what is saved there is nothing beside the products.
     """
     found: dict[int, AffineEdit] = {}
     left: dict[int, str] = {}
@@ -73,7 +76,10 @@ def find_affine(graph: Graph) -> tuple[dict[int, AffineEdit], dict[int, str]]:
         if not _scales_data(graph, value):
             continue
         try:
-            merge = merge_of(graph, value)
+            walk = Walk(graph, value)
+            merge = walk.run()
+            if products_per_element(graph, walk.products) > most:
+                raise CannotAbsorb("beside the products behind it nothing would be saved")
             if shared := taken.intersection(merge.parts):
                 raise CannotAbsorb(f"`{min(shared, key=order.index)}` takes up another scale")
         except CannotAbsorb as why:
@@ -116,6 +122,7 @@ class Walk:
         self.one: int | None = None
         self.shift: int | None = None  # leaf value
         self.readers: dict[AffineReader, None] = {}
+        self.products: list[tuple[Op, int]] = []  # the same, as they read what is scaled
         self.followed: set[tuple[int, int]] = set()  # uses of leaves
 
     def run(self) -> AffineEdit:
@@ -283,3 +290,4 @@ class Walk:
             reader, use = with_bias(graph, op, 1 - position, kernel, reader)
             self.followed.add(use)
         self.readers[reader] = None
+        self.products.append((op, position))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from math import inf
 
 from ..analysis.facts import Facts
 from ..axes.axis_set import AxisSet
@@ -28,7 +29,7 @@ from .scaled_values import Scaled
 
 def with_queries(placement: Placement, options: Options) -> Placement:
     """The placement with every scale of keys that queries can take up, and why others stay."""
-    if not options.fold_affine:
+    if not options.fold_affine or options.affine_most < inf:  # there are large products
         return placement
     graph, left = placement.graph, dict(placement.affine_left)
     edited = (*placement.merges, *(e for edits in placement.found.values() for e in edits))

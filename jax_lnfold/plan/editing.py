@@ -40,11 +40,20 @@ def is_edited(x: Any, recipe: Recipe, slack: float = 1.0) -> bool:
 
 def unfinished(leaves: Sequence[Any], jobs: Iterable[Job], slack: float = 1.0) -> list[Job]:
     """The jobs that would change more than roundings."""
-    jobs = [*jobs]
-    on_devices = [job for job in jobs if isinstance(leaves[job.leaf], jax.Array)]
-    done = {i for found in looks_of(leaves, on_devices, slack) for i in found.done}
-    done |= {job.leaf for job in jobs if job not in on_devices and _is_done(leaves, job, slack)}
-    return [job for job in jobs if job.leaf not in done]
+    return _looked_at(leaves, [*jobs], slack)[0]
+
+
+def _looked_at(
+    leaves: Sequence[Any], jobs: Sequence[Job], slack: float = 1.0
+) -> tuple[list[Job], set[int]]:
+    """The jobs that are not done, and the JAX arrays that no bound shows not to overflow."""
+    arrays = [job for job in jobs if isinstance(leaves[job.leaf], jax.Array)]
+    found = [*looks_of(leaves, arrays, slack)]
+    done = {i for looks in found for i in looks.done}
+    rest = (job for job in jobs if not isinstance(leaves[job.leaf], jax.Array))
+    done |= {job.leaf for job in rest if _is_done(leaves, job, slack)}
+    unbounded = {i for looks in found for i in looks.unbounded}
+    return [job for job in jobs if job.leaf not in done], unbounded - done
 
 
 def replaceable(leaves: Sequence[Any], jobs: Sequence[Job]) -> set[int]:
@@ -72,8 +81,8 @@ def edit_leaves(
     arrays among them are edited in place. `refuse` raises for those that would overflow.
     """
     if given:
-        jobs = unfinished(leaves, jobs)
-        refuse(_overflows(leaves, jobs))
+        jobs, unbounded = _looked_at(leaves, jobs)
+        refuse(_overflows(leaves, jobs, unbounded))
     changed, too_large, by_leaf = dict[int, Any](), list[int](), {job.leaf: job for job in jobs}
     arrays = [job for job in jobs if isinstance(leaves[job.leaf], jax.Array)]
     for found in edits_of(leaves, arrays, given):
@@ -108,11 +117,9 @@ def _edit_arrays(
     return changed
 
 
-def _overflows(leaves: Sequence[Any], jobs: Sequence[Job]) -> list[int]:
-    """The leaves that would overflow."""
-    arrays = [job for job in jobs if isinstance(leaves[job.leaf], jax.Array)]
-    unbounded = {i for found in looks_of(leaves, arrays) for i in found.unbounded}
-    too_large = overflows_of(leaves, [job for job in arrays if job.leaf in unbounded])
+def _overflows(leaves: Sequence[Any], jobs: Sequence[Job], unbounded: set[int]) -> list[int]:
+    """The leaves that would overflow, among those that are `unbounded` and all NumPy arrays."""
+    too_large = overflows_of(leaves, [job for job in jobs if job.leaf in unbounded])
     for i, sources, recipe, _ in jobs:
         if not isinstance(leaves[i], jax.Array):
             taken = [leaves[j] for j in sources]

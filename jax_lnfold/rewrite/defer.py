@@ -6,10 +6,10 @@ section 6). The normalised copy ``x * r`` need not be written then.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import prod
+from math import inf, prod
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from ..analysis.facts import Facts
 from ..axes.axis_set import AxisSet
 from ..axes.broadcast import output_axes, project
 from ..centering import widened
+from ..program.counts import products_per_element
 from ..program.flatten import flatten
 from ..program.graph import JOINS, CallPath, Op
 from ..program.primitives import DIV, MOVES, MUL, SCALINGS
@@ -88,22 +89,25 @@ class _Scale:
         return self.op.eqn.invars[self.base], self.op.eqn.invars[1 - self.base]
 
 
-def defer_scales(closed: ClosedJaxpr, cost: float) -> tuple[ClosedJaxpr, tuple[Deferral, ...]]:
+def defer_scales(
+    closed: ClosedJaxpr, cost: float, most: float = inf
+) -> tuple[ClosedJaxpr, tuple[Deferral, ...]]:
     """The program with scales deferred wherever that is exact and, by the cost model, pays.
 
     `cost` is what it costs to scale one element of a result, where one to write and read an element
     of the scaled copy costs 1. All readers of a copy go together: it is written if one needs it.
+    Where these multiply each of its elements more than `most` times, nothing is deferred.
     """
     program = inlined(closed, _AROUND)
-    deferrer = _Deferrer(program, cost)
+    deferrer = _Deferrer(program, cost, most)
     result = deferrer.closed(program, ())
     return (closed if result is program else result), tuple(deferrer.deferred)
 
 
 class _Deferrer(Walk):
-    def __init__(self, program: ClosedJaxpr, cost: float) -> None:
+    def __init__(self, program: ClosedJaxpr, cost: float, most: float) -> None:
         super().__init__(flatten(program))
-        self.cost = cost
+        self.cost, self.most = cost, most
         self.facts, self.roots = Facts(self.graph), roots_of(self.graph)
         self.deferred: list[Deferral] = []
 
@@ -240,7 +244,9 @@ class _Deferrer(Walk):
             todo += fresh
         return False
 
-    def _pays(self, scale: _Scale, readers: Iterable[_Reader]) -> bool:
+    def _pays(self, scale: _Scale, readers: Sequence[_Reader]) -> bool:
+        if products_per_element(self.graph, [(r.product, r.position) for r in readers]) > self.most:
+            return False
         results = sum(self._elements(r.product.outputs[0]) for r in readers)
         return self.cost * results < self._elements(scale.values[0])
 

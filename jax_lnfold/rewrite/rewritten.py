@@ -32,7 +32,7 @@ def rewritten(closed: ClosedJaxpr, placement: Placement, options: Options) -> Re
     program, deferred, sums, others = rewrite(closed, placement), (), (), ()
     leaves = [*placement.graph.leaves.values()]
     if options.deferred_cost is not None:
-        program, deferred = defer_scales(program, options.deferred_cost)
+        program, deferred = defer_scales(program, options.deferred_cost, options.deferred_most)
     if options.matrix_unit:
         program, sums = sums_on_matrix_unit(program, leaves, _left(placement))
     if options.respell:

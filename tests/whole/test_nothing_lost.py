@@ -19,7 +19,6 @@ import pytest
 
 import jax_lnfold
 from jax_lnfold import Folded, FoldError, TraceError, TreeError, fold
-from jax_lnfold.plan import together
 from tests.helpers.contracts import assert_identical, check_contracts, relative_difference, snapshot
 from tests.models.norm_spellings import layer_norm
 
@@ -31,7 +30,7 @@ POINTS = 40
 
 B, T, DIN, D, OUT = 2, 5, 7, 6, 3
 EDITED = ["bias", "layer", "stem", "scale"]
-"""In the order in which they are edited: the scale is read by the edit of the layer."""
+"""The scale is read by the edit of the layer."""
 
 
 def model(p: Params, x: Array) -> Array:
@@ -143,14 +142,14 @@ def test_interrupted_at_any_call(operation: Operation, error: type[BaseException
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, number: int, error: type[BaseException]) -> None:
     """Let the program with this number fail, once."""
-    call, times = together._call, iter(range(99))
+    call, times = jax_lnfold.plan.together._call, iter(range(99))
 
     def failing(*args: Any) -> Any:
         if next(times) == number:
             raise error("injected")
         return call(*args)
 
-    monkeypatch.setattr(together, "_call", failing)
+    monkeypatch.setattr("jax_lnfold.plan.together._call", failing)
 
 
 def in_two_programs() -> Params:
