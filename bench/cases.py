@@ -71,6 +71,12 @@ CPU = (  # about 25 minutes on two cores
     *sweep("clip_l_text", (1, 4)),
     *sweep("vit_s", (1,), (), ONE, LOW),
     *sweep("gpt2_decode", (1,), (), ONE, LOW),
+    *sweep("policy", (1,)),
+    *sweep("policy_narrow", (1,)),
+    *sweep("policy_wide", (1,)),
+    *sweep("mixer", (64,)),
+    *sweep("graph_net", (1,)),
+    *sweep("recommender", (1,)),
 )
 GPU = (
     *sweep("vit_s", (1, 16, 64, 256), dtypes=LOW),

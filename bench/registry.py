@@ -22,6 +22,7 @@ from .models import (
     WhisperEncoder,
     quick_gelu,
 )
+from .small import GraphNet, Mixer, Policy, Recommender, Small
 from .video import Video, VideoModel, clips
 
 Inputs = Callable[[Any, int, int, Any], Any]
@@ -59,6 +60,21 @@ def cached(config: Config, batch: int, length: int, dtype: Any) -> Any:
     }
 
 
+def rows(config: Small, batch: int, length: int, dtype: Any) -> Any:
+    """Rows of features."""
+    return jax.ShapeDtypeStruct((batch * length, config.inputs), dtype)
+
+
+def sequences(config: Small, batch: int, length: int, dtype: Any) -> Any:
+    """Patches, by position."""
+    return jax.ShapeDtypeStruct((batch, length, config.inputs), dtype)
+
+
+def choices(config: Small, batch: int, length: int, dtype: Any) -> Any:
+    """Ids of eight features."""
+    return jax.ShapeDtypeStruct((batch * length, 8), jnp.int32)
+
+
 @dataclass(frozen=True)
 class Entry:
     """A model by its class and sizes, and the inputs that it takes."""
@@ -88,6 +104,12 @@ MODELS: dict[str, Entry] = {
     "bert_base": Entry(Bert, BASE, tokens, 512),
     "post_ln_768": Entry(PostEncoder, Config(3, 768, 12), streams, 256),
     "post_ln_384": Entry(PostEncoder, Config(3, 384, 6), streams, 256),
+    "policy": Entry(Policy, Small(4, 256, 256), rows, 8192),
+    "policy_narrow": Entry(Policy, Small(4, 256, 32), rows, 8192),
+    "policy_wide": Entry(Policy, Small(4, 1024, 32), rows, 2048),
+    "mixer": Entry(Mixer, Small(4, 128, 64), sequences, 64),
+    "graph_net": Entry(GraphNet, Small(4, 128, 32), rows, 8192),
+    "recommender": Entry(Recommender, Small(3, 256, 64, 32, 1), choices, 4096),
     "video_encoder": Entry(VideoModel, Video(), clips, 384),
     "video_encoder_normed": Entry(VideoModel, Video(feature_norm=True), clips, 384),
     "video_first_token": Entry(VideoModel, Video(part="first token"), clips, 384),

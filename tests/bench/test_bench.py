@@ -279,10 +279,12 @@ def shallow(monkeypatch: pytest.MonkeyPatch, name: str, depth: int = 2, **sizes:
 INSERTED = dict.fromkeys("gpt2 gpt2_xl whisper_base_encoder gpt2_decode gpt2_xl_decode".split(), 1)
 
 
-WHOLE = [n for n in MODELS if n not in ("swin_t", *POST_LN) and "video" not in n]
+TRANSFORMERS = [
+    n for n, e in MODELS.items() if isinstance(e.config, Config) and n not in ("swin_t", *POST_LN)
+]
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", TRANSFORMERS)
 def test_models_fold_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """From shapes alone, at the published widths; the bound has no reductions of a norm."""
     depth, qk = 2, shallow(monkeypatch, name).qk_norm
@@ -323,6 +325,31 @@ def test_bert_without_its_means(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     sums = sums_of(original, left_out, bound)
     assert (sums[0] - sums[1], sums[0] - sums[2]) == (5, 10)
+
+
+SMALL = {"policy": 5, "policy_narrow": 5, "policy_wide": 5, "mixer": 1, "graph_net": 5}
+SMALL |= {"recommender": 4}
+"""LayerNorms that fold: what mixes positions of a mixer has a mean that no parameter takes away."""
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_models_are_what_a_cpu_gains_by(name: str) -> None:
+    """What folds there is taken up, and deferred where nothing turns it round first."""
+    original, bound = variants(name, 1, "two_pass", "float32", chosen=("original", "norms removed"))
+    report = jax_lnfold.analyze(original.apply, original.params, original.x, optimize="cpu")
+    assert report.n_folded == SMALL[name]
+    assert len(report.affine) == 5 - (name == "recommender")
+    assert len(report.deferred) == (0 if name == "mixer" else SMALL[name])
+    assert count_equations("rsqrt", bound.apply, bound.params, bound.x) == 0
+
+
+@pytest.mark.parametrize("name", ["vit_s", "gpt2", "vit_b_qk_norm"])
+def test_large_models_are_left_alone_on_a_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shallow(monkeypatch, name, depth=1)
+    (original,) = variants(name, 1, "one_pass", "float32", chosen=("original",))
+    report = jax_lnfold.analyze(original.apply, original.params, original.x, optimize="cpu")
+    assert report.n_folded == len(report.norms)
+    assert (report.affine, report.queries, report.deferred) == ((), (), ())
 
 
 def test_the_kernel_of_pallas_is_a_layer_norm_and_folds(monkeypatch: pytest.MonkeyPatch) -> None:

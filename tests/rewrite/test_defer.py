@@ -283,6 +283,7 @@ def test_the_preset_is_what_it_says(
     optimize = backend if named else "auto"
     chosen = jax_lnfold.analyze(biased, arrays(), stream(), optimize=optimize)
     flags = dict.fromkeys(PRESETS.get(backend, ()), True)
+    flags |= {"deferred_cost": DEFERRED_COST[backend]} if flags else {}
     by_hand = jax_lnfold.analyze(biased, arrays(), stream(), **flags)
     assert (chosen.affine, chosen.deferred) == (by_hand.affine, by_hand.deferred)
     assert len(chosen.affine) == ("fold_affine" in flags)
