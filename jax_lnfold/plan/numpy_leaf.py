@@ -21,11 +21,13 @@ def edit_array(
     The very array with `in_place`, where it is not told what became too large (see `overflows`).
     """
     noted = list[str]()
-    with np.errstate(over="call", call=lambda kind, _: noted.append(kind), invalid="ignore"):
+    ignored = {"divide": "ignore", "invalid": "ignore"}  # what comes of it is no finite number
+    with np.errstate(over="call", call=lambda kind, _: noted.append(kind), **ignored):
         terms = terms_of(x, recipe.means_for(np.float64), sources, recipe)
         new = _edited_in_blocks(x, terms, recipe, x if in_place else np.empty_like(x))
-    if in_place or (not noted and not recipe.summed and x.dtype.isbuiltin == 1):
-        return new, False  # NumPy notes overflows of its own dtypes, other than in einsum
+    added = recipe.summed or recipe.terms
+    if in_place or (not noted and not added and x.dtype.isbuiltin == 1):
+        return new, False  # NumPy notes overflows of its own dtypes, but in einsum
     given = (np.asarray(v) for v in (x, *sources))
     return new, not np.isfinite(new).all() and all(np.isfinite(v).all() for v in given)
 
@@ -44,8 +46,8 @@ def overflows_array(x: np.ndarray, sources: Sequence[Any], recipe: Recipe) -> bo
 
 def _is_bounded(x: np.ndarray, sources: Sequence[Any], recipe: Recipe) -> bool:
     """Whether a bound on the largest number shows that no edit overflows, as `bounded` does."""
-    if recipe.fill is not None:
-        return True
+    if recipe.fill is not None or recipe.terms:
+        return not recipe.terms
     largest, rest = _largest(x), [*map(np.asarray, sources)]
     with np.errstate(all="ignore"):
         if recipe.summed:
