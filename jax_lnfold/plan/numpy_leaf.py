@@ -21,7 +21,7 @@ def edit_array(
     The very array with `in_place`, where it is not told what became too large (see `overflows`).
     """
     noted = list[str]()
-    ignored = {"divide": "ignore", "invalid": "ignore"}  # what comes of it is no finite number
+    ignored: Any = {"divide": "ignore", "invalid": "ignore"}  # what comes of it is no finite number
     with np.errstate(over="call", call=lambda kind, _: noted.append(kind), **ignored):
         terms = terms_of(x, recipe.means_for(np.float64), sources, recipe)
         new = _edited_in_blocks(x, terms, recipe, x if in_place else np.empty_like(x))
