@@ -78,7 +78,7 @@ def find_affine(graph: Graph, most: float = inf) -> tuple[dict[int, AffineEdit],
         try:
             walk = Walk(graph, value)
             merge = walk.run()
-            if products_per_element(graph, walk.products) > most:
+            if products_per_element(graph, walk.reads) > most:
                 raise CannotAbsorb("beside the products behind it nothing would be saved")
             if shared := taken.intersection(merge.parts):
                 raise CannotAbsorb(f"`{min(shared, key=order.index)}` takes up another scale")
@@ -122,7 +122,7 @@ class Walk:
         self.one: int | None = None
         self.shift: int | None = None  # leaf value
         self.readers: dict[AffineReader, None] = {}
-        self.products: list[tuple[Op, int]] = []  # the same, as they read what is scaled
+        self.reads: list[tuple[Op, int]] = []  # the same, as they read what is scaled
         self.followed: set[tuple[int, int]] = set()  # uses of leaves
 
     def run(self) -> AffineEdit:
@@ -290,4 +290,4 @@ class Walk:
             reader, use = with_bias(graph, op, 1 - position, kernel, reader)
             self.followed.add(use)
         self.readers[reader] = None
-        self.products.append((op, position))
+        self.reads.append((op, position))
