@@ -35,7 +35,7 @@ def edit_leaf(x: Any, sources: Sequence[Any], recipe: Recipe, donate: bool) -> t
 
 def is_edited(x: Any, recipe: Recipe, slack: float = 1.0) -> bool:
     """Whether a leaf is as its recipe leaves it, up to rounding, see `looks_edited`."""
-    return not unfinished([x], [Job(0, (), recipe, ())], slack)
+    return not unfinished([x], [Job(0, (), recipe.by_itself, ())], slack)
 
 
 def unfinished(leaves: Sequence[Any], jobs: Iterable[Job], slack: float = 1.0) -> list[Job]:

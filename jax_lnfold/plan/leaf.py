@@ -111,6 +111,11 @@ class Recipe:
         """The recipe that is followed by the same program: numbers of means are its operands."""
         return self if self.means is None else replace(self, means=())
 
+    @property
+    def by_itself(self) -> Recipe:
+        """Without what takes other leaves, which leaves no trace of its own."""
+        return replace(self, axes=(), summed=(), factors=(), terms=())
+
     def means_for(self, dtype: Any) -> np.ndarray | None:
         """The means, along the axes of the leaf, with one element where all of it has one mean."""
         if self.means is None:

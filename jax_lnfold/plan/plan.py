@@ -236,7 +236,9 @@ class FoldPlan:
     def _not_as_edited(self, params: Any, edits: Mapping[str, LeafEdit]) -> str | None:
         """The key path of the first leaf that is not as one of these edits leaves it."""
         paths = [leaf.key_path for leaf in self.leaves]
-        jobs = [Job(i, (), edits[p].recipe, ()) for i, p in enumerate(paths) if p in edits]
+        jobs = [
+            Job(i, (), edits[p].recipe.by_itself, ()) for i, p in enumerate(paths) if p in edits
+        ]
         left = unfinished(jax.tree.leaves(params), jobs, slack=2.0)
         return paths[left[0].leaf] if left else None
 
