@@ -1,4 +1,4 @@
-"""Pre-LN transformers whose norms are LayerNorms, RMSNorms or absent.
+"""Transformers whose norms are LayerNorms, RMSNorms or absent.
 
 All submodules but the norms have the same names whatever the norm, so that a seed gives them the
 same initial values. None of them has dropout.
@@ -49,6 +49,18 @@ class Block(nn.Module):
             x = x + cross(y, memory, mask=memory_mask)
         y = nn.Dense(4 * x.shape[-1], name="up")(norm(self.kind, "norm_mlp")(x))
         return x + nn.Dense(x.shape[-1], name="down")(nn.gelu(y))
+
+
+def post_ln(
+    x: jax.Array, depth: int, heads: int, kind: Kind, mask: jax.Array | None = None
+) -> jax.Array:
+    """Blocks with a norm behind each sum, of the module that calls this."""
+    for i in range(depth):
+        y = nn.MultiHeadDotProductAttention(heads, name=f"attention_{i}")(x, mask=mask)
+        x = norm(kind, f"norm_attention_{i}")(x + y)
+        y = nn.gelu(nn.Dense(4 * x.shape[-1], name=f"up_{i}")(x))
+        x = norm(kind, f"norm_mlp_{i}")(x + nn.Dense(x.shape[-1], name=f"down_{i}")(y))
+    return x
 
 
 class Tokens(nn.Module):
@@ -103,6 +115,23 @@ class GPT(nn.Module):
         for i in range(self.depth):
             x = Block(self.heads, self.kind, name=f"block_{i}")(x, mask)
         return nn.Dense(self.classes, name="head")(norm(self.kind, "norm")(x))
+
+
+class PostGPT(nn.Module):
+    """A language model as the first GPT, with a norm behind each sum."""
+
+    depth: int
+    width: int
+    heads: int
+    classes: int
+    kind: Kind
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """Maps ids of shape ``[batch, tokens]`` to logits of the next ones."""
+        x = norm(self.kind, "norm")(Tokens(self.classes, self.width, name="tokens")(ids))
+        x = post_ln(x, self.depth, self.heads, self.kind, nn.make_causal_mask(ids))
+        return nn.Dense(self.classes, name="head")(x)
 
 
 class Translator(nn.Module):

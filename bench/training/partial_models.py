@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from .models import Block, Kind, norm, small
+from .models import Block, Kind, norm, post_ln, small
 
 
 def bare_norm(kind: Kind, name: str) -> Callable[[jax.Array], jax.Array]:
@@ -43,12 +43,7 @@ class PostLN(nn.Module):
         """Maps images of shape ``[batch, height, width, channels]`` to logits."""
         x = patches(images, self.width)
         x = x + self.param("positions", small, (1, *x.shape[1:]))
-        x = norm(self.kind, "norm")(x)
-        for i in range(self.depth):
-            y = nn.MultiHeadDotProductAttention(self.heads, name=f"attention_{i}")(x)
-            x = norm(self.kind, f"norm_attention_{i}")(x + y)
-            y = nn.gelu(nn.Dense(4 * self.width, name=f"up_{i}")(x))
-            x = norm(self.kind, f"norm_mlp_{i}")(x + nn.Dense(self.width, name=f"down_{i}")(y))
+        x = post_ln(norm(self.kind, "norm")(x), self.depth, self.heads, self.kind)
         return nn.Dense(self.classes, name="head")(x.mean(axis=1))
 
 

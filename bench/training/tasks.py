@@ -66,6 +66,7 @@ class Task:
     score: Callable[[jax.Array, Batch], jax.Array]  # logits: the metric, per example
     unit: str = ""
     approximate: bool = False  # means that no edit removes are left out
+    window: int = 0  # characters that an example spans where the text is one long array
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def build(self, settings: Settings, kind: Kind, classes: int) -> nn.Module:
@@ -77,11 +78,6 @@ class Task:
         """How many examples to draw from."""
         (array, *_) = arrays.values()
         return len(array) - self.window
-
-    @property
-    def window(self) -> int:
-        """Characters that an example spans where the text is one long array."""
-        return LENGTH if self.model is models.GPT else 0
 
 
 LENGTH = 64
@@ -166,6 +162,7 @@ TASKS = {
         inputs=lambda batch: (batch["text"][:, :-1],),
         loss=_text_loss,
         score=_bits,
+        window=LENGTH,
     ),
     "translation": Task(
         title="Sequence to sequence: words backwards, encoder and decoder",
