@@ -19,11 +19,49 @@ Kind: TypeAlias = Literal["layernorm", "rmsnorm", "none"]
 small = nn.initializers.normal(0.02)
 
 
-def norm(kind: Kind, name: str) -> Callable[[jax.Array], jax.Array]:
+class Net(nn.Module):
+    """What all models are made with."""
+
+    depth: int
+    width: int
+    heads: int
+    classes: int
+    kind: Kind
+
+
+def norm(kind: Kind, name: str, learned: bool = True) -> Callable[[jax.Array], jax.Array]:
     """A norm of the last axis."""
     if kind == "none":
         return lambda x: x
-    return nn.LayerNorm(name=name) if kind == "layernorm" else nn.RMSNorm(name=name)
+    if kind == "layernorm":
+        return nn.LayerNorm(use_scale=learned, use_bias=learned, name=name)
+    return nn.RMSNorm(use_scale=learned, name=name)
+
+
+# What follows is called by a module, whose submodules it makes.
+
+
+def patches(images: jax.Array, width: int) -> jax.Array:
+    """Tokens of 2x2 pixels."""
+    x = nn.Conv(width, kernel_size=(2, 2), strides=(2, 2), name="patches")(images)
+    return x.reshape(len(images), -1, width)
+
+
+def mlp(x: jax.Array, name: str = "") -> jax.Array:
+    """Two layers, the first one four times as wide; both names end with this one."""
+    y = nn.gelu(nn.Dense(4 * x.shape[-1], name=f"up{name}")(x))
+    return nn.Dense(x.shape[-1], name=f"down{name}")(y)
+
+
+def post_ln(
+    x: jax.Array, depth: int, heads: int, kind: Kind, mask: jax.Array | None = None
+) -> jax.Array:
+    """Blocks with a norm behind each sum."""
+    for i in range(depth):
+        y = nn.MultiHeadDotProductAttention(heads, name=f"attention_{i}")(x, mask=mask)
+        x = norm(kind, f"norm_attention_{i}")(x + y)
+        x = norm(kind, f"norm_mlp_{i}")(x + mlp(x, f"_{i}"))
+    return x
 
 
 class Block(nn.Module):
@@ -47,20 +85,7 @@ class Block(nn.Module):
             y = norm(self.kind, "norm_cross")(x)
             cross = nn.MultiHeadDotProductAttention(self.heads, name="cross")
             x = x + cross(y, memory, mask=memory_mask)
-        y = nn.Dense(4 * x.shape[-1], name="up")(norm(self.kind, "norm_mlp")(x))
-        return x + nn.Dense(x.shape[-1], name="down")(nn.gelu(y))
-
-
-def post_ln(
-    x: jax.Array, depth: int, heads: int, kind: Kind, mask: jax.Array | None = None
-) -> jax.Array:
-    """Blocks with a norm behind each sum, of the module that calls this."""
-    for i in range(depth):
-        y = nn.MultiHeadDotProductAttention(heads, name=f"attention_{i}")(x, mask=mask)
-        x = norm(kind, f"norm_attention_{i}")(x + y)
-        y = nn.gelu(nn.Dense(4 * x.shape[-1], name=f"up_{i}")(x))
-        x = norm(kind, f"norm_mlp_{i}")(x + nn.Dense(x.shape[-1], name=f"down_{i}")(y))
-    return x
+        return x + mlp(norm(self.kind, "norm_mlp")(x))
 
 
 class Tokens(nn.Module):
@@ -76,20 +101,13 @@ class Tokens(nn.Module):
         return x + self.param("positions", small, (1, ids.shape[1], self.width))
 
 
-class ViT(nn.Module):
+class ViT(Net):
     """A Vision Transformer that classifies by its class token."""
-
-    depth: int
-    width: int
-    heads: int
-    classes: int
-    kind: Kind
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         """Maps images of shape ``[batch, height, width, channels]`` to logits."""
-        x = nn.Conv(self.width, kernel_size=(2, 2), strides=(2, 2), name="patches")(images)
-        x = x.reshape(len(images), -1, self.width)
+        x = patches(images, self.width)
         cls = self.param("cls", small, (1, 1, self.width))
         x = jnp.concatenate([jnp.broadcast_to(cls, (len(images), 1, self.width)), x], axis=1)
         x = x + self.param("positions", small, (1, *x.shape[1:]))
@@ -98,14 +116,8 @@ class ViT(nn.Module):
         return nn.Dense(self.classes, name="head")(norm(self.kind, "norm")(x)[:, 0])
 
 
-class GPT(nn.Module):
+class GPT(Net):
     """A language model with a head of its own."""
-
-    depth: int
-    width: int
-    heads: int
-    classes: int
-    kind: Kind
 
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:
@@ -117,14 +129,8 @@ class GPT(nn.Module):
         return nn.Dense(self.classes, name="head")(norm(self.kind, "norm")(x))
 
 
-class PostGPT(nn.Module):
+class PostGPT(Net):
     """A language model as the first GPT, with a norm behind each sum."""
-
-    depth: int
-    width: int
-    heads: int
-    classes: int
-    kind: Kind
 
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:
@@ -134,14 +140,8 @@ class PostGPT(nn.Module):
         return nn.Dense(self.classes, name="head")(x)
 
 
-class Translator(nn.Module):
+class Translator(Net):
     """An encoder and a decoder, of `depth` blocks each."""
-
-    depth: int
-    width: int
-    heads: int
-    classes: int
-    kind: Kind
 
     @nn.compact
     def __call__(self, source: jax.Array, target: jax.Array) -> jax.Array:
@@ -159,14 +159,9 @@ class Translator(nn.Module):
         return nn.Dense(self.classes, name="head")(norm(self.kind, "norm")(x))
 
 
-class Classifier(nn.Module):
+class Classifier(Net):
     """An encoder of text that classifies by the mean of its tokens."""
 
-    depth: int
-    width: int
-    heads: int
-    classes: int
-    kind: Kind
     vocabulary: int
 
     @nn.compact

@@ -5,38 +5,17 @@ As in `models`, all submodules but the norms have the same names whatever the no
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from .models import Block, Kind, norm, post_ln, small
+from .models import Block, Net, mlp, norm, patches, post_ln, small
 
 
-def bare_norm(kind: Kind, name: str) -> Callable[[jax.Array], jax.Array]:
-    """A norm of the last axis that learns nothing."""
-    if kind == "none":
-        return lambda x: x
-    if kind == "layernorm":
-        return nn.LayerNorm(use_scale=False, use_bias=False, name=name)
-    return nn.RMSNorm(use_scale=False, name=name)
-
-
-def patches(images: jax.Array, width: int) -> jax.Array:
-    """Tokens of 2x2 pixels and their learned positions."""
-    x = nn.Conv(width, kernel_size=(2, 2), strides=(2, 2), name="patches")(images)
-    return x.reshape(len(images), -1, width)
-
-
-class PostLN(nn.Module):
+class PostLN(Net):
     """An encoder as BERT's: a norm behind each sum."""
-
-    depth: int
-    width: int
-    heads: int
-    classes: int
-    kind: Kind
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -47,14 +26,8 @@ class PostLN(nn.Module):
         return nn.Dense(self.classes, name="head")(x.mean(axis=1))
 
 
-class Dropout(nn.Module):
+class Dropout(Net):
     """A pre-LN ViT whose branches are dropped number by number: each drop shifts the mean."""
-
-    depth: int
-    width: int
-    heads: int
-    classes: int
-    kind: Kind
 
     @nn.compact
     def __call__(self, images: jax.Array, key: jax.Array, kept: jax.Array) -> jax.Array:
@@ -70,19 +43,12 @@ class Dropout(nn.Module):
             y = norm(self.kind, f"norm_attention_{i}")(x)
             y = nn.MultiHeadDotProductAttention(self.heads, name=f"attention_{i}")(y)
             x = x + drop(y, 2 * i)
-            y = nn.Dense(4 * self.width, name=f"up_{i}")(norm(self.kind, f"norm_mlp_{i}")(x))
-            x = x + drop(nn.Dense(self.width, name=f"down_{i}")(nn.gelu(y)), 2 * i + 1)
+            x = x + drop(mlp(norm(self.kind, f"norm_mlp_{i}")(x), f"_{i}"), 2 * i + 1)
         return nn.Dense(self.classes, name="head")(norm(self.kind, "norm")(x).mean(axis=1))
 
 
-class MLP(nn.Module):
+class MLP(Net):
     """Layers with a norm behind the activation."""
-
-    depth: int
-    width: int
-    heads: int
-    classes: int
-    kind: Kind
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -94,14 +60,8 @@ class MLP(nn.Module):
         return nn.Dense(self.classes, name="head")(x)
 
 
-class ConvNet(nn.Module):
+class ConvNet(Net):
     """Blocks as ConvNeXt's: the norm reads a depthwise convolution."""
-
-    depth: int
-    width: int
-    heads: int
-    classes: int
-    kind: Kind
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -111,21 +71,14 @@ class ConvNet(nn.Module):
             depthwise = nn.Conv(
                 self.width, kernel_size=(3, 3), feature_group_count=self.width, name=f"depth_{i}"
             )
-            y = norm(self.kind, f"norm_{i}")(depthwise(x))
-            y = nn.gelu(nn.Dense(4 * self.width, name=f"up_{i}")(y))
-            x = x + nn.Dense(self.width, name=f"down_{i}")(y)
+            x = x + mlp(norm(self.kind, f"norm_{i}")(depthwise(x)), f"_{i}")
         x = norm(self.kind, "norm")(x.mean(axis=(1, 2)))
         return nn.Dense(self.classes, name="head")(x)
 
 
-class Swin(nn.Module):
+class Swin(Net):
     """Attention in windows that move, and a merge of four neighbours before the last blocks."""
 
-    depth: int
-    width: int
-    heads: int
-    classes: int
-    kind: Kind
     window: int = 4
 
     @nn.compact
@@ -151,14 +104,8 @@ class Swin(nn.Module):
         return jnp.roll(x, (shift, shift), axis=(1, 2))
 
 
-class DiT(nn.Module):
+class DiT(Net):
     """Tells the noise of an image; what it is told scales, shifts and gates each branch."""
-
-    depth: int
-    width: int
-    heads: int
-    classes: int
-    kind: Kind
 
     @nn.compact
     def __call__(self, images: jax.Array, level: jax.Array, labels: jax.Array) -> jax.Array:
@@ -170,15 +117,15 @@ class DiT(nn.Module):
             jnp.concatenate([jnp.sin(waves), jnp.cos(waves)], 1)
         )
         told = nn.silu(told + nn.Embed(self.classes, self.width, name="labels")(labels))
+        bare = partial(norm, self.kind, learned=False)
         for i in range(self.depth):
             each = nn.Dense(6 * self.width, kernel_init=small, name=f"told_{i}")(told)
             a, b, c, d, e, f = jnp.split(each[:, None], 6, axis=-1)
-            y = bare_norm(self.kind, f"norm_attention_{i}")(x) * (1 + a) + b
+            y = bare(f"norm_attention_{i}")(x) * (1 + a) + b
             x = x + c * nn.MultiHeadDotProductAttention(self.heads, name=f"attention_{i}")(y)
-            y = bare_norm(self.kind, f"norm_mlp_{i}")(x) * (1 + d) + e
-            y = nn.gelu(nn.Dense(4 * self.width, name=f"up_{i}")(y))
-            x = x + f * nn.Dense(self.width, name=f"down_{i}")(y)
-        x = nn.Dense(4, name="head")(bare_norm(self.kind, "norm")(x))
+            y = bare(f"norm_mlp_{i}")(x) * (1 + d) + e
+            x = x + f * mlp(y, f"_{i}")
+        x = nn.Dense(4, name="head")(bare("norm")(x))
         side = images.shape[1] // 2
         x = x.reshape(len(images), side, side, 2, 2).swapaxes(2, 3)
         return x.reshape(images.shape)

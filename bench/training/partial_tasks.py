@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -56,14 +57,17 @@ def _mean_missed(noise: jax.Array, batch: Batch) -> jax.Array:
     return _missed(noise, batch).mean()
 
 
+SETTINGS = Settings(
+    depth=3, width=32, heads=4, batch=64, steps=300, learning_rate=3e-3, eval_every=50
+)
+
+
 def _digits(title: str, model: Any, **other: Any) -> Task:
     common: dict[str, Any] = {
         "metric": "accuracy",
         "unit": "%",
         "higher_is_better": True,
-        "settings": Settings(
-            depth=3, width=32, heads=4, batch=64, steps=300, learning_rate=3e-3, eval_every=50
-        ),
+        "settings": SETTINGS,
         "load": data.digits,
         "draw": noisy,
         "inputs": lambda batch: (batch["images"],),
@@ -93,5 +97,7 @@ PARTIAL = {
         loss=_mean_missed,
         score=_missed,
     ),
-    "swin": _digits("windows as Swin", partial_models.Swin),
+    "swin": _digits(
+        "windows as Swin", partial_models.Swin, settings=replace(SETTINGS, depth=2, batch=32)
+    ),
 }
