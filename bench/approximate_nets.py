@@ -37,7 +37,7 @@ WEIGHTS = Path(tempfile.gettempdir()) / "jax_lnfold_nets"
 KEYS = ("net", "method", "fitted")
 SIZE = 8  # examples of a batch
 CHOOSE, TEST = 4, 8
-CURVE = (32, 1, 4, 16)  # batches of a fit; the first table has the most
+CURVE = (16, 1, 4)  # batches of a fit; the first table has the most
 EXACT = 1e-10  # a share below is rounding
 SEEDS = {"training": 0, "order": 0, "fit": 1, "choose": 2}
 

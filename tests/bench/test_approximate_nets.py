@@ -29,6 +29,7 @@ TINY = {name: replace(task, settings=task.settings.tiny()) for name, task in net
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(nets, "EVERY", 1)
+    monkeypatch.setattr(nets, "SPREAD", {"text": 1})
     for name, value in {"SIZE": 3, "CHOOSE": 1, "TEST": 2, "CURVE": (3, 1)}.items():
         monkeypatch.setattr(approximate_nets, name, value)
     with jax.enable_x64(False):
@@ -42,13 +43,13 @@ def test_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
         told.append(line)
         raise KeyboardInterrupt
 
-    _, want = nets.trained(TINY["text"], "whole", tmp_path, told.append)
+    _, want = nets.trained(TINY["text"], "text", tmp_path / "whole", told.append)
     with pytest.raises(KeyboardInterrupt):
-        nets.trained(TINY["text"], "parts", tmp_path, stop)
-    _, got = nets.trained(TINY["text"], "parts", tmp_path, told.append)
+        nets.trained(TINY["text"], "text", tmp_path, stop)
+    _, got = nets.trained(TINY["text"], "text", tmp_path, told.append)
     assert [line.partition(",")[0] for line in told] == [
-        f"{name}: {step} of 2 steps" for name in ("whole", "parts") for step in (1, 2)
-    ]
+        *("text: 1 of 2 steps", "text: 2 of 2 steps", "text_spread: 1 of 1 steps")
+    ] * 2
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
