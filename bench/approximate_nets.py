@@ -232,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of trained weights")
     parser.add_argument("--list", action="store_true", help="only print what is stored")
     options = parser.parse_args(argv)
-    console, store = Console(soft_wrap=True), Store(options.output, KEYS)
+    console, store = Console(width=160), Store(options.output, KEYS)
     for name in () if options.list else options.nets:
         task = nets.NETS[name]
         net = nets.trained(task, name, options.weights, console.print)
