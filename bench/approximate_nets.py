@@ -37,7 +37,7 @@ WEIGHTS = Path(tempfile.gettempdir()) / "jax_lnfold_nets"
 KEYS = ("net", "method", "fitted")
 SIZE = 8  # examples of a batch
 CHOOSE, TEST = 4, 8
-CURVE = (16, 1, 4)  # batches of a fit; the first table has the most
+CURVE = (128, 1, 8, 32)  # examples of a fit; the first table has the most
 EXACT = 1e-10  # a share below is rounding
 SEEDS = {"training": 0, "order": 0, "fit": 1, "choose": 2}
 
@@ -65,7 +65,7 @@ class Parts:
                 for i, index in enumerate(chosen)
             ]
 
-        most = max(CURVE)
+        most = max(CURVE) // SIZE
         held = [{k: x[i * SIZE :][:SIZE] for k, x in test.items()} for i in range(TEST)]
         return cls(drawn(0, most, SEEDS["fit"]), drawn(most, CHOOSE, SEEDS["choose"]), held)
 
@@ -130,6 +130,11 @@ class Bench:
     def _unfitted(self) -> tuple[tuple[str, Any], ...]:
         return ("naive", self.params), ("centered", self._plan.center(self.params))
 
+    def _first(self, count: int) -> list[Batch]:
+        """Examples to fit to: whole batches, or a part of one."""
+        some = self._fit[: max(1, count // SIZE)]
+        return [tuple(x[:count] for x in batch) for batch in some]
+
     def _score(self, outputs: Sequence[Any]) -> float:
         """The task's own metric on the batches of the test."""
         scores = map(self.task.score, map(jnp.asarray, outputs), self.parts.test)
@@ -164,7 +169,7 @@ class Bench:
                 continue
             solve = {"unguarded": unguarded}.get(method, fitting._solved)
             with mock.patch.object(fitting, "_solved", solve):
-                fitted = jax_lnfold.regress(self.apply, self.params, *self._fit[:count])
+                fitted = jax_lnfold.regress(self.apply, self.params, *self._first(count))
             if not fitted.norms:
                 console.print(f"{self.name}: {fitted}")
                 break
@@ -194,9 +199,11 @@ def methods(rows: Sequence[Row]) -> Table:
     """What folds at each budget, of each way to treat the means."""
     budgets = [*(f"{b:g}" for b in BUDGETS), "bfloat16", "all"]
     shown = Table("net", "means", "share: median, worst", *budgets, "metric", box=box.MARKDOWN)
+    centered = {row["net"]: row["shares"] for row in rows if row["method"] == "centered"}
     for row in rows:
         if row["method"] != "unguarded" and row["fitted"] in (0, max(CURVE)):
-            left = [s for s in row["shares"] if s > EXACT]
+            kept = np.array(centered.get(row["net"], row["shares"])) > EXACT
+            left = np.array(row["shares"])[kept]  # of those that do not fold exactly
             share = f"{np.median(left):.0e}, {max(left):.0e}"
             metric = f"{row['score']:.4g} → {row['score_without']:.4g}"
             cells = (cell(row, budget) for budget in budgets)
@@ -232,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of trained weights")
     parser.add_argument("--list", action="store_true", help="only print what is stored")
     options = parser.parse_args(argv)
-    console, store = Console(width=160), Store(options.output, KEYS)
+    console, store = Console(width=200), Store(options.output, KEYS)
     for name in () if options.list else options.nets:
         task = nets.NETS[name]
         net = nets.trained(task, name, options.weights, console.print)

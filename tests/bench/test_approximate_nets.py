@@ -30,7 +30,7 @@ TINY = {name: replace(task, settings=task.settings.tiny()) for name, task in net
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(nets, "EVERY", 1)
     monkeypatch.setattr(nets, "SPREAD", {"text": 1})
-    for name, value in {"SIZE": 3, "CHOOSE": 1, "TEST": 2, "CURVE": (3, 1)}.items():
+    for name, value in {"SIZE": 3, "CHOOSE": 1, "TEST": 2, "CURVE": (6, 1)}.items():
         monkeypatch.setattr(approximate_nets, name, value)
     with jax.enable_x64(False):
         yield
@@ -60,8 +60,8 @@ def test_parts_are_apart() -> None:
         return {np.asarray(x).tobytes() for batch in part for x in batch["images"]}
 
     found = [images(part) for part in (parts.fit, parts.choose, parts.test)]
-    assert [len(part) for part in found] == [9, 3, 6]
-    assert len(set.union(*found)) == 18
+    assert [len(part) for part in found] == [6, 3, 6]
+    assert len(set.union(*found)) == 15
 
 
 def test_rows(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_rows(tmp_path: Path) -> None:
     net = nets.trained(task, "text", tmp_path, console.print)
     bench = approximate_nets.Bench(store, "text", task, *net)
     bench.run(console)
-    fits = [(m, n) for n in (3, 1) for m in ("regressed", "unguarded")]
+    fits = [(m, n) for n in (6, 1) for m in ("regressed", "unguarded")]
     keys = [(row["method"], row["fitted"]) for row in store.rows]
     assert keys == [("naive", 0), ("centered", 0), *fits]
     bench.run(console)
@@ -81,14 +81,14 @@ def test_rows(tmp_path: Path) -> None:
         assert row["figures"]["all"]["dropped"] == 2
         assert ("0.02" in row["figures"]) == (row["fitted"] != 1 and row["method"] != "unguarded")
     by_key = dict(zip(keys, store.rows, strict=True))
-    more, less = by_key["regressed", 3], by_key["regressed", 1]
-    assert (more["fit"]["tokens"], less["fit"]["tokens"]) == (9 * 64, 3 * 64)
+    more, less = by_key["regressed", 6], by_key["regressed", 1]
+    assert (more["fit"]["tokens"], less["fit"]["tokens"]) == (6 * 64, 64)
     free = by_key["unguarded", 1]["fit"]
     assert np.median(free["on_fitted"]) < np.median(free["on_held_out"]), "it fits too well"
     for table in approximate_nets.methods, approximate_nets.curves:
         console.print(table(store.rows))
     assert "| regressed |" in printed.getvalue()
-    assert "| 576    |" in printed.getvalue()
+    assert "| 384    |" in printed.getvalue()
 
 
 def test_least_squares() -> None:
