@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -75,9 +75,9 @@ def inputs(task: Task, part: Sequence[Any]) -> list[Batch]:
     return [tuple(map(np.asarray, task.inputs(batch))) for batch in part]
 
 
-def unguarded(parts: Sequence[Sequence[Any]], size: int) -> tuple[str, np.ndarray]:
+def unguarded(parts: Sequence[Any], size: int) -> tuple[str, np.ndarray]:
     """The least squares alone, as they fit: no ridge, and nothing held out against them."""
-    used = [fitted for fitted, _ in parts if fitted.squares > 0]
+    used = [own.fitted for own in parts if own.fitted.squares > 0]
     matrix = sum((n.matrix / n.squares for n in used), np.zeros((size, size)))
     vector = sum((n.vector / n.squares for n in used), np.zeros(size))
     return "", -np.linalg.pinv(matrix, rcond=1e-10, hermitian=True) @ vector
@@ -164,6 +164,10 @@ class Bench:
         for method, edited in self._unfitted:
             if not self.store.has(self.name, method, 0):
                 console.print(self.name, method, self._add(method, 0, edited))
+        if not self.store.has(self.name, "hidden", most := max(CURVE)):
+            fitted = jax_lnfold.regress(self.apply, self.params, *self._first(most)).plan
+            edited = replace(fitted, hidden=self._programs.hidden).center(self.params)
+            console.print(self.name, "hidden", self._add("hidden", most, edited))
         for count, method in product(CURVE, ("regressed", "unguarded")):
             if self.store.has(self.name, method, count):
                 continue

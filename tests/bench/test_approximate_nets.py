@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -73,7 +74,7 @@ def test_rows(tmp_path: Path) -> None:
     bench.run(console)
     fits = [(m, n) for n in (6, 1) for m in ("regressed", "unguarded")]
     keys = [(row["method"], row["fitted"]) for row in store.rows]
-    assert keys == [("naive", 0), ("centered", 0), *fits]
+    assert keys == [("naive", 0), ("centered", 0), ("hidden", 6), *fits]
     bench.run(console)
     assert len(store.rows) == len(keys), "nothing is measured again"
     for row in store.rows:
@@ -97,7 +98,7 @@ def test_least_squares() -> None:
     rows, v = rng.standard_normal((4, 9)), rng.standard_normal(4)
     normal = Normal.empty(4)
     normal.add(rows, -v @ rows, np.ones(9))
-    why, found = approximate_nets.unguarded([(normal, Normal.empty(4))], 4)
+    why, found = approximate_nets.unguarded([SimpleNamespace(fitted=normal)], 4)
     assert not why
     np.testing.assert_allclose(found, v, rtol=1e-10)
 
@@ -108,7 +109,7 @@ def test_what_is_no_logit_has_no_divergence(tmp_path: Path) -> None:
     console = Console(file=(printed := io.StringIO()), width=200)
     net = nets.trained(TINY["dit"], "dit", tmp_path, console.print)
     approximate_nets.Bench(store, "dit", TINY["dit"], *net).run(console)
-    assert [row["method"] for row in store.rows] == ["naive", "centered"]
+    assert [row["method"] for row in store.rows] == ["naive", "centered", "hidden"]
     assert all(
         x.keys() <= {"budget", "dropped", "error"} for x in store.rows[0]["figures"].values()
     )
