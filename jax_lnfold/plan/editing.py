@@ -12,7 +12,8 @@ import numpy as np
 
 from .._compat import is_tracer
 from .leaf import Recipe, edited, terms_of, wide_type
-from .numpy_leaf import edit_array, is_edited_array, overflows_array, unshared
+from .memory import unshared
+from .numpy_leaf import edit_array, is_edited_array, overflows_array
 from .together import Job, edits_of, looks_of, overflows_of, place_of
 
 
@@ -59,14 +60,12 @@ def _looked_at(
 def replaceable(leaves: Sequence[Any], jobs: Sequence[Job]) -> set[int]:
     """The leaves that may give up their memory: nothing else is in it, or is edited with it later.
 
-    An array at two key paths keeps its memory.
+    An array at two key paths keeps its memory, and so do two that share it.
     """
     count = Counter(map(id, leaves))
     place = {job.leaf: place_of(leaves, job) for job in jobs}
     elsewhere = {i for job in jobs for i in job.sources if place.get(i) != place[job.leaf]}
-    found = {i for i in place if count[id(leaves[i])] == 1} - elsewhere
-    on_devices = {i for i in found if isinstance(leaves[i], jax.Array)}
-    return on_devices | unshared(leaves, found - on_devices)
+    return unshared(leaves, {i for i in place if count[id(leaves[i])] == 1} - elsewhere)
 
 
 def edit_leaves(
@@ -83,6 +82,7 @@ def edit_leaves(
     if given:
         jobs, unbounded = _looked_at(leaves, jobs)
         refuse(_overflows(leaves, jobs, unbounded))
+        given = given & {job.leaf for job in jobs}  # others are returned, though they are taken
     changed, too_large, by_leaf = dict[int, Any](), list[int](), {job.leaf: job for job in jobs}
     arrays = [job for job in jobs if isinstance(leaves[job.leaf], jax.Array)]
     for found in edits_of(leaves, arrays, given):

@@ -187,7 +187,7 @@ def terms_of(x: Any, means: Any, sources: Sequence[Any], recipe: Recipe) -> Term
             value = term.value(x, taken, wide, xp)
             added = value if added is None else added + value
     elif not recipe.sets and [f.plain for f in recipe.factors] == [True]:
-        wide = x.dtype if rest[0].dtype == x.dtype else wide
+        wide = x.dtype if getattr(rest[0], "dtype", None) == x.dtype else wide  # or a number
     for multiplier in recipe.factors:
         taken, rest = rest[: multiplier.takes], rest[multiplier.takes :]
         value = multiplier.value(taken, x.shape, wide, xp)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -90,35 +90,3 @@ def _edited_in_blocks(x: np.ndarray, terms: Terms, recipe: Recipe, new: np.ndarr
         own = Terms(*(_cut(term, part, axis) for term in terms))
         new[part] = edited(x[part], own, recipe)
     return new
-
-
-def unshared(leaves: Sequence[Any], which: Collection[int]) -> set[int]:
-    """Those NumPy arrays among `which` that may be written to, and share memory with no leaf.
-
-    Views of something else, and files, are not.
-    """
-    arrays = {i: x for i in which if type(x := leaves[i]) is np.ndarray and x.flags.owndata}
-    if not arrays:
-        return set()
-    spans = sorted((*span, i) for i, x in enumerate(leaves) for span in _spans(x))
-    shared, end, last = set[int](), -1, -1
-    for begin, stop, i in spans:
-        if begin < end:
-            shared |= {i, last}
-        if stop > end:
-            end, last = stop, i
-    return {i for i, x in arrays.items() if x.flags.writeable and i not in shared}
-
-
-def _spans(x: Any) -> list[tuple[int, int]]:
-    """Where in this machine's memory a leaf is: jax may keep to the memory of a NumPy array."""
-    if isinstance(x, jax.Array):
-        on_cpu = all(d.platform == "cpu" for d in x.sharding.device_set)
-        shards = x.addressable_shards if on_cpu else []
-        return [span for shard in shards for span in _spans(np.asarray(shard.data))]
-    if not isinstance(x, np.ndarray) or not x.size:
-        return []
-    steps = [(n - 1) * step for n, step in zip(x.shape, x.strides, strict=True)]
-    begin = x.ctypes.data
-    below, above = (sum(s for s in steps if (s < 0) == down) for down in (True, False))
-    return [(begin + below, begin + above + x.itemsize)]

@@ -142,13 +142,13 @@ class FoldPlan:
         Traceable and differentiable. Leaves that the plan does not edit are returned as they are;
         edited ones keep shape, dtype and sharding. What is centered already is returned as it is:
         means that are zero up to the rounding of the leaf's dtype are not subtracted again (but of
-        tracers, so that derivatives are those of a projection). With `donate`, edited
-        arrays give up their memory: JAX arrays are deleted, NumPy arrays edited in place if they
-        own their memory, may be written to and share it with no other leaf (with anything else
-        they must not). Arrays at several key paths stay, and so do those that a leaf on other
-        devices takes up; nothing else of the caller's is ever changed. Everything is checked
-        before the first edit: only if an edit itself fails or is interrupted (no memory, Ctrl-C),
-        arrays donated before it are lost: deleted, or filled with NaN.
+        tracers, so that derivatives are those of a projection). With `donate`, edited arrays give
+        up their memory: JAX arrays are deleted, NumPy arrays edited in place if they own their
+        memory, may be written to and share it with no other leaf (with anything else they must
+        not). Arrays at several key paths, or in memory that another leaf is in, stay, and so do
+        those that a leaf on other devices takes up; nothing else of the caller's is ever changed.
+        Everything is checked before the first edit: only if an edit itself fails or is interrupted
+        (no memory, Ctrl-C), arrays donated before it are lost: deleted, or filled with NaN.
 
         Args:
             params: a tree of NumPy or JAX arrays, which are not changed.

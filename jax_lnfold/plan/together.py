@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
-from ..trees import committed_to
+from .._compat import is_explicit
 from .leaf import Recipe, bounded, edited, looks_edited, terms_of, wide_type
 
 ALIKE = 4
@@ -98,8 +99,16 @@ def place_of(leaves: Sequence[Any], job: Job) -> Hashable:
     arrays = [leaves[i] for i in (job.leaf, *job.sources) if isinstance(leaves[i], jax.Array)]
     if not isinstance(leaves[job.leaf], jax.Array):
         return None
-    devices = next(filter(None, map(committed_to, arrays)), None)
+    devices = frozenset(_devices_of(x) for x in arrays if x.committed)
     return devices, frozenset(x.sharding.memory_kind for x in arrays)
+
+
+def _devices_of(x: Any) -> Hashable:
+    """What arrays in one program have to share: devices in one order, and explicit axes of them."""
+    if not isinstance(x.sharding, NamedSharding):
+        return frozenset(x.sharding.device_set)
+    mesh = x.sharding.mesh
+    return (*mesh.devices.flat,), mesh if is_explicit(jax.typeof(x)) else None
 
 
 def sharding_of(x: Any) -> Any:
@@ -226,7 +235,13 @@ def _edit_and_look(
         # Squares become infinite sooner; compilers sum faster than they compare.
         bound = jnp.isfinite(jnp.square(y.astype(wide_type(y))).sum())
         looks.append((_is_done(part, m, arrays, slack, shape), bound))
-    return new, jnp.array([*zip(*looks, strict=True)])
+    return new, _told(looks)
+
+
+def _told(looks: Sequence[tuple[Any, Any]]) -> Any:
+    """All in one array; what is found of arrays in the memory of a host is there, too."""
+    on_device = [jax.device_put(x, jax.memory.Space.Device) for x in looks]
+    return jnp.array([*zip(*on_device, strict=True)])
 
 
 def _look(
@@ -237,7 +252,7 @@ def _look(
         x, terms, shape = _operands(part, m, arrays)
         bound = bounded(x, terms, part.job.recipe)
         looks.append((_is_done(part, m, arrays, slack, shape), bound))
-    return None, jnp.array([*zip(*looks, strict=True)])
+    return None, _told(looks)
 
 
 def _check(
@@ -247,7 +262,7 @@ def _check(
     sources = ([arrays[i] for i in (part.job.leaf, *part.job.sources)] for part in parts)
     given = [jnp.stack([jnp.isfinite(x).all() for x in some]).all() for some in sources]
     kept = [~a | jnp.isfinite(y).all() for y, a in zip(new, given, strict=True)]
-    return None, jnp.array([[jnp.array(False)] * len(kept), kept])
+    return None, _told([(jnp.array(False), x) for x in kept])
 
 
 def _is_done(part: _Part, means: Any, arrays: Sequence[Any], slack: float, shape: Any) -> Any:

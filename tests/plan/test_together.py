@@ -6,16 +6,17 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import jax_lnfold
-from jax_lnfold import FoldPlan
+from jax_lnfold import AxisSet, CenterEdit, FoldPlan, LeafSpec, ScaleEdit
 from jax_lnfold.plan import editing, numpy_leaf, together
 
 Tree = dict[str, Any]
@@ -151,7 +152,80 @@ def test_what_is_done_is_left_and_the_rest_edited() -> None:
         np.testing.assert_allclose(again["3"][k], done["3"][k], atol=1e-14)
 
 
+HOST = SingleDeviceSharding(jax.devices()[1], memory_kind="pinned_host")
+PLACES = {
+    "in another order": lambda d: [Mesh(d, ("x",)), Mesh(d[::-1], ("x",))],
+    "explicit in part": lambda d: [
+        Mesh(d, ("x",)),
+        Mesh(d, ("x",), axis_types=(AxisType.Explicit,)),
+        Mesh(d[None], ("y", "x"), axis_types=(AxisType.Explicit,) * 2),
+    ],
+    "on a host": lambda _: [HOST, SingleDeviceSharding(jax.devices()[1])],
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("donate", [False, True])
+def test_places_that_no_program_has_together(name: str, donate: bool) -> None:
+    params, places = tree(4), PLACES[name](np.array(jax.devices()[:2]))
+    plan = plan_of(params)
+    for i, k in enumerate(params):
+        place = places[i % len(places)]
+        place = NamedSharding(place, PartitionSpec()) if isinstance(place, Mesh) else place
+        params[k] = jax.device_put(params[k], place)
+    want = plan.center(jax.tree.map(np.asarray, params))
+    shardings = jax.tree.map(lambda x: x.sharding, params)
+    found = plan.center(params, donate=donate)
+    assert plan.is_centered(found)
+    assert jax.tree.map(lambda x: x.sharding, found) == shardings
+    for one, other in zip(*map(jax.tree.leaves, (found, want)), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-12)
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("number", [2.5, np.float32(2.5), np.array(2.5), jnp.asarray(2.5)])
+def test_numbers_are_taken_by_any_leaf(number: Any, donate: bool) -> None:
+    plan = FoldPlan(
+        (LeafSpec("g", ()), LeafSpec("v", (3,)), LeafSpec("w", (2, 3))),
+        (),
+        (ScaleEdit("g", (("v", ()), ("w", ()))),),
+    )
+    w = np.arange(6, dtype=np.float32).reshape(2, 3)
+    params = {"g": copy(number), "v": jnp.asarray(w[0]), "w": w.copy()}
+    found = plan.center(params, donate=donate)
+    assert found["g"] == 1
+    np.testing.assert_array_equal(found["v"], 2.5 * w[0])
+    np.testing.assert_array_equal(found["w"], 2.5 * w)
+
+
 # --- in place ------------------------------------------------------------------------------------
+
+
+def test_what_is_taken_and_done_already_is_kept() -> None:
+    """Its memory would have done for the leaf that takes it."""
+    plan = FoldPlan(
+        (LeafSpec("g", (4,)), LeafSpec("v", (4,)), LeafSpec("w", (3, 4))),
+        (CenterEdit("v", AxisSet.over((4,), [0])),),
+        (ScaleEdit("g", (("v", (0,)), ("w", (1,)))),),
+    )
+    v = jnp.arange(4.0)
+    params = {"g": jnp.ones(4), "v": v + 0, "w": jnp.ones((3, 4))}
+    found = plan.center(params, donate=True)
+    np.testing.assert_array_equal(found["g"], np.ones(4))
+    np.testing.assert_allclose(found["v"], v - 1.5)
+
+
+def test_jax_arrays_that_share_memory_keep_it() -> None:
+    """Two of them may be in the same, and only one of them is to be edited, or both."""
+    params, want = jax.tree.map(jnp.asarray, tree(1)), plan_of(tree(1)).center(tree(1))
+    params["more"] = jax.device_put(params["stem"], jax.devices()[0])
+    assert params["more"] is not params["stem"]
+    params["keys"] = jax.random.split(jax.random.key(0), 3)
+    found = plan_of(params).center(params, donate=True)
+    np.testing.assert_array_equal(found["more"], tree(1)["stem"])
+    np.testing.assert_array_equal(params["stem"], tree(1)["stem"])
+    np.testing.assert_allclose(found["stem"], want["stem"], atol=1e-12)
+    assert params["0"]["w"].is_deleted(), "others are given up"
 
 
 def test_donated_numpy_leaves_are_edited_in_place() -> None:
