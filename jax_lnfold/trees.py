@@ -119,7 +119,7 @@ def is_numeric(x: Any) -> bool:
         return False
     try:
         jax.typeof(x)
-    except (TypeError, OverflowError):
+    except (TypeError, ValueError, OverflowError):  # or masked
         return False
     return True
 

@@ -121,9 +121,9 @@ class Recipe:
         if self.means is None:
             return None
         (along,) = self.sets
-        sizes = (1 if e == ALL else n for e, n in zip(along.entries, along.shape, strict=True))
+        sizes = [1 if e == ALL else n for e, n in zip(along.entries, along.shape, strict=True)]
         with np.errstate(over="ignore"):  # what becomes infinite is found when it was added
-            return np.asarray(self.means, dtype).reshape(*sizes)
+            return np.asarray(self.means, dtype).reshape(sizes)
 
 
 class Terms(NamedTuple):

@@ -22,6 +22,9 @@ from .leaf import Recipe, bounded, edited, looks_edited, terms_of, wide_type
 ALIKE = 4
 """So many units of one kind may be in a program, if that makes it the same for other kinds."""
 
+HOST = "pinned_host"
+"""The kind of memory whose arrays meet no others in a program."""
+
 
 class Job(NamedTuple):
     """The edit of one leaf of a list: its position, those of the leaves that it takes, the recipe.
@@ -235,13 +238,14 @@ def _edit_and_look(
         # Squares become infinite sooner; compilers sum faster than they compare.
         bound = jnp.isfinite(jnp.square(y.astype(wide_type(y))).sum())
         looks.append((_is_done(part, m, arrays, slack, shape), bound))
-    return new, _told(looks)
+    return new, _told(parts, looks)
 
 
-def _told(looks: Sequence[tuple[Any, Any]]) -> Any:
-    """All in one array; what is found of arrays in the memory of a host is there, too."""
-    on_device = [jax.device_put(x, jax.memory.Space.Device) for x in looks]
-    return jnp.array([*zip(*on_device, strict=True)])
+def _told(parts: Sequence[_Part], looks: Sequence[tuple[Any, Any]]) -> Any:
+    """All in one array: what is found of arrays in the memory of a host is there, too."""
+    if any(part.sharding is not None and part.sharding.memory_kind == HOST for part in parts):
+        looks = jax.device_put(looks, jax.memory.Space.Device)  # and then results are committed
+    return jnp.array([*zip(*looks, strict=True)])
 
 
 def _look(
@@ -252,7 +256,7 @@ def _look(
         x, terms, shape = _operands(part, m, arrays)
         bound = bounded(x, terms, part.job.recipe)
         looks.append((_is_done(part, m, arrays, slack, shape), bound))
-    return None, _told(looks)
+    return None, _told(parts, looks)
 
 
 def _check(
@@ -262,7 +266,7 @@ def _check(
     sources = ([arrays[i] for i in (part.job.leaf, *part.job.sources)] for part in parts)
     given = [jnp.stack([jnp.isfinite(x).all() for x in some]).all() for some in sources]
     kept = [~a | jnp.isfinite(y).all() for y, a in zip(new, given, strict=True)]
-    return None, _told([(jnp.array(False), x) for x in kept])
+    return None, _told(parts, [(jnp.array(False), x) for x in kept])
 
 
 def _is_done(part: _Part, means: Any, arrays: Sequence[Any], slack: float, shape: Any) -> Any:

@@ -87,6 +87,15 @@ def test_numbers(case: str, dtype: str, kind: str, monkeypatch: pytest.MonkeyPat
     assert not FoldPlan(plan.leaves, (CenterEdit("w", edit.along),)).is_centered({"w": found})
 
 
+@pytest.mark.parametrize("x", [2.0, np.array(2.0), jnp.asarray(2.0)])
+def test_a_number_has_one(x: Any) -> None:
+    plan = plan_of(MeanEdit("w", AxisSet.over((), []), (0.5,)))
+    assert not plan.is_centered({"w": x})
+    found = plan.center({"w": x})
+    assert found["w"] == 0.5
+    assert plan.is_centered(found)
+
+
 @pytest.mark.parametrize("dtype", [*ROUNDING, "float16"])
 @pytest.mark.parametrize("host", [True, False], ids=["NumPy", "jax"])
 @pytest.mark.parametrize("size", [1e-6, 1.0, 300.0])

@@ -103,6 +103,7 @@ def test_programs_for_all_leaves(depth: int, stacked: bool, programs: int, donat
         assert len(found) == first
     for one, other in zip(*map(jax.tree.leaves, (centered, want)), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-12)
+        assert not one.committed
 
 
 def test_numpy_leaves_need_no_program() -> None:
@@ -226,6 +227,7 @@ def test_jax_arrays_that_share_memory_keep_it() -> None:
     np.testing.assert_array_equal(params["stem"], tree(1)["stem"])
     np.testing.assert_allclose(found["stem"], want["stem"], atol=1e-12)
     assert params["0"]["w"].is_deleted(), "others are given up"
+    assert not any(x.committed for x in jax.tree.leaves(found) if x is not params["more"])
 
 
 def test_donated_numpy_leaves_are_edited_in_place() -> None:

@@ -223,6 +223,7 @@ OTHER_TREES: dict[str, tuple[Change, str, str]] = {
     "a string": (leaf("w", lambda _: "relu"), "leaf 'w' is a str", ARRAYS),
     "objects": (leaf("v", lambda v: np.full(v.shape, None)), "leaf 'v' .* dtype object", ARRAYS),
     "records": (leaf("w", lambda w: np.zeros(w.shape, "f4,i4")), "leaf 'w' .* dtype", ARRAYS),
+    "masked numbers": (leaf("w", np.ma.masked_array), "leaf 'w' is a MaskedArray", ARRAYS),
     "flatten fails": (node(children=fails), "ValueError: in its own words", REGISTER),
 }
 
