@@ -36,7 +36,10 @@ def one_pass_sum(
         more, rest = halves(near * near)
         squares = (upper - n * more) + (lower - n * rest)
         moved = total - n * near
-        return squares - 2 * near * moved - moved * moved / n
+        found = squares - 2 * near * moved - moved * moved / n
+        # Numbers of `dtype` that differ are a unit apart; a compiler may keep more of their digits.
+        least = near * near * np.float32(4.0 ** (-digits - 2))
+        return jnp.where((found == 0) & (moved == 0), 0, lax.max(found, least))
 
     def in_one_pass(x: jax.Array) -> jax.Array:
         upper, lower = (jnp.sum(half, axis=axes) for half in halves(x * x))
@@ -48,7 +51,7 @@ def one_pass_sum(
             is_large = large > _LARGE
             up = jnp.where(is_large, 1 / _DOWN, 1)  # a constant squared would be infinite
             found = jnp.where(is_large, scaled, found) * up * up
-        return lax.max(found, np.float32(0))
+        return found
 
     def sum_of_squares_about_mean(x: jax.Array) -> jax.Array:
         return as_before(in_one_pass, two_pass_sum(axes, count))(x)

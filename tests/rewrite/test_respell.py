@@ -236,6 +236,27 @@ def test_one_number_that_differs(dtype: Any) -> None:
         np.testing.assert_allclose(of_one_pass(jnp.asarray(x, dtype)), want, rtol=1e-6)
 
 
+@pytest.mark.parametrize("ratio", [3, 300, 4000, 30000, 1e9])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_digits_that_a_compiler_keeps(dtype: Any, ratio: float) -> None:
+    """Where it leaves out a cast, no small difference of large numbers becomes a deviation."""
+    if ratio > jnp.finfo(dtype).max:
+        return
+    x, y = rows(dtype, 0), rows(dtype, ratio)
+    total = np.asarray(x, np.float64) + np.asarray(y, np.float64)
+    centered = total - total.mean(-1, keepdims=True)
+    want = centered / np.sqrt(np.square(centered).mean(-1, keepdims=True) + 1e-6)
+
+    def apply(p: Any, x: Array, y: Array) -> Array:
+        return two_pass(x + y)
+
+    folded = jax_lnfold.fold(apply, (), x, y, respell="one_pass")
+    assert count(folded.report) == 1
+    as_asked = jax.jit(apply, compiler_options={"xla_allow_excess_precision": False})
+    found = [error(f((), x, y), want) for f in (jax.jit(folded.apply), as_asked)]
+    assert found[0] <= 1.5 * found[1]
+
+
 HUGE = (1e15, 1e18, 1.5e19, 2e19, 1e21, 1e25, 1e30, 1e35)
 
 
