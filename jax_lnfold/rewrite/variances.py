@@ -73,11 +73,30 @@ def in_one_pass(facts: Facts, norm: LayerNorm) -> Iterator[Change]:
             count = _count(graph, op)
             if not (usable and count and graph.avals[x].dtype == np.float32):
                 continue
+            if not _is_as_exact(graph, made[0].inputs[1], x, count):
+                continue
             # Sums of so many numbers, and of the halves of their squares, are exact.
             if (jnp.finfo(stored).nmant + 1) + count.bit_length() >= _DIGITS:
                 continue
             if _ends_in(graph, op, norm) and _hides_underflow(graph, op):
                 yield Change(norm, op, x, atom, one_pass_sum(axes, count, np.dtype(stored)))
+
+
+def _is_as_exact(graph: Graph, mean: int, x: int, count: int) -> bool:
+    """Whether a mean is made of the numbers x in their own digits, with derivatives.
+
+    What a rounded mean is off by is in the squares of ``x - mean``, too, and no variance has it.
+    """
+    while not _alike(graph, mean, x):
+        made = graph.producer[mean]
+        op = made[0] if made is not None else None
+        if op is None or graph.avals[mean].dtype != graph.avals[x].dtype:
+            return False
+        known = [v for v in op.inputs[:2] if _scaled(graph, op, v, count) is not None]
+        if not (known or op.name == "reduce_sum"):
+            return False
+        mean = op.inputs[0] if op.name == "reduce_sum" else known[0]
+    return True
 
 
 def _sums_of_squares(graph: Graph, value: int) -> Iterator[Op]:

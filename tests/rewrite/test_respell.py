@@ -236,12 +236,10 @@ def test_one_number_that_differs(dtype: Any) -> None:
         np.testing.assert_allclose(of_one_pass(jnp.asarray(x, dtype)), want, rtol=1e-6)
 
 
-@pytest.mark.parametrize("ratio", [3, 300, 4000, 30000, 1e9])
+@pytest.mark.parametrize("ratio", [3, 300, 4000, 30000])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_digits_that_a_compiler_keeps(dtype: Any, ratio: float) -> None:
     """Where it leaves out a cast, no small difference of large numbers becomes a deviation."""
-    if ratio > jnp.finfo(dtype).max:
-        return
     x, y = rows(dtype, 0), rows(dtype, ratio)
     total = np.asarray(x, np.float64) + np.asarray(y, np.float64)
     centered = total - total.mean(-1, keepdims=True)
@@ -378,6 +376,33 @@ def of_other_tokens(x: Array) -> Array:
     return scaled(x[:, :3], w - mean[..., None], (variance + odd)[..., None])
 
 
+def about(mean: Callable[[Array], Array]) -> Norm:
+    """A norm in two passes about another mean."""
+
+    def norm(x: Array) -> Array:
+        centered = wide(x) - mean(x)
+        return scaled(x, centered, jnp.square(centered).mean(-1, keepdims=True))
+
+    return norm
+
+
+def rounded_mean(x: Array) -> Array:
+    return wide(x.mean(-1, keepdims=True))  # JAX takes it in float32
+
+
+def mean_of_rounded(x: Array) -> Array:
+    return wide(x.astype(jnp.float8_e4m3fn).astype(x.dtype)).mean(-1, keepdims=True)
+
+
+def mean_of_few_digits(x: Array) -> Array:
+    return jax.lax.reduce_precision(wide(x).mean(-1, keepdims=True), 8, 12)
+
+
+def stopped_mean(x: Array) -> Array:
+    """The gradient is that of a mean that is not stopped, but second derivatives are not."""
+    return jax.lax.stop_gradient(wide(x).mean(-1, keepdims=True))
+
+
 STAYS: dict[str, tuple[str, Callable[[Array], Any]]] = {
     "rounded after the cast": ("one_pass", lambda x: two_pass(wide(x) * 1.1).astype(x.dtype)),
     "a result of 32 bits": ("one_pass", lambda x: two_pass(wide(x))),
@@ -389,6 +414,10 @@ STAYS: dict[str, tuple[str, Callable[[Array], Any]]] = {
     "weighted squares": ("one_pass", weighted),
     "a derivative rule": ("one_pass", sealed),
     "inside of a shard_map": ("one_pass", sharded),
+    "about a rounded mean": ("one_pass", about(rounded_mean)),
+    "about a mean of rounded numbers": ("one_pass", about(mean_of_rounded)),
+    "about a mean of few digits": ("one_pass", about(mean_of_few_digits)),
+    "about a stopped mean": ("one_pass", about(stopped_mean)),
     "in one pass already": ("one_pass", one_pass),
     "in two passes already": ("two_pass", two_pass),
     "no norm": ("two_pass", of_batch_and_mean_alone),
