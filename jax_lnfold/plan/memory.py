@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Span = tuple[str, int, int]
@@ -37,7 +38,7 @@ def _is_own(x: Any) -> bool:
 def _spans(x: Any) -> Iterator[Span]:
     """Where a leaf is in memory: jax may keep to that of NumPy, or of another array of its own."""
     if isinstance(x, jax.Array):
-        if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             for shard in x.addressable_shards:
                 of = "" if shard.device.platform == "cpu" else str(shard.device.id)
                 begin = shard.data.unsafe_buffer_pointer()

@@ -110,7 +110,7 @@ def _devices_of(x: Any) -> Hashable:
     """What arrays in one program have to share: devices in one order, and explicit axes of them."""
     if not isinstance(x.sharding, NamedSharding):
         return frozenset(x.sharding.device_set)
-    mesh = x.sharding.mesh
+    mesh: Any = x.sharding.mesh
     return (*mesh.devices.flat,), mesh if is_explicit(jax.typeof(x)) else None
 
 

@@ -24,6 +24,7 @@ def one_pass_sum(
     Numbers of `dtype` have squares of twice its digits. Split in halves, these have sums without
     rounding where it matters: where all are about as large as the mean. With a number p of `dtype`
     near the mean, ``sum((x - mean)**2) = sum(x**2 - p**2) - 2 p d - d**2 / n``, d = sum(x - p).
+    What a compiler keeps of more digits, by leaving out a cast, is summed by itself.
     """
     digits, n = jnp.finfo(dtype).nmant, np.float32(count)
 
@@ -31,23 +32,26 @@ def one_pass_sum(
         upper = lax.reduce_precision(square, 8, digits)
         return upper, square - upper
 
-    def about_mean(upper: jax.Array, lower: jax.Array, total: jax.Array) -> jax.Array:
-        near = lax.reduce_precision(total / n, 8, digits)
-        more, rest = halves(near * near)
-        squares = (upper - n * more) + (lower - n * rest)
-        moved = total - n * near
+    def about_mean(
+        upper: jax.Array, lower: jax.Array, total: jax.Array, more: jax.Array
+    ) -> jax.Array:
+        near = lax.reduce_precision((total + more) / n, 8, digits)
+        of_near, rest = halves(near * near)
+        squares = (upper - n * of_near) + (lower - n * rest)
+        moved = (total - n * near) + more
         found = squares - 2 * near * moved - moved * moved / n
-        # Numbers of `dtype` that differ are a unit apart; a compiler may keep more of their digits.
+        # Numbers of `dtype` that differ are a unit apart; no less may be left of more digits.
         least = near * near * np.float32(4.0 ** (-digits - 2))
         return jnp.where((found == 0) & (moved == 0), 0, lax.max(found, least))
 
     def in_one_pass(x: jax.Array) -> jax.Array:
-        upper, lower = (jnp.sum(half, axis=axes) for half in halves(x * x))
-        total = jnp.sum(x, axis=axes)
-        found = about_mean(upper, lower, total)
+        kept = lax.reduce_precision(x, 8, digits)
+        parts = *halves(x * x), kept, x - kept
+        *squares, total, more = (jnp.sum(part, axis=axes) for part in parts)
+        found = about_mean(*squares, total, more)
         if jnp.finfo(dtype).maxexp > 64:  # once more where squares leave float32, or are about to
             large = jnp.sum(lax.square(x * _DOWN), axis=axes)
-            scaled = about_mean(large, jnp.zeros_like(large), total * _DOWN)
+            scaled = about_mean(large, jnp.zeros_like(large), total * _DOWN, more * _DOWN)
             is_large = large > _LARGE
             up = jnp.where(is_large, 1 / _DOWN, 1)  # a constant squared would be infinite
             found = jnp.where(is_large, scaled, found) * up * up
