@@ -22,7 +22,7 @@ from rich.progress import Progress
 
 from . import gpu
 from .cases import AHEAD_OF_TIME_GPU, CPU, GPU, KEYS, TPU, Case, pick
-from .programs import APPROXIMATE, FORWARD, SharedArrays, random_arrays, variants
+from .programs import FORWARD, ON_DEMAND, SharedArrays, random_arrays, variants
 from .registry import MODELS
 from .store import Store
 from .tables import table
@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--length", nargs="+", type=int, metavar="N", help="positions, or image side")
     made.add_argument("--spellings", nargs="+", choices=["one_pass", "two_pass", "pallas"])
     made.add_argument("--dtypes", nargs="+", metavar="NAME")
-    made.add_argument("--variants", nargs="+", choices=[*FORWARD, *APPROXIMATE], default=FORWARD)
+    made.add_argument("--variants", nargs="+", choices=[*FORWARD, *ON_DEMAND], default=FORWARD)
     made.add_argument("--rounds", type=int, help="rounds of timing (default: 11, fewer if large)")
     made.add_argument("--tpu", choices=[*TOPOLOGIES], help="compile for this TPU, do not run")
     made.add_argument("--gpu", choices=[*gpu.DEVICES], help="compile for this GPU, do not run")
@@ -106,7 +106,7 @@ def run(cases: list[Case], options: argparse.Namespace) -> None:
         task = progress.add_task("", total=len(cases))
         for case in cases:
             progress.update(task, description=str(case))
-            stored = [v for v in (*FORWARD, *APPROXIMATE) if store.has(*case.key, v)]
+            stored = [v for v in (*FORWARD, *ON_DEMAND) if store.has(*case.key, v)]
             absent = [v for v in options.variants if v not in stored]
             if options.tpu or options.gpu:
                 compile_all(store, case, absent, options)

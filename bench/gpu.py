@@ -40,6 +40,7 @@ DEVICES = {
 """Published facts: bytes a second, GHz, bytes; shared memory per core, and what one block takes."""
 COMPILER_OPTIONS = {
     "xla_gpu_collect_cost_model_stats": True,
+    "xla_gpu_enable_analytical_sol_latency_estimator": False,  # knows no A100; only orders kernels
     "xla_gpu_autotune_level": 0,  # without a device nothing can be timed
     "xla_gpu_enable_triton_gemm": False,  # the same products for all variants
 }

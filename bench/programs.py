@@ -20,19 +20,25 @@ from .models import NORMS
 from .registry import MODELS
 
 ORIGINAL, FOLDED, BOUND = "original", "folded", "norms removed"
+OPTIMIZED = "optimized"
 FOLDS: dict[str, dict[str, Any]] = {
     FOLDED: {},
     "folded, affine": {"fold_affine": True},
     "folded, affine, deferred": {"fold_affine": True, "defer_scale": True},
+    OPTIMIZED: {"optimize": "auto"},
+}
+"""Variants that are folds, with the arguments of `jax_lnfold.fold`."""
+PARTS: dict[str, dict[str, Any]] = {
     "folded, affine, matrix unit": {"fold_affine": True, "matrix_unit": True},
     "folded, affine, respelled": {"fold_affine": True, "respell": True},
 }
-"""Variants that are folds, with the arguments of `jax_lnfold.fold`."""
+"""What `optimize` turns on, one by one; on demand."""
 LEFT_OUT = "means left out"
 APPROXIMATE: dict[str, dict[str, Any]] = {
     LEFT_OUT: {"fold_affine": True, "approximate": {"mean"}, "budget": math.inf}
 }
 """What computes something else, for comparison; on demand."""
+ON_DEMAND = (*PARTS, *APPROXIMATE)
 FORWARD = (ORIGINAL, *FOLDS, BOUND)
 VARIANTS = (ORIGINAL, FOLDED, BOUND)  # those that are trained, too
 ONLY_THE_PROGRAM = {"defer_scale", "deferred_cost", "matrix_unit", "respell"}
@@ -94,9 +100,12 @@ def program(
         options = APPROXIMATE[variant]
         folded = jax_lnfold.fold(apply_fn, random_arrays(params), x, **options)
         return Program(variant, apply_fn, folded.apply, params, x)
-    if variant not in FOLDS:
+    folds = FOLDS | PARTS
+    if variant not in folds:
         return Program(variant, apply_fn, apply_fn, params, x)
-    options = dict(FOLDS[variant])
+    options = dict(folds[variant])
+    if target and "optimize" in options:
+        options["optimize"] = target
     if target and "defer_scale" in options:
         options["deferred_cost"] = DEFERRED_COST[target]
     if target and "respell" in options:

@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 
 from .cases import KEYS, POST_LN
-from .programs import BOUND, FOLDS, ORIGINAL
+from .programs import BOUND, FOLDS, FORWARD, ORIGINAL
 from .timing import spread
 
 MAIN = ("cycles", "microseconds")
@@ -34,8 +34,8 @@ def table(rows: Iterable[Row], quantity: str | None = None, markdown: bool = Fal
         about = model, str(batch), str(length), f"{spelling} {dtype}"
         shown.add_row(*about, *cells(by_variant, quantity))
     pre_ln = {case: v for case, v in found.items() if case[0] not in POST_LN}
-    known = {variant for by_variant in pre_ln.values() for variant in by_variant}
-    whole = {case: v for case, v in pre_ln.items() if v.keys() == known}
+    known = {variant for by_variant in pre_ln.values() for variant in by_variant} & {*FORWARD}
+    whole = {case: v for case, v in pre_ln.items() if known <= v.keys()}
     for kind in dict.fromkeys(case[-2:] for case in whole):
         some = {case: v for case, v in whole.items() if case[-2:] == kind}
         values = [together(some, variant, quantity) for variant in (*FOLDS, BOUND)]
