@@ -47,8 +47,8 @@ def one_pass_sum(
     def in_one_pass(x: jax.Array) -> jax.Array:
         kept = lax.reduce_precision(x, 8, digits)
         parts = *halves(x * x), kept, x - kept
-        *squares, total, more = (jnp.sum(part, axis=axes) for part in parts)
-        found = about_mean(*squares, total, more)
+        upper, lower, total, more = (jnp.sum(part, axis=axes) for part in parts)
+        found = about_mean(upper, lower, total, more)
         if jnp.finfo(dtype).maxexp > 64:  # once more where squares leave float32, or are about to
             large = jnp.sum(lax.square(x * _DOWN), axis=axes)
             scaled = about_mean(large, jnp.zeros_like(large), total * _DOWN, more * _DOWN)
