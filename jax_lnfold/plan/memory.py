@@ -39,10 +39,11 @@ def _spans(x: Any) -> Iterator[Span]:
     """Where a leaf is in memory: jax may keep to that of NumPy, or of another array of its own."""
     if isinstance(x, jax.Array):
         if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            for shard in x.addressable_shards:
-                of = "" if shard.device.platform == "cpu" else str(shard.device.id)
-                begin = shard.data.unsafe_buffer_pointer()
-                yield of, begin, begin + shard.data.nbytes
+            alone = len(x.sharding.device_set) == 1  # its shard would be another array
+            for part in [x] if alone else [shard.data for shard in x.addressable_shards]:
+                (device,) = part.devices()
+                begin = part.unsafe_buffer_pointer()
+                yield "" if device.platform == "cpu" else str(device.id), begin, begin + part.nbytes
     elif isinstance(x, np.ndarray) and x.size:
         steps = [(n - 1) * step for n, step in zip(x.shape, x.strides, strict=True)]
         below, above = (sum(s for s in steps if (s < 0) == down) for down in (True, False))
