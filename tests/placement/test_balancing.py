@@ -86,7 +86,9 @@ def test_all_but_the_mean_may_be_anything() -> None:
     assert folded.report.n_folded == 1
 
 
-@pytest.mark.parametrize(("name", "exact"), [("bert", 5), ("bart", 12)])
+@pytest.mark.parametrize(
+    ("name", "exact"), [("bert", 5), pytest.param("bart", 12, marks=pytest.mark.slow)]
+)
 def test_post_ln_models(name: str, exact: int) -> None:
     """Scales of ones and shifts as they may be: all that folds with shifts of zero."""
     model, rng = BY_NAME[name].build(), np.random.default_rng(1)
@@ -334,7 +336,7 @@ def random_post_ln(rng: np.random.Generator) -> tuple[Callable[..., Any], Any]:
     return fn, params
 
 
-@pytest.mark.parametrize("count", [6, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [4, pytest.param(1000, marks=pytest.mark.slow)])
 def test_random_programs(count: int) -> None:
     """What folds is exact, in float64, and again for other numbers that the plan allows."""
     balanced = 0
