@@ -23,23 +23,19 @@ from ..program.flatten import flatten
 from ..program.graph import CallPath, Op
 from ..program.primitives import (
     ELEMENTWISE,
-    IDENTITIES,
     MOVES,
     PRODUCTS,
     RESHAPE,
-    SCALINGS,
 )
 from .groups import STEPS, Groups, Step, agree, groups_of
 from .inline import inlined
 from .jaxprs import live, same
 from .ones_products import as_before, group_sums, parts_of_squares
-from .roots import Root, roots_of, roots_reached
+from .roots import STATISTICS, TO_THE_ROOT, Root, roots_of, roots_reached
 from .rounded import is_rounded
 from .walk import Walk
 
-_AROUND = frozenset({"integer_pow", "reduce_sum", "rsqrt", "sqrt", "square"})
 _CONVERT = "convert_element_type"
-_TO_THE_ROOT = SCALINGS | MOVES | frozenset("add sub max min clamp select_n".split()) | IDENTITIES
 TOKENS, FEATURES = 256, 128
 """With fewer nothing is gained: measured, and the columns of a matrix unit."""
 SHORT = 16
@@ -86,7 +82,7 @@ def sums_on_matrix_unit(
     `left` are roots of norms that stay as they are, as those that keep their mean: both of their
     sums are one operation, which two products cost more than.
     """
-    program = inlined(closed, _AROUND)
+    program = inlined(closed, STATISTICS)
     rewriter = _Rewriter(program, leaves, left)
     result = rewriter.closed(program, ())
     return (closed if result is program else result), tuple(rewriter.made)
@@ -158,7 +154,7 @@ class _Rewriter(Walk):
 
     def _root(self, op: Op) -> int:
         """The root that the sum ends in, as that of a norm does; -1 if there is none."""
-        return min(roots_reached(self.graph, op.outputs, _TO_THE_ROOT), default=-1)
+        return min(roots_reached(self.graph, op.outputs, TO_THE_ROOT), default=-1)
 
     def _steps(self, value: int, path: CallPath) -> list[Step]:
         """The moves and casts that make a value in one jaxpr, the last one last."""

@@ -21,11 +21,9 @@ from ..program.flatten import flatten
 from ..program.graph import Graph
 from .inline import inlined
 from .jaxprs import live, reading, same
-from .roots import Root, roots_of
+from .roots import STATISTICS, Root, roots_of
 from .variances import Change, in_one_pass, in_two_passes
 from .walk import Walk
-
-_AROUND = frozenset({"integer_pow", "reduce_sum", "rsqrt", "sqrt", "square"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +52,7 @@ def respelled(
     Those in which something else than their plain arithmetic happens stay. The first inputs are the
     parameters named by `leaves`.
     """
-    program = inlined(closed, _AROUND)
+    program = inlined(closed, STATISTICS)
     rewriter = _Rewriter(program, leaves, spelling)
     result = rewriter.closed(program, ())
     return (closed if result is program else result), tuple(rewriter.made)

@@ -7,9 +7,14 @@ all of them, in program order, says which norm it is of; no name is needed.
 from __future__ import annotations
 
 from ..program.graph import Graph
+from ..program.primitives import IDENTITIES, MOVES, SCALINGS
 
 ROOTS = frozenset({"rsqrt", "sqrt", "pow"})
 """Primitives that make a deviation of a variance."""
+STATISTICS = frozenset({"integer_pow", "reduce_sum", "rsqrt", "sqrt", "square"})
+"""Primitives of a variance: calls to functions around them are opened (see `inlined`)."""
+TO_THE_ROOT = SCALINGS | MOVES | IDENTITIES | frozenset("add sub max min clamp select_n".split())
+"""Primitives that a sum of squares may pass on its way to the root of a norm."""
 Root = tuple[int, int]
 """The number of a root, and how many there are: programs with fewer or more have other numbers."""
 

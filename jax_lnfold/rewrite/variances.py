@@ -21,12 +21,11 @@ from ..axes.axis_set import AxisSet
 from ..program.graph import Graph, Op
 from ..program.primitives import DIV, IDENTITIES, MOVES, MUL, SCALINGS
 from .about_mean import one_pass_sum, two_pass_sum
-from .roots import roots_reached
+from .roots import TO_THE_ROOT, roots_reached
 from .rounded import is_rounded
 
 _CAST = "convert_element_type"
 _PASSES_ON = MOVES | IDENTITIES
-_TO_THE_ROOT = SCALINGS | _PASSES_ON | frozenset("add clamp max min select_n sub".split())
 _STORED = frozenset(map(np.dtype, (jnp.bfloat16, jnp.float16)))
 _DIGITS = np.finfo(np.float32).nmant + 1
 _EPSILON = 2.0**-80
@@ -131,7 +130,7 @@ def _ends_in(graph: Graph, op: Op, norm: LayerNorm) -> bool:
 
 def _reaches(graph: Graph, op: Op, norm: LayerNorm) -> bool:
     """Whether what an operation makes goes into the root of the norm."""
-    reached = roots_reached(graph, op.outputs, _TO_THE_ROOT)
+    reached = roots_reached(graph, op.outputs, TO_THE_ROOT)
     return norm.root is not None and norm.root.index in reached
 
 
