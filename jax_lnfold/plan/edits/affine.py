@@ -9,7 +9,16 @@ from typing import Any, ClassVar, Self
 from ...printable import counted
 from ..leaf import Factor, Recipe
 from ..tree_fit import Fit
-from .edit import Edit, LeafEdit, Shapes, check_axes, check_one, integers, taken_up
+from .edit import (
+    Edit,
+    LeafEdit,
+    Shapes,
+    check_axes,
+    check_one,
+    integers,
+    scale_and_readers,
+    taken_up,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +87,7 @@ class AffineEdit(Edit):
     @property
     def parts(self) -> Iterator[str]:
         """The leaf of each role; sound only if all are different (theory, section 9)."""
-        read = (leaf for r in self.readers for leaf in (r.kernel, r.bias))
-        return (leaf for leaf in (self.key_path, self.shift, *read) if leaf is not None)
+        return scale_and_readers(self.key_path, self.shift, self.readers)
 
     def changes(self) -> Iterator[tuple[str, LeafEdit]]:
         """``W' = g W`` and ``b' = b + c W``; the scale becomes one, the shift zero."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Self
 
@@ -100,6 +100,12 @@ class Edit(ABC):
     def to_json(self, version: int) -> dict[str, Any]:
         """The edit as JSON objects, for a plan file of this version."""
         return asdict(self)  # type: ignore[call-overload]
+
+
+def scale_and_readers(scale: str, shift: str | None, readers: Iterable[Any]) -> Iterator[str]:
+    """The leaf of each role: scale, shift, and the `kernel` and `bias` of each reader."""
+    read = (leaf for r in readers for leaf in (r.kernel, r.bias))
+    return (leaf for leaf in (scale, shift, *read) if leaf is not None)
 
 
 def check_axes(shapes: Shapes, source: str, path: str, axes: tuple[int, ...]) -> None:

@@ -10,7 +10,7 @@ from ...centering import Shape
 from ...printable import counted, printable
 from ..leaf import Recipe, Term
 from ..tree_fit import Fit
-from .edit import Edit, LeafEdit, Shapes
+from .edit import Edit, LeafEdit, Shapes, scale_and_readers
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +67,7 @@ class HideEdit(Edit):
     @property
     def parts(self) -> Iterator[str]:
         """The leaf of each role; sound only if all are different."""
-        read = (leaf for r in self.readers for leaf in (r.kernel, r.bias))
-        return (leaf for leaf in (self.key_path, self.shift, *read) if leaf is not None)
+        return scale_and_readers(self.key_path, self.shift, self.readers)
 
     def changes(self) -> Iterator[tuple[str, LeafEdit]]:
         """``W' = W - (1/g) (g W) / D`` and ``c' = c + (b W - b W')``."""
